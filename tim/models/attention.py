@@ -1,0 +1,106 @@
+"""Attention over (B, heads, N, head_dim) by three interchangeable backends, and the two attention layers."""
+
+import importlib.util
+from functools import cache
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from tim.models.rope import apply_rope
+
+ATTN_TYPES = ("flash_attn", "fused_attn", "vanilla_attn")
+
+
+@cache
+def has_flash_attn() -> bool:
+    """Whether the flash-attn package is installed; it is imported on first use only."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v.
+
+    Args:
+        q, k, v: (B, heads, N, head_dim) and (B, heads, M, head_dim).
+        attn_type: 'flash_attn' (the flash-attn package, half precision on CUDA, no mask), 'fused_attn'
+            (scaled_dot_product_attention) or 'vanilla_attn' (explicit softmax, for forward-mode derivatives).
+            None takes the best that serves these inputs.
+        mask: (B, M) bool, True where a key counts.
+
+    Raises:
+        ValueError: for an unknown attn_type, or flash_attn where it cannot run.
+    """
+    flash_ok = has_flash_attn() and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    if attn_type is None:
+        attn_type = "flash_attn" if flash_ok else "fused_attn"
+    if attn_type == "flash_attn":
+        if not flash_ok:
+            raise ValueError(
+                f"attn_type='flash_attn' needs the flash-attn package, CUDA, half precision and no mask; got "
+                f"installed={has_flash_attn()}, {q.device.type}, {q.dtype}, mask={mask is not None}; use 'fused_attn'"
+            )
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(*(u.transpose(1, 2) for u in (q, k, v))).transpose(1, 2)
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    if attn_type == "fused_attn":
+        return nnf.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if attn_type == "vanilla_attn":
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(dim=-1) @ v
+    raise ValueError(f"attn_type={attn_type!r} is not one of {', '.join(map(repr, ATTN_TYPES))}")
+
+
+class SelfAttention(nn.Module):
+    """Interval-aware self-attention: the interval embedding d adds to q, k and v."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, distance_aware: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv_d = nn.Linear(hidden_size, 3 * hidden_size, bias=False) if distance_aware else None
+        self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, u: Tensor, d: Tensor, rope: tuple[Tensor, Tensor], attn_type: str | None = None) -> Tensor:
+        """u: tokens (B, N, C); d: interval embedding (B, C); returns (B, N, C)."""
+        qkv = self.qkv(u)
+        if self.qkv_d is not None:
+            qkv = qkv + self.qkv_d(d)[:, None]
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
+        return self.proj(attention(q, k, v.to(q.dtype), attn_type).transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from image tokens to caption tokens; RoPE turns the queries only."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self,
+        u: Tensor,
+        y: Tensor,
+        rope: tuple[Tensor, Tensor],
+        y_mask: Tensor | None = None,
+        attn_type: str | None = None,
+    ) -> Tensor:
+        """u: image tokens (B, N, C); y: caption tokens (B, M, C); y_mask: (B, M) bool; returns (B, N, C)."""
+        q = self.q(u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(y).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = apply_rope(self.q_norm(q), rope), self.k_norm(k)
+        return self.proj(attention(q, k.to(q.dtype), v.to(q.dtype), attn_type, y_mask).transpose(1, 2).flatten(2))

@@ -1,0 +1,81 @@
+"""The transformer block, its gated MLP and the output layer."""
+
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from tim.models.attention import CrossAttention, SelfAttention
+
+
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1_g(u)) * fc1_x(u))."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
+        super().__init__()
+        self.fc1_g = nn.Linear(in_features, hidden_features)
+        self.fc1_x = nn.Linear(in_features, hidden_features)
+        self.fc2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.fc2(nnf.silu(self.fc1_g(u)) * self.fc1_x(u))
+
+
+def modulate(u: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """u (1 + scale) + shift; u (B, N, C), shift and scale (B, C)."""
+    return u * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the caption when `cross_attention`, gated MLP; each modulated by c."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        distance_aware: bool,
+        lora_hidden_size: int,
+        cross_attention: bool,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = SelfAttention(hidden_size, num_heads, qk_norm, distance_aware)
+        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm) if cross_attention else None
+        self.mlp = SwiGLU(hidden_size, 2 * int(mlp_ratio * hidden_size) // 3, hidden_size)
+        self.chunks = 9 if cross_attention else 6
+        self.adaLN_modulation = SwiGLU(hidden_size, lora_hidden_size, self.chunks * hidden_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        d: Tensor,
+        rope: tuple[Tensor, Tensor],
+        y: Tensor | None = None,
+        y_mask: Tensor | None = None,
+        attn_type: str | None = None,
+    ) -> Tensor:
+        """x: tokens (B, N, C); c, d: condition and interval embedding (B, C); y: caption tokens (B, M, C)."""
+        parts = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
+        shift, scale, gate = parts[:3]
+        x = x + gate[:, None] * self.attn(modulate(self.norm(x), shift, scale), d, rope, attn_type)
+        if self.cross_attn is not None:
+            shift, scale, gate = parts[3:6]
+            u = modulate(self.norm(x), shift, scale)
+            x = x + gate[:, None] * self.cross_attn(u, self.norm(y), rope, y_mask, attn_type)
+        shift, scale, gate = parts[-3:]
+        return x + gate[:, None] * self.mlp(modulate(self.norm(x), shift, scale))
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the linear map from tokens to patches (B, N, patch_size² C)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = SwiGLU(hidden_size, hidden_size // 2, 2 * hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))

@@ -1,0 +1,55 @@
+"""The class-conditional TiM network."""
+
+import torch
+from torch import Tensor, nn
+
+from tim.models.embeddings import LabelEmbedder
+from tim.models.trunk import TransitionTransformer
+
+
+class TiM(TransitionTransformer):
+    """Class-conditional network: c = T(t) + d + label embedding.
+
+    Takes the arguments of `TransitionTransformer` and
+
+    Args:
+        class_dropout_prob: probability with which the *trainer* drops labels; above 0 the label table has a
+            null row, index num_classes.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, *args: int, class_dropout_prob: float = 0.1, num_classes: int = 1000, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        self.y_embedder = LabelEmbedder(num_classes, self.blocks[0].attn.proj.in_features, class_dropout_prob)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        attn_type: str | None = None,
+        return_zs: bool = False,
+        jvp: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """F(x_t, t, r, y).
+
+        Args:
+            x: state (B, C, H, W).
+            t, r: c_noise of both times (B,), float32 or wider.
+            y: labels (B,), num_classes for the null class.
+            attn_type, return_zs, jvp: see `TransitionTransformer.transform`.
+
+        Returns:
+            (B, C, H, W); with return_zs also the REPA projection (B, N, z_dim).
+        """
+        d = self.interval_embedding(t, r)
+        c = self.t_embedder(t) + d + self.y_embedder(y)
+        return self.transform(x, c, d, attn_type=attn_type, return_zs=return_zs, jvp=jvp)

@@ -1,0 +1,63 @@
+"""Embeddings of patches, times, class labels and captions."""
+
+import torch
+from torch import Tensor, nn
+
+from tim.models.blocks import SwiGLU
+
+
+class PatchEmbed(nn.Module):
+    """Patchify convolution: (B, C, H, W) -> row-major tokens (B, H W / patch_size², hidden_size)."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features [cos | sin] of t * 10000^(-k/128), then Linear-SiLU-Linear."""
+
+    frequency_size = 256
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,), any real values -> (B, hidden_size). The angles are float32 or wider, also under autocast."""
+        half = self.frequency_size // 2
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        frequencies = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
+        angles = t[:, None] * frequencies
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class-label table; with label dropout its last row, index num_classes, is the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (B,) int -> (B, hidden_size)."""
+        return self.embedding_table(y)
+
+
+class CaptionEmbedder(nn.Module):
+    """LayerNorm and SwiGLU from text features to the width of the network."""
+
+    def __init__(self, cap_feat_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(cap_feat_dim)
+        self.mlp = SwiGLU(cap_feat_dim, 4 * hidden_size, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y (B, M, cap_feat_dim) -> (B, M, hidden_size)."""
+        return self.mlp(self.norm(y.to(self.norm.weight.dtype)))

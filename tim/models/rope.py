@@ -1,0 +1,37 @@
+"""Two-dimensional rotary position embedding (RoPE)."""
+
+import torch
+from torch import Tensor
+
+ROPE_GRIDS = ("legacy", "row_major")
+
+
+def grid_positions(h: int, w: int, rope_grid: str, device: torch.device | str = "cpu") -> Tensor:
+    """Coordinates (h*w, 2) of the row-major tokens of an (h, w) grid.
+
+    `row_major` is (n div w, n mod w). `legacy` is (n mod h, n div h): the axes swapped on a square grid, a
+    scrambled order on any other. All released weights were trained with it.
+    """
+    n = torch.arange(h * w, device=device)
+    first, second = (n % h, n // h) if rope_grid == "legacy" else (n // w, n % w)
+    return torch.stack([first, second], dim=-1)
+
+
+def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, head_dim/2) of the rotation angle of each channel pair, in float32 or wider.
+
+    The first half of the channels turns with the first coordinate, the second half with the second, at
+    frequencies theta^(-2i / (head_dim/2)).
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    half = head_dim // 2
+    frequencies = theta ** (-torch.arange(0, half, 2, device=positions.device, dtype=torch.float64) / half)
+    angles = (positions[:, :, None] * frequencies).flatten(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(u: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate adjacent channel pairs (a, b) -> (a cos - b sin, b cos + a sin) of u (B, heads, N, head_dim), in float32."""
+    cos, sin = table
+    a, b = u.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(u.dtype)

@@ -1,0 +1,63 @@
+"""The text-to-image TiM network."""
+
+import torch
+from torch import Tensor, nn
+
+from tim.models.embeddings import CaptionEmbedder
+from tim.models.trunk import TransitionTransformer
+
+
+class TiM(TransitionTransformer):
+    """Text-to-image network: c = T(t) + d, and every block attends to the caption.
+
+    Takes the arguments of `TransitionTransformer` and
+
+    Args:
+        cap_feat_dim: width of the text encoder's features.
+    """
+
+    cross_attention = True
+
+    def __init__(self, *args: int, cap_feat_dim: int = 2048, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.cap_feat_dim = cap_feat_dim
+        self.y_embedder = CaptionEmbedder(cap_feat_dim, self.blocks[0].attn.proj.in_features)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for layer in (self.y_embedder.mlp.fc1_g, self.y_embedder.mlp.fc1_x, self.y_embedder.mlp.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
+        attn_type: str | None = None,
+        return_zs: bool = False,
+        jvp: bool = False,
+        y_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """F(x_t, t, r, y).
+
+        Args:
+            x: state (B, C, H, W).
+            t, r: c_noise of both times (B,), float32 or wider.
+            y: caption features (B, M, cap_feat_dim).
+            attn_type, return_zs, jvp: see `TransitionTransformer.transform`.
+            y_mask: (B, M) bool, True for real tokens, at least one a caption; None counts all.
+
+        Returns:
+            (B, C, H, W); with return_zs also the REPA projection (B, N, z_dim).
+
+        Raises:
+            ValueError: when y has another width than cap_feat_dim.
+        """
+        if y.shape[-1] != self.cap_feat_dim:
+            raise ValueError(f"caption features are {y.shape[-1]} wide, the network expects cap_feat_dim={self.cap_feat_dim}")
+        d = self.interval_embedding(t, r)
+        c = self.t_embedder(t) + d
+        return self.transform(x, c, d, self.y_embedder(y), y_mask, attn_type, return_zs, jvp)

@@ -1,0 +1,170 @@
+"""The trunk that the class-conditional and the text-to-image network share."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from tim.models.blocks import Block, FinalLayer
+from tim.models.embeddings import PatchEmbed, TimestepEmbedder
+from tim.models.rope import ROPE_GRIDS, grid_positions, rope_table
+
+NEW_CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
+
+
+class TransitionTransformer(nn.Module):
+    """F(x_t, t, r, condition): patches in, patches out, conditioned on the time and on the interval.
+
+    Args:
+        input_size: side of the training latents; any other size divisible by patch_size works too.
+        patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio: shape of the transformer.
+        encoder_depth: blocks before the REPA projector reads the tokens.
+        z_dim, projector_dim: REPA feature width and projector width.
+        use_checkpoint: recompute block activations in the backward pass.
+        new_condition: which of t, r, t-r form the interval embedding, see `interval_embedding`.
+        use_new_embed: a separate delta_embedder for the last of them.
+        qk_norm: LayerNorm on queries and keys.
+        distance_aware: interval-aware attention.
+        lora_hidden_size: hidden width of the modulation MLPs, 3 * (hidden_size // 4) when None.
+        rope_grid: 'legacy' (released weights) or 'row_major'.
+
+    Raises:
+        ValueError: for shapes that do not divide or an unknown choice.
+    """
+
+    cross_attention = False
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        encoder_depth: int = 8,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        z_dim: int = 768,
+        projector_dim: int = 2048,
+        use_checkpoint: bool = False,
+        new_condition: str = "t-r",
+        use_new_embed: bool = False,
+        qk_norm: bool = False,
+        distance_aware: bool = False,
+        lora_hidden_size: int | None = None,
+        rope_grid: str = "legacy",
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_heads or (hidden_size // num_heads) % 4:
+            raise ValueError(
+                f"hidden_size={hidden_size} must split into num_heads={num_heads} heads of a multiple of 4 channels"
+            )
+        if input_size % patch_size:
+            raise ValueError(f"input_size={input_size} is not a multiple of patch_size={patch_size}")
+        if not 0 <= encoder_depth <= depth:
+            raise ValueError(f"encoder_depth={encoder_depth} must lie between 0 and depth={depth}")
+        for name, value, choices in (
+            ("new_condition", new_condition, NEW_CONDITIONS),
+            ("rope_grid", rope_grid, ROPE_GRIDS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.head_dim, self.encoder_depth = hidden_size // num_heads, encoder_depth
+        self.use_checkpoint, self.new_condition, self.rope_grid = use_checkpoint, new_condition, rope_grid
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.delta_embedder = TimestepEmbedder(hidden_size) if use_new_embed else None
+        modulation = 3 * (hidden_size // 4) if lora_hidden_size is None else lora_hidden_size
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, qk_norm, distance_aware, modulation, self.cross_attention)
+            for _ in range(depth)
+        )
+        self.projector = nn.Sequential(
+            nn.Linear(hidden_size, projector_dim),
+            nn.SiLU(),
+            nn.Linear(projector_dim, projector_dim),
+            nn.SiLU(),
+            nn.Linear(projector_dim, z_dim),
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Xavier-uniform linears, small normal time layers, zero gates and output: the network starts at F = 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        patch = self.x_embedder.proj
+        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
+        nn.init.zeros_(patch.bias)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for module in (*self.blocks, self.final_layer):
+            nn.init.zeros_(module.adaLN_modulation.fc2.weight)
+            nn.init.zeros_(module.adaLN_modulation.fc2.bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def interval_embedding(self, t: Tensor, r: Tensor) -> Tensor:
+        """d (B, hidden_size): the sum of T(t), T(r) and D(.) that `new_condition` names; its last term goes through D."""
+        D = self.t_embedder if self.delta_embedder is None else self.delta_embedder
+        *others, last = self.new_condition.split(",")
+        d = D(t - r if last == "t-r" else r)
+        for name in others:
+            d = d + self.t_embedder(t if name == "t" else r)
+        return d
+
+    def transform(
+        self,
+        x: Tensor,
+        c: Tensor,
+        d: Tensor,
+        y: Tensor | None = None,
+        y_mask: Tensor | None = None,
+        attn_type: str | None = None,
+        return_zs: bool = False,
+        jvp: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Patches through the blocks.
+
+        Args:
+            x: (B, C, H, W), H and W multiples of patch_size.
+            c, d: condition and interval embedding (B, hidden_size).
+            y, y_mask: caption tokens (B, M, hidden_size) and their bool mask (B, M).
+            attn_type: see `tim.models.attention.attention`.
+            return_zs: also return the REPA projection (B, N, z_dim).
+            jvp: a derivative pass: no gradient checkpointing, and explicit softmax when forward-mode AD runs.
+
+        Returns:
+            (B, C, H, W), or that and the projection.
+        """
+        h, w = self._token_grid(x)
+        if jvp and forward_ad.unpack_dual(x).tangent is not None:
+            attn_type = "vanilla_attn"
+        tokens = self.x_embedder(x)
+        rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
+        remember = self.use_checkpoint and torch.is_grad_enabled() and not jvp
+        h_proj = self.projector(tokens) if return_zs and self.encoder_depth == 0 else None
+        for number, block in enumerate(self.blocks, start=1):
+            arguments = (tokens, c, d, rope, y, y_mask, attn_type)
+            tokens = checkpoint(block, *arguments, use_reentrant=False) if remember else block(*arguments)
+            if return_zs and number == self.encoder_depth:
+                h_proj = self.projector(tokens)
+        patches = self.final_layer(tokens, c)
+        p = self.patch_size
+        out = patches.view(-1, h, w, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+        return (out, h_proj) if return_zs else out
+
+    def _token_grid(self, x: Tensor) -> tuple[int, int]:
+        _, channels, height, width = x.shape
+        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"x {tuple(x.shape)} needs {self.in_channels} channels and sides divisible by patch_size={self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+

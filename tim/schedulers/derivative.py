@@ -1,0 +1,104 @@
+"""dF/dt along the path: x_t moves with the path, t moves at unit speed, r is fixed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tim.schedulers.transports import Transport
+
+MIN_DIFFERENCE = 1e-4  # below this a central difference drowns in float32 rounding
+
+
+def expand_times(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) to broadcast with `like`."""
+    return t.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def take_batch(kwargs: dict, start: int, batch_size: int, repeat: int = 1) -> dict:
+    """Rows [start:] of every tensor that has one row per sample, repeated; everything else as it is."""
+
+    def rows(value: object) -> object:
+        if not (torch.is_tensor(value) and value.ndim and value.shape[0] == batch_size):
+            return value
+        return torch.cat([value[start:]] * repeat) if repeat > 1 else value[start:]
+
+    return {key: rows(value) for key, value in kwargs.items()}
+
+
+def difference_times(t: Tensor, r: Tensor, transport: Transport, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Times (t_hi, t_lo) of the difference quotient, inside [T_min, T_max] and not across r.
+
+    Central with the per-sample half-width e = min(epsilon, distance to the ends, (t - r) / 2). Where e would
+    fall under 1e-4 the difference is one-sided: forward when the domain has room above t, else backward.
+    """
+    above, below = transport.T_max - t, t - transport.T_min
+    central = torch.minimum(torch.minimum(above, below), (t - r) / 2).clamp(max=epsilon)
+    forward = above.clamp(max=epsilon)
+    room = torch.where(t - r >= MIN_DIFFERENCE, torch.minimum(below, t - r), below)
+    backward = room.clamp(max=epsilon)
+    one_sided = central < MIN_DIFFERENCE
+    go_forward = one_sided & (forward >= MIN_DIFFERENCE)
+    go_backward = one_sided & ~go_forward
+    zero = torch.zeros_like(t)
+    up = torch.where(go_backward, zero, torch.where(go_forward, forward, central))
+    down = torch.where(go_forward, zero, torch.where(go_backward, backward, central))
+    return t + up, t - down
+
+
+@torch.no_grad()
+def difference_derivative(
+    model: Callable[..., Tensor],
+    transport: Transport,
+    x: Tensor,
+    z: Tensor,
+    t: Tensor,
+    r: Tensor,
+    model_kwargs: dict,
+    epsilon: float,
+) -> Tensor:
+    """Differential derivative equation: [F(x_hi, t_hi, r) - F(x_lo, t_lo, r)] / (t_hi - t_lo), one batched forward.
+
+    Args:
+        x, z: clean latents and noise (B, C, H, W) that define the path.
+        t, r: raw times (B,).
+        epsilon: largest half-width of the difference.
+
+    Returns:
+        dF/dt (B, C, H, W) in at least float32.
+    """
+    times = torch.cat(difference_times(t, r, transport, epsilon))
+    at = transport.interpolant(expand_times(times, x))
+    x_both = at.alpha * torch.cat([x, x]) + at.sigma * torch.cat([z, z])
+    kwargs = take_batch(model_kwargs, 0, x.shape[0], repeat=2)
+    r_both = transport.c_noise(torch.cat([r, r]))
+    F_hi, F_lo = at_least_float32(model(x_both.to(x.dtype), transport.c_noise(times), r_both, jvp=True, **kwargs)).chunk(2)
+    t_hi, t_lo = times.chunk(2)
+    return (F_hi - F_lo) / expand_times(t_hi - t_lo, x)
+
+
+@torch.no_grad()
+def jvp_derivative(
+    model: Callable[..., Tensor],
+    transport: Transport,
+    x: Tensor,
+    z: Tensor,
+    t: Tensor,
+    r: Tensor,
+    model_kwargs: dict,
+) -> Tensor:
+    """Exact forward-mode derivative with tangents (v_t, 1, 0) in raw time; arguments as in `difference_derivative`."""
+    at = transport.interpolant(expand_times(t, x))
+    x_t, v_t = at.alpha * x + at.sigma * z, at.d_alpha * x + at.d_sigma * z
+    with forward_ad.dual_level():
+        x_dual = forward_ad.make_dual(x_t.to(x.dtype), v_t.to(x.dtype))
+        t_dual = transport.c_noise(forward_ad.make_dual(t, torch.ones_like(t)))
+        F_dual = model(x_dual, t_dual, transport.c_noise(r), jvp=True, **{**model_kwargs, "attn_type": "vanilla_attn"})
+        tangent = forward_ad.unpack_dual(F_dual).tangent
+    return at_least_float32(torch.zeros_like(x) if tangent is None else tangent)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,333 @@
+"""The TiM objective (SPEC of the method: arXiv 2509.04394, section 3), step by step."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from tim.schedulers import sampling
+from tim.schedulers.derivative import (
+    at_least_float32,
+    difference_derivative,
+    expand_times,
+    jvp_derivative,
+    take_batch,
+)
+from tim.schedulers.transports import OT_FM, Transport
+
+TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "constant": lambda delta, s: torch.ones_like(delta),
+    "reciprocal": lambda delta, s: 1 / (delta + s),
+    "sqrt": lambda delta, s: (delta + s) ** -0.5,
+    "square": lambda delta, s: (delta + s) ** -2,
+    "Soft-Min-SNR": lambda delta, s: 1 / (delta**2 + s**2),
+}
+
+
+class TransitionSchedule:
+    """Training objective of a transport, and the compatible door to its sampler.
+
+    Args:
+        transport: the path and its closed forms.
+        diffusion_ratio: share of the batch trained with r = t.
+        consistency_ratio: share trained with r = T_min.
+        derivative_type: 'dde' (finite differences, forwards only) or 'jvp' (exact forward-mode derivative).
+        differential_epsilon: half-width of the dde difference, in raw time.
+        weight_t_and_r: weigh by t - r (after the time transform) instead of t.
+        weight_time_type: one of `TIME_WEIGHTS`.
+        weight_time_tangent, weight_time_sigmoid: time transform tan(u) or u / (1 - u); the second for OT_FM alone.
+        guidance_path: with model guidance, differentiate along the path of the data ('data') or of the guided
+            target ('guided', the consistent flow map).
+        derivative_dtype: dtype of the network in the derivative passes; None keeps the ambient precision.
+
+    Raises:
+        ValueError: for a value outside these.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        diffusion_ratio: float = 0.0,
+        consistency_ratio: float = 0.0,
+        derivative_type: str = "dde",
+        differential_epsilon: float = 0.005,
+        weight_t_and_r: bool = True,
+        weight_time_type: str = "constant",
+        weight_time_tangent: bool = False,
+        weight_time_sigmoid: bool = False,
+        guidance_path: str = "data",
+        derivative_dtype: str | torch.dtype | None = None,
+    ) -> None:
+        _check_choice("derivative_type", derivative_type, ("dde", "jvp"))
+        _check_choice("weight_time_type", weight_time_type, tuple(TIME_WEIGHTS))
+        _check_choice("guidance_path", guidance_path, ("data", "guided"))
+        if min(diffusion_ratio, consistency_ratio) < 0 or diffusion_ratio + consistency_ratio > 1:
+            raise ValueError(
+                f"diffusion_ratio={diffusion_ratio} and consistency_ratio={consistency_ratio} must be >= 0 and sum to <= 1"
+            )
+        if not differential_epsilon > 0:
+            raise ValueError(f"differential_epsilon must be > 0, got {differential_epsilon}")
+        if weight_time_sigmoid and weight_time_tangent:
+            raise ValueError("set only one of weight_time_tangent and weight_time_sigmoid")
+        if weight_time_sigmoid and not isinstance(transport, OT_FM):
+            raise ValueError(
+                f"weight_time_sigmoid is u/(1-u), meaningful for OT_FM alone; use weight_time_tangent with "
+                f"{type(transport).__name__}"
+            )
+        self.transport = transport
+        self.diffusion_ratio, self.consistency_ratio = diffusion_ratio, consistency_ratio
+        self.derivative_type, self.differential_epsilon = derivative_type, differential_epsilon
+        self.weight_t_and_r, self.weight_time_type = weight_t_and_r, weight_time_type
+        self.weight_time_tangent, self.weight_time_sigmoid = weight_time_tangent, weight_time_sigmoid
+        self.guidance_path = guidance_path
+        self.derivative_dtype = _as_dtype(derivative_dtype)
+
+    # ---- step 1: times --------------------------------------------------------------------------
+    def sample_t_and_r(
+        self,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        normal: Tensor | None = None,
+        position: Tensor | None = None,
+        global_batch_size: int | None = None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Draw the interval ends t >= r.
+
+        Args:
+            batch_size: samples here.
+            dtype: dtype of the latents; times are float32 whatever it is.
+            normal: standard normal draws (batch_size, 2) to map to times; drawn here when None.
+            position, global_batch_size: increasing places (batch_size,) of these samples in the global batch, so
+                that the diffusion and consistency shares hold over the global batch; this batch alone when None.
+
+        Returns:
+            t, r (batch_size,) float32 and n_diffusion: the first n_diffusion samples have r = t.
+        """
+        if normal is None:
+            normal = torch.randn(batch_size, 2)
+        first, second = (self.transport.sample_t(batch_size, torch.float32, device, normal=n) for n in normal.unbind(1))
+        t, r = torch.maximum(first, second), torch.minimum(first, second)
+        total = batch_size if global_batch_size is None else global_batch_size
+        position = torch.arange(batch_size) if position is None else position.cpu()
+        is_diffusion = position < round(self.diffusion_ratio * total)
+        is_consistency = position >= total - round(self.consistency_ratio * total)
+        r = torch.where(is_consistency.to(device), torch.full_like(r, self.transport.T_min), r)
+        r = torch.where(is_diffusion.to(device), t, r)
+        return t, r, int(is_diffusion.sum())
+
+    # ---- steps 2 to 6 ---------------------------------------------------------------------------
+    def __call__(
+        self,
+        model: nn.Module,
+        ema_model: nn.Module | None,
+        unwrapped_model: nn.Module,
+        batch_size: int,
+        x: Tensor,
+        z: Tensor,
+        model_kwargs: dict,
+        use_dir_loss: bool = False,
+        h_target: Tensor | None = None,
+        ema_kwargs: dict | None = None,
+        null_kwargs: dict | None = None,
+        time_kwargs: dict | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One evaluation of the objective.
+
+        Args:
+            model: the network that is trained, possibly wrapped (DDP).
+            ema_model: its moving average; only read with model guidance.
+            unwrapped_model: the bare student, evaluated without gradient for dF/dt.
+            x, z: clean latents and noise (B, C, H, W).
+            model_kwargs: conditioning of the student, e.g. {'y': labels}.
+            use_dir_loss: add the mean over positions of 1 - cos along the channels.
+            h_target: REPA features (B, N, z_dim); None trains without the projection term.
+            ema_kwargs, null_kwargs: conditional (default: model_kwargs) and unconditional arguments of the EMA model.
+            time_kwargs: handed on to `sample_t_and_r`.
+
+        Returns:
+            weighted loss (scalar with gradient), projection loss (scalar, 0 without h_target), and the detached
+            log values weighted_loss, denoising_loss, proj_loss.
+
+        Raises:
+            ValueError: when model guidance is on and ema_model or null_kwargs is missing.
+        """
+        transport = self.transport
+        t, r, n_diffusion = self.sample_t_and_r(batch_size, x.dtype, x.device, **(time_kwargs or {}))
+        t, r = at_least_float32(t).flatten(), at_least_float32(r).flatten()
+        finite_input = _finite_samples(x) & _finite_samples(z)
+        x, z = (torch.where(expand_times(finite_input, v), v, torch.zeros_like(v)) for v in (x, z))
+        t_x, r_x = expand_times(t, x), expand_times(r, x)
+        at = transport.interpolant(t_x)
+        x_t = at.alpha * x + at.sigma * z
+        v_t = at.d_alpha * x + at.d_sigma * z
+
+        student = {**model_kwargs, "return_zs": True} if h_target is not None else model_kwargs
+        out = model(x_t.to(x.dtype), transport.c_noise(t), transport.c_noise(r), **student)
+        F_pred, h_proj = out if h_target is not None else (out, None)
+
+        F_cond, F_uncond = self._guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs or model_kwargs, null_kwargs)
+        path = (x, z) if self.guidance_path == "data" else self._guided_path(x, z, x_t, t_x, F_cond, F_uncond)
+        dF_dt = self._derivative(unwrapped_model, *path, t, r, n_diffusion, model_kwargs)
+        F_target = transport.target(
+            x_t, v_t, x, z, t_x, r_x, dF_dt, F_cond, F_uncond, enhance_target=transport.enhance_target
+        ).detach()
+
+        residual_ok = finite_input & _finite_samples(F_pred.detach()) & _finite_samples(F_target)
+        kept = residual_ok.to(F_target.dtype)
+        loss = _denoising_loss(F_pred, F_target, residual_ok, use_dir_loss)
+        weight = self.time_weight(t, r, n_diffusion) / (loss.detach() + 1e-5)
+        count = kept.sum().clamp(min=1)
+        weighted_loss = (weight * loss * kept).sum() / count
+        proj_loss = x.new_zeros((), dtype=loss.dtype) if h_proj is None else projection_loss(h_proj, h_target)
+        log = {
+            "weighted_loss": weighted_loss.detach(),
+            "denoising_loss": (loss.detach() * kept).sum() / count,
+            "proj_loss": proj_loss.detach(),
+        }
+        return weighted_loss, proj_loss, log
+
+    def time_weight(self, t: Tensor, r: Tensor, n_diffusion: int) -> Tensor:
+        """The time weight (B,) of each sample; 1 for the first n_diffusion, whose r is t."""
+        if self.weight_time_tangent:
+            u_t, u_r = self.transport.weight_tangent(t), self.transport.weight_tangent(r)
+        elif self.weight_time_sigmoid:
+            u_t, u_r = t / (1 - t), r / (1 - r)
+        else:
+            u_t, u_r = t, r
+        delta = u_t - u_r if self.weight_t_and_r else u_t
+        weight = TIME_WEIGHTS[self.weight_time_type](delta, self.transport.sigma_d)
+        return torch.where(torch.arange(t.shape[0], device=t.device) < n_diffusion, torch.ones_like(weight), weight)
+
+    @torch.no_grad()
+    def _guidance(
+        self, ema_model: nn.Module | None, x_t: Tensor, t: Tensor, cond: dict, null: dict | None
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """F_c and F_u of the EMA model at (t, t); zeros when model guidance is off."""
+        if not self.transport.enhance_target:
+            return 0.0, 0.0
+        if ema_model is None or null is None:
+            raise ValueError("enhance_target needs ema_model and null_kwargs: set model.use_ema to true")
+        c_t = self.transport.c_noise(t)
+        return (
+            at_least_float32(ema_model(x_t, c_t, c_t, **cond)),
+            at_least_float32(ema_model(x_t, c_t, c_t, **null)),
+        )
+
+    def _guided_path(
+        self, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, F_cond: Tensor | float, F_uncond: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Clean and noise of the path through x_t whose velocity follows the guided target F~: (x, z) of (x_t, F~)."""
+        F_star = self.transport.diffusion_target(x, z, t)
+        F_guided = self.transport.guided_target(F_star, t, F_cond, F_uncond) if self.transport.enhance_target else F_star
+        path_x, path_z = self.transport.estimates(x_t, F_guided, t)
+        return path_x.to(x.dtype), path_z.to(z.dtype)
+
+    def _derivative(
+        self, model: nn.Module, x: Tensor, z: Tensor, t: Tensor, r: Tensor, n_diffusion: int, model_kwargs: dict
+    ) -> Tensor:
+        """dF/dt (B, C, H, W), zero for the first n_diffusion samples, which have t = r."""
+        dF_dt = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        n = n_diffusion
+        if n == x.shape[0]:
+            return dF_dt
+        arguments = (model, self.transport, x[n:], z[n:], t[n:], r[n:], take_batch(model_kwargs, n, x.shape[0]))
+        with _precision(x.device.type, self.derivative_dtype):
+            if self.derivative_type == "dde":
+                tail = difference_derivative(*arguments, self.differential_epsilon)
+            else:
+                tail = jvp_derivative(*arguments)
+        dF_dt[n:] = tail
+        return dF_dt
+
+    # ---- sampling -------------------------------------------------------------------------------
+    def sample(
+        self,
+        model: nn.Module,
+        y: Tensor,
+        y_null: Tensor | None,
+        z: Tensor,
+        T_max: float | None = None,
+        T_min: float | None = None,
+        num_steps: int = 4,
+        cfg_scale: float = 1.0,
+        cfg_low: float = 0.0,
+        cfg_high: float = 1.0,
+        stochasticity_ratio: float = 0.0,
+        sample_type: str = "transition",
+        return_trajectory: bool = True,
+    ) -> Tensor:
+        """Compatible door to `tim.schedulers.sampling.sample`.
+
+        Returns:
+            All num_steps + 1 states stacked (num_steps + 1, B, C, H, W) in float32, or the last alone (B, C, H, W).
+        """
+        result = sampling.sample(
+            self.transport,
+            model,
+            z,
+            {"y": y},
+            None if y_null is None else {"y": y_null},
+            num_steps=num_steps,
+            T_max=T_max,
+            T_min=T_min,
+            cfg_scale=cfg_scale,
+            cfg_low=cfg_low,
+            cfg_high=cfg_high,
+            stochasticity_ratio=stochasticity_ratio,
+            sample_type=sample_type,
+            return_trajectory=return_trajectory,
+        )
+        return torch.stack(result.trajectory).float() if return_trajectory else result.x.float()
+
+
+def projection_loss(h_proj: Tensor, h_target: Tensor) -> Tensor:
+    """REPA: mean over samples and tokens of 1 - cos(h_proj, h_target), both (B, N, D).
+
+    Raises:
+        ValueError: when the two grids or widths differ.
+    """
+    if h_proj.shape != h_target.shape:
+        raise ValueError(f"REPA features {tuple(h_target.shape)} do not match the projection {tuple(h_proj.shape)}")
+    return 1 - nnf.cosine_similarity(at_least_float32(h_proj), at_least_float32(h_target), dim=-1).mean()
+
+
+def _denoising_loss(F_pred: Tensor, F_target: Tensor, keep: Tensor, use_dir_loss: bool) -> Tensor:
+    """Per-sample mean squared error (B,), plus the directional term; non-finite samples are cut out before the square."""
+    mask = expand_times(keep, F_target)
+    F_pred = torch.where(mask, at_least_float32(F_pred), torch.zeros_like(F_target))
+    F_target = torch.where(mask, F_target, torch.zeros_like(F_target))
+    loss = ((F_pred - F_target) ** 2).flatten(1).mean(1)
+    if use_dir_loss:
+        loss = loss + (1 - nnf.cosine_similarity(F_pred, F_target, dim=1)).flatten(1).mean(1)
+    return loss
+
+
+def _finite_samples(v: Tensor) -> Tensor:
+    """(B,) bool: every element of the sample is finite."""
+    return torch.isfinite(v).flatten(1).all(1)
+
+
+def _precision(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Ambient precision for None, full precision for float32 and float64, autocast for half types."""
+    if dtype is None:
+        return nullcontext()
+    if dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast(device_type, dtype=dtype)
+    return torch.autocast(device_type, enabled=False)
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    names |= {"float16": torch.float16, "fp16": torch.float16}
+    _check_choice("derivative_dtype", dtype, tuple(names))
+    return names[dtype]
+
+
+def _check_choice(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
