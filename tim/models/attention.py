@@ -1,7 +1,6 @@
 """Attention over (B, heads, N, head_dim) by three interchangeable backends, and the two attention layers."""
 
 import importlib.util
-from functools import cache
 
 import torch
 import torch.nn.functional as nnf
@@ -12,10 +11,7 @@ from tim.models.rope import apply_rope
 ATTN_TYPES = ("flash_attn", "fused_attn", "vanilla_attn")
 
 
-@cache
-def has_flash_attn() -> bool:
-    """Whether the flash-attn package is installed; it is imported on first use only."""
-    return importlib.util.find_spec("flash_attn") is not None
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None  # imported on first use only
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mask: Tensor | None = None) -> Tensor:
@@ -31,14 +27,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
     Raises:
         ValueError: for an unknown attn_type, or flash_attn where it cannot run.
     """
-    flash_ok = has_flash_attn() and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+    flash_ok = HAS_FLASH_ATTN and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if attn_type is None:
         attn_type = "flash_attn" if flash_ok else "fused_attn"
     if attn_type == "flash_attn":
         if not flash_ok:
             raise ValueError(
                 f"attn_type='flash_attn' needs the flash-attn package, CUDA, half precision and no mask; got "
-                f"installed={has_flash_attn()}, {q.device.type}, {q.dtype}, mask={mask is not None}; use 'fused_attn'"
+                f"installed={HAS_FLASH_ATTN}, {q.device.type}, {q.dtype}, mask={mask is not None}; use 'fused_attn'"
             )
         from flash_attn import flash_attn_func
 
@@ -68,7 +64,7 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, u: Tensor, d: Tensor, rope: tuple[Tensor, Tensor], attn_type: str | None = None) -> Tensor:
+    def forward(self, u: Tensor, d: Tensor, rope: Tensor, attn_type: str | None = None) -> Tensor:
         """u: tokens (B, N, C); d: interval embedding (B, C); returns (B, N, C)."""
         qkv = self.qkv(u)
         if self.qkv_d is not None:
@@ -95,7 +91,7 @@ class CrossAttention(nn.Module):
         self,
         u: Tensor,
         y: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         y_mask: Tensor | None = None,
         attn_type: str | None = None,
     ) -> Tensor:

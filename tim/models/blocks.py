@@ -1,5 +1,6 @@
 """The transformer block, its gated MLP and the output layer."""
 
+import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ class SwiGLU(nn.Module):
 
 def modulate(u: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """u (1 + scale) + shift; u (B, N, C), shift and scale (B, C)."""
-    return u * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], u, 1 + scale[:, None])
 
 
 class Block(nn.Module):
@@ -50,7 +51,7 @@ class Block(nn.Module):
         x: Tensor,
         c: Tensor,
         d: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
         y: Tensor | None = None,
         y_mask: Tensor | None = None,
         attn_type: str | None = None,
@@ -58,13 +59,13 @@ class Block(nn.Module):
         """x: tokens (B, N, C); c, d: condition and interval embedding (B, C); y: caption tokens (B, M, C)."""
         parts = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
         shift, scale, gate = parts[:3]
-        x = x + gate[:, None] * self.attn(modulate(self.norm(x), shift, scale), d, rope, attn_type)
+        x = torch.addcmul(x, gate[:, None], self.attn(modulate(self.norm(x), shift, scale), d, rope, attn_type))
         if self.cross_attn is not None:
             shift, scale, gate = parts[3:6]
             u = modulate(self.norm(x), shift, scale)
-            x = x + gate[:, None] * self.cross_attn(u, self.norm(y), rope, y_mask, attn_type)
+            x = torch.addcmul(x, gate[:, None], self.cross_attn(u, self.norm(y), rope, y_mask, attn_type))
         shift, scale, gate = parts[-3:]
-        return x + gate[:, None] * self.mlp(modulate(self.norm(x), shift, scale))
+        return torch.addcmul(x, gate[:, None], self.mlp(modulate(self.norm(x), shift, scale)))
 
 
 class FinalLayer(nn.Module):

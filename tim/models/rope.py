@@ -17,21 +17,29 @@ def grid_positions(h: int, w: int, rope_grid: str, device: torch.device | str = 
     return torch.stack([first, second], dim=-1)
 
 
-def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, head_dim/2) of the rotation angle of each channel pair, in float32 or wider.
+def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype, theta: float = 10000.0) -> Tensor:
+    """[cos, sin] (N, head_dim/2, 2) of the rotation angle of each channel pair, in float32 or wider.
 
     The first half of the channels turns with the first coordinate, the second half with the second, at
     frequencies theta^(-2i / (head_dim/2)).
     """
     dtype = torch.promote_types(dtype, torch.float32)
     half = head_dim // 2
-    frequencies = theta ** (-torch.arange(0, half, 2, device=positions.device, dtype=torch.float64) / half)
+    frequencies = theta ** (-torch.arange(0, half, 2, device=positions.device, dtype=dtype) / half)
     angles = (positions[:, :, None] * frequencies).flatten(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def apply_rope(u: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate adjacent channel pairs (a, b) -> (a cos - b sin, b cos + a sin) of u (B, heads, N, head_dim), in float32."""
-    cos, sin = table
-    a, b = u.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(u.dtype)
+def apply_rope(u: Tensor, table: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs (a, b) -> (a cos - b sin, b cos + a sin) of u (B, heads, N, head_dim), in float32.
+
+    Eagerly this is one complex product, the fewest passes over memory; compilers fuse the real form and have no
+    code for complex numbers.
+    """
+    pairs = u.to(table.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling() or u.device.type == "mps":
+        (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table))
+    return turned.flatten(-2).to(u.dtype)

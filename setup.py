@@ -1,0 +1,39 @@
+"""Packaging of TiM-PyTorch."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "tim" / "__init__.py").read_text()).group(1)
+
+setup(
+    name="tim",
+    version=VERSION,
+    description="Transition Models: one diffusion transformer that samples in any number of steps",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["tim", "tim.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "numpy>=1.26",
+        "pillow>=10.3",
+        "safetensors>=0.4.5",
+        "omegaconf>=2.3",
+        "accelerate>=1.3",
+        "diffusers>=0.33",
+        "transformers>=4.50",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "eval": ["scipy>=1.11", "scikit-learn>=1.4"],
+        "demo": ["scikit-learn>=1.4", "mlxtend>=0.23"],
+        "flash": ["flash-attn>=2.5"],
+        "dev": ["pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "tensorboard>=2.16"],
+    },
+)

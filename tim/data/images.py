@@ -1,0 +1,70 @@
+"""Pixels: files to arrays, arrays to files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """Open an image file as RGB.
+
+    Raises:
+        ValueError: when the file cannot be decoded; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve by box filter while twice too large, bicubic to the shorter side, crop the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Images (B, C, H, W) in [-1, 1] to uint8 (B, H, W, 3): round(clamp(127.5 x + 127.5)); one channel becomes grey."""
+    x = (127.5 * x.detach().float().cpu() + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x).permute(0, 2, 3, 1).numpy()
+
+
+def save_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) so that the file is either whole or absent."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.part")
+    Image.fromarray(pixels).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def make_grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.ndarray:
+    """Tile uint8 images (B, H, W, 3) row by row on white, each pixel drawn scale x scale."""
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, h, w, _ = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, dtype=np.uint8)
+    for k, image in enumerate(images):
+        top, left = pad + (k // columns) * (h + pad), pad + (k % columns) * (w + pad)
+        canvas[top : top + h, left : left + w] = image
+    return canvas
+
+
+def list_images(folder: Path) -> Sequence[Path]:
+    """Image files of one folder, sorted by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)

@@ -1,0 +1,89 @@
+"""Frozen image autoencoders of diffusers, AutoencoderKL (SD-VAE) and AutoencoderDC (DC-AE), behind one interface."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor
+
+
+class Autoencoder:
+    """latent = (z - shift) * scaling_factor; z is the DC-AE code or a sample of the KL posterior.
+
+    Kind, factor, shift and scale are read from the loaded model.
+
+    Args:
+        model: an AutoencoderKL or AutoencoderDC.
+
+    Attributes:
+        factor: pixels per latent position along a side.
+        channels: latent channels.
+    """
+
+    def __init__(self, model: AutoencoderKL | AutoencoderDC) -> None:
+        if not isinstance(model, AutoencoderKL | AutoencoderDC):
+            raise ValueError(f"vae_dir holds a {type(model).__name__}; AutoencoderKL and AutoencoderDC are supported")
+        self.model = model.eval().requires_grad_(False)
+        config = model.config
+        blocks = config.block_out_channels if self.is_kl else config.encoder_block_out_channels
+        self.factor, self.channels = 2 ** (len(blocks) - 1), config.latent_channels
+        self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
+
+    @property
+    def is_kl(self) -> bool:
+        """Whether encoding draws from a posterior and therefore needs noise."""
+        return isinstance(self.model, AutoencoderKL)
+
+    @classmethod
+    def from_pretrained(
+        cls, vae_dir: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> "Autoencoder":
+        """Load a diffusers folder or hub id; pipelines that keep it in the subfolder `vae` work too.
+
+        Raises:
+            ValueError: when nothing can be loaded from vae_dir.
+        """
+        subfolder = "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None
+        try:
+            config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
+            kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+            kind = kinds.get(config.get("_class_name"))
+            if kind is None:
+                raise ValueError(f"its class is {config.get('_class_name')}, not AutoencoderKL or AutoencoderDC")
+            return cls(kind.from_pretrained(vae_dir, subfolder=subfolder, torch_dtype=dtype).to(device))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of height x width pixels.
+
+        Raises:
+            ValueError: when a side is not a multiple of the factor; names the nearest that is.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if side % self.factor or side <= 0:
+                below = max(self.factor, side // self.factor * self.factor)
+                raise ValueError(
+                    f"{name}={side} is not a multiple of {self.factor}; the nearest are {below} and {below + self.factor}"
+                )
+        return self.channels, height // self.factor, width // self.factor
+
+    def set_slicing(self) -> None:
+        """Decode one image at a time, to save memory."""
+        self.model.enable_slicing()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to latents (B, C, h, w) float32; noise (same shape) picks the KL posterior sample."""
+        images = images.to(self.model.device, self.model.dtype)
+        if not self.is_kl:
+            return (self.model.encode(images).latent.float() - self.shift) * self.scale
+        posterior = self.model.encode(images).latent_dist
+        noise = torch.randn_like(posterior.mean) if noise is None else noise.to(posterior.mean)
+        return ((posterior.mean + posterior.std * noise).float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32."""
+        z = latents.to(self.model.device, torch.float32) / self.scale + self.shift
+        return self.model.decode(z.to(self.model.dtype)).sample.float()

@@ -1,0 +1,78 @@
+"""Weights from files: safetensors or pickled tensors read without unpickling code, loaded strictly."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WRAPPERS = ("ema", "model", "state_dict", "module")  # keys under which training frameworks nest a state dict
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors, .bin, .pt or .pth file, out of the usual wrapper keys and `module.` prefixes.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is damaged or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors/torch file: {error}") from error
+    except Exception as error:  # pickle's refusals share no base class
+        raise ValueError(f"{path} holds more than tensors and is not loaded: {str(error).splitlines()[0]}") from error
+    while isinstance(state, dict) and (inner := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
+        state = state[inner]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Load a state dict that must match the network key for key.
+
+    Raises:
+        ValueError: names the source and the first differing keys and shapes.
+    """
+    own = network.state_dict()
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    shapes = [
+        f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
+        for k in own
+        if k in state and own[k].shape != state[k].shape
+    ]
+    problems = [
+        f"{len(items)} {what}, first: {'; '.join(items[:3])}"
+        for what, items in (
+            ("keys missing from the file", missing),
+            ("unknown keys in the file", unexpected),
+            ("shapes differ", shapes),
+        )
+        if items
+    ]
+    if problems:
+        raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(problems)}")
+    network.load_state_dict(state, strict=True)
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
+
+
+def _digest(f: object) -> str:
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
