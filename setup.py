@@ -27,6 +27,7 @@ setup(
         "accelerate>=1.3",
         "diffusers>=0.33",
         "transformers>=4.50",
+        "timm>=1.0",
         "tqdm>=4.66",
         "matplotlib>=3.8",
     ],

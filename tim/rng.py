@@ -30,9 +30,7 @@ def normals(seed: int, purpose: str, step: int, indices: Sequence[int], shape: S
     return torch.from_numpy(np.stack(rows))
 
 
-def training_draws(
-    seed: int, step: int, positions: Sequence[int], shape: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def training_draws(seed: int, step: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """All draws of a training batch, each sample's from its own generator (seed, step, position in the global batch).
 
     Returns:

@@ -166,5 +166,3 @@ class TransitionTransformer(nn.Module):
                 f"x {tuple(x.shape)} needs {self.in_channels} channels and sides divisible by patch_size={self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
-
-

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def sample(
     x = transport.initial_scale(grid[0]) * z.to(state_dtype)
     trajectory = [x] if return_trajectory else []
     last = len(grid) - 2
-    for i, (t, r) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for i, (t, r) in enumerate(pairwise(grid)):
         F = _predict(
             transport, model, x.to(network_dtype), t, r if sample_type == "transition" else t,
             cond, uncond if guided[i] else None, cfg_scale,
@@ -148,7 +149,7 @@ def _grid(
     """The N + 1 times as Python floats, so that the loop never waits for the device."""
     if times is not None:
         grid = [float(t) for t in times]
-        if len(grid) < 2 or any(not a > b for a, b in zip(grid[:-1], grid[1:], strict=True)):
+        if len(grid) < 2 or any(not a > b for a, b in pairwise(grid)):
             raise ValueError(f"times must be at least two strictly decreasing values, got {grid}")
         return grid
     if int(num_steps) != num_steps or num_steps < 1:

@@ -42,7 +42,9 @@ def save_checkpoint(
     save_file(_tensors(network), partial / "model.safetensors")
     if ema is not None:
         save_file(_tensors(ema), partial / "ema.safetensors")
-    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}, partial / "optimizer.pt")
+    torch.save(
+        {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}, partial / "optimizer.pt"
+    )
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
     files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(partial.iterdir())}
     (partial / MANIFEST).write_text(json.dumps(files, indent=1))

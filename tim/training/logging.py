@@ -29,7 +29,7 @@ class RunLogger:
         partial = path.with_suffix(".part")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         partial.replace(path)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run, closed by close()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
         self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
 

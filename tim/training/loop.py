@@ -105,7 +105,10 @@ def run_steps(run: Run, logger: RunLogger, start_step: int, samples_seen: int) -
         if step % t.log_steps == 0 or step == t.max_train_steps or stop:
             keys = sorted(log)
             means = accelerator.reduce(torch.stack([log[k].double() for k in keys]), reduction="mean").tolist()
-            record = dict(zip(keys, means, strict=True)) | {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0]}
+            record = dict(zip(keys, means, strict=True)) | {
+                "grad_norm": float(grad_norm),
+                "lr": run.lr_scheduler.get_last_lr()[0],
+            }
             logger.log(step, record)
         if step % t.checkpointing_steps == 0 or step in t.checkpoint_list or step == t.max_train_steps or stop:
             save(run, step, samples_seen)

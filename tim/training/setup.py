@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tim.config import Config
 from tim.data.c2i import C2IDataset, KeyedDataset
 from tim.data.sampler import StepBatchSampler
+from tim.distributed import use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict
 from tim.schedulers.transition import TransitionSchedule
@@ -59,6 +60,7 @@ def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = t.allow_tf32
     tracker = None if t.tracker in (None, "none") else t.tracker
     return Accelerator(
+        cpu=use_cpu(),
         mixed_precision=t.mixed_precision,
         log_with=tracker,
         project_dir=str(project_dir) if tracker else None,

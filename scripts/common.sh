@@ -1,0 +1,33 @@
+# Sourced by the launchers: where the repository is, which Python, how many processes.
+#   PYTHON      interpreter (default: .venv/bin/python of the repository if it is there, else python3)
+#   GPUS        processes on this node (default: number of GPUs, 1 without any)
+#   NNODES      nodes (default 1), NODE_RANK this node's number, MASTER_ADDR and MASTER_PORT the meeting point,
+#   RDZV_ID     name of the job; all nodes must use the same (default tim-$MASTER_PORT)
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+if [ -z "${PYTHON:-}" ]; then
+  if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+fi
+
+# Without a GPU, let glibc keep freed tensors instead of returning them to the kernel after every operation.
+if ! command -v nvidia-smi >/dev/null 2>&1; then
+  export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
+  export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
+  export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
+fi
+
+# launch FILE ARGS...: run an entry point on all processes of this node.
+launch() {
+  local gpus nnodes="${NNODES:-1}" port="${MASTER_PORT:-29500}"
+  gpus="${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+  if [ "$nnodes" = 1 ] && [ "$gpus" = 1 ]; then
+    "$PYTHON" "$@"
+  elif [ "$nnodes" = 1 ]; then
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$gpus" "$@"
+  else
+    "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --node_rank "${NODE_RANK:?set NODE_RANK to this node number}" \
+      --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-tim-$port}" \
+      --rdzv_endpoint "${MASTER_ADDR:?set MASTER_ADDR to the address of node 0}:$port" "$@"
+  fi
+}

@@ -1,0 +1,85 @@
+"""RADIO-v2.5 image features, the REPA target, on timm's transformer blocks."""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+
+class Radio(nn.Module):
+    """Frozen ViT that turns images into one feature per 16x16 patch.
+
+    Args:
+        blocks: pre-norm transformer blocks.
+        state: tensors of the checkpoint, `base_model.*` and `input_conditioner.*`.
+
+    Attributes:
+        patch_size: pixels per feature along a side.
+        width: feature width.
+    """
+
+    patch_size = 16
+
+    def __init__(self, blocks: nn.Module, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.blocks = blocks
+        prefix = "base_model.blocks."
+        self.blocks.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
+        for name, key in (
+            ("position", "base_model.patch_generator.pos_embed"),
+            ("embedder", "base_model.patch_generator.embedder.weight"),
+            ("prefix_tokens", "base_model.patch_generator.cls_token.token"),
+            ("mean", "input_conditioner.norm_mean"),
+            ("std", "input_conditioner.norm_std"),
+        ):
+            self.register_buffer(name, state[key].float())
+        self.width = self.embedder.shape[0]
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "Radio":
+        """Read NVIDIA's checkpoint: tensors and one pickled argparse.Namespace, nothing else is unpickled.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is damaged, or not a RADIO checkpoint.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {path}; set model.enc_dir=null to train without REPA")
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            state, args = checkpoint["state_dict"], checkpoint["args"]
+            network = timm.create_model(args.model, pretrained=False, **(getattr(args, "model_kwargs", None) or {}))
+            return cls(network.blocks, state)
+        except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+            raise ValueError(f"model.enc_dir={path} is not a RADIO checkpoint: {str(error).splitlines()[0]}") from error
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], sides multiples of 16, to features (B, H W / 256, width), row-major.
+
+        Raises:
+            ValueError: for other sides.
+        """
+        _, _, height, width = images.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"RADIO needs sides that are multiples of {p}, got {height}x{width}")
+        patches = nnf.unfold((images - self.mean) / self.std, p, stride=p).transpose(1, 2)
+        tokens = nnf.linear(patches, self.embedder) + self._position_grid(height // p, width // p)
+        prefix = self.prefix_tokens.expand(len(tokens), -1, -1)
+        tokens = self.blocks(torch.cat([prefix.to(tokens.dtype), tokens], dim=1))
+        return tokens[:, len(self.prefix_tokens) :]
+
+    def _position_grid(self, h: int, w: int) -> Tensor:
+        """Position embedding (1, h*w, D): the stored square grid resized to the longer side, then cut."""
+        side, longer = round(self.position.shape[1] ** 0.5), max(h, w)
+        grid = self.position.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if longer != side:
+            grid = nnf.interpolate(grid, (longer, longer), mode="bilinear", align_corners=True)
+        return grid[:, :, :h, :w].flatten(2).transpose(1, 2)
