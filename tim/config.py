@@ -194,7 +194,7 @@ def parse_config(tree: Any) -> Config:
         raise ConfigError(f"model.ema_decay must lie in [0, 1], got {config.model.ema_decay}")
     try:  # the constructors hold the ranges and choices of their own arguments
         _transition_schedule()(config.model.transport.build(), **config.model.transition_loss)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"model.transport / model.transition_loss: {error}") from error
     return config
 
@@ -218,7 +218,7 @@ def _get(config: Any, path: str) -> Any:
 
 def _nearest(key: str, valid: typing.Iterable[str]) -> str:
     valid = sorted(valid)
-    match = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else f"; valid keys: {', '.join(valid)}"
 
 
@@ -235,6 +235,8 @@ def _build(cls: type, tree: Any, path: str) -> Any:
             warnings.warn(f"{here} has no effect and is ignored", stacklevel=2)
         elif key not in fields:
             raise ConfigError(f"unknown key {here}{_nearest(str(key), fields)}")
+        elif here == "training.mixed_precision" and value is False:
+            values[key] = "no"  # YAML reads an unquoted no as false
         else:
             values[key] = _convert(value, hints[key], here)
     for name, f in fields.items():
@@ -285,8 +287,6 @@ def _check_params(cls: type, params: dict, path: str, given: set[str]) -> None:
         if not any(a.kind is a.VAR_KEYWORD for a in arguments):
             break
     valid = {k: h for k, h in valid.items() if k not in given}
-    if cls.__name__ in ("VP_SDE", "VE_SDE"):  # their ends have names of their own
-        valid = {k: h for k, h in valid.items() if k not in ("T_max", "T_min")}
     for key, value in params.items():
         if key not in valid:
             raise ConfigError(f"unknown key {path}.{key}{_nearest(key, valid)}")

@@ -156,7 +156,7 @@ class TransitionSchedule:
         """
         transport = self.transport
         t, r, n_diffusion = self.sample_t_and_r(batch_size, x.dtype, x.device, **(time_kwargs or {}))
-        t, r = at_least_float32(t).flatten(), at_least_float32(r).flatten()
+        t, r = (u.flatten().to(torch.promote_types(x.dtype, torch.float32)) for u in (t, r))
         finite_input = _finite_samples(x) & _finite_samples(z)
         x, z = (torch.where(expand_times(finite_input, v), v, torch.zeros_like(v)) for v in (x, z))
         t_x, r_x = expand_times(t, x), expand_times(r, x)

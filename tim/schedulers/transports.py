@@ -105,10 +105,10 @@ class Transport:
             normal: standard normal draws (batch_size,) to map; drawn here when None. Handing them in
                 makes the times a pure function of the caller's randomness.
         """
-        if normal is None:
-            normal = torch.randn(batch_size, dtype=torch.float32)
-        t = self.time_from_normal(normal.to(device=device, dtype=torch.float32))
-        return t.clamp(self.T_min, self.T_max).to(dtype)
+        normal = torch.randn(batch_size) if normal is None else normal
+        # Vectorised and scalar float32 code round exp differently, so a sample's time would depend on the batch size.
+        t = self.time_from_normal(normal.cpu().double())
+        return t.clamp(self.T_min, self.T_max).to(device=device, dtype=dtype)
 
     def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients (A, B) of x_r = A x_t + B F."""

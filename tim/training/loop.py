@@ -202,8 +202,7 @@ def save(run: Run, step: int, samples_seen: int) -> None:
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         t, root = run.config.training, run.project_dir / "checkpoints"
-        scheduler = {k: v for k, v in run.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-        state = {"seed": run.seed, "samples_seen": samples_seen, "lr_scheduler": scheduler}
+        state = {"seed": run.seed, "samples_seen": samples_seen, "lr_scheduler": run.lr_scheduler.state_dict()}
         ema = run.ema.network if run.ema else None
         save_checkpoint(root, step, run.network, ema, run.optimizer.optimizer, state, run.accelerator.scaler)
         prune_checkpoints(root, t.checkpoints_total_limit, t.checkpoint_list)

@@ -1,0 +1,41 @@
+"""RADIO: golden features and safe loading."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import GOLDENS, relative_error
+from safetensors.torch import load_file
+
+from tim.models.radio import Radio
+
+CHECKPOINT = GOLDENS / "radio_tiny" / "radio_tiny_half.pth.tar"
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_goldens(i):
+    d = load_file(GOLDENS / "radio_tiny" / "tensors.safetensors")
+    assert relative_error(Radio.from_checkpoint(CHECKPOINT)(d[f"{i}.image"]), d[f"{i}.features"]) < 1e-4
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+def test_bad_files_are_refused(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="enc_dir"):
+        Radio.from_checkpoint(tmp_path / "absent")
+    path = tmp_path / "radio.pth"
+    torch.save({"state_dict": {}, "args": Bomb()}, path)
+    with pytest.raises(ValueError, match="not a RADIO checkpoint"):
+        Radio.from_checkpoint(path)
+    path.write_bytes(pickle.dumps(3))
+    with pytest.raises(ValueError, match="not a RADIO checkpoint"):
+        Radio.from_checkpoint(path)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_odd_sizes_are_refused():
+    with pytest.raises(ValueError, match="multiples of 16"):
+        Radio.from_checkpoint(CHECKPOINT)(torch.zeros(1, 3, 30, 32))

@@ -1,0 +1,81 @@
+"""The YAML schema: what loads, what is refused and how it says so."""
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from tim.config import ConfigError, load_config, parse_config, to_yaml
+
+DIGITS = ROOT / "configs" / "c2i" / "digits.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_load_and_print_themselves(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_overrides():
+    config = load_config(DIGITS, ["training.max_train_steps=7", "model.network.params.depth=2", "training.learning_rate=3e-4"])
+    assert config.training.max_train_steps == 7
+    assert config.model.network.build().blocks[1] is not None
+    assert config.training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    "override,match",
+    [
+        ("training.max_train_step=7", r"training\.max_train_step; did you mean 'max_train_steps'"),
+        ("trainning.max_train_steps=7", r"unknown key trainning; did you mean 'training'"),
+        ("training.max_train_steps=many", r"training\.max_train_steps must be int, got 'many'"),
+        ("training.max_train_steps=0", r"training\.max_train_steps must be > 0, got 0"),
+        ("training.allow_tf32=1", r"training\.allow_tf32 must be bool"),
+        ("training.mixed_precision=fp8", r"training\.mixed_precision='fp8' is not one of no, fp16, bf16"),
+        ("training.checkpoint_list=[1,x]", r"training\.checkpoint_list\[1\] must be int"),
+        ("model.network.params.hiden_size=8", r"model\.network\.params\.hiden_size; did you mean 'hidden_size'"),
+        ("model.network.params.num_clases=8", r"did you mean 'num_classes'"),
+        ("model.network.params.depth=deep", r"model\.network\.params\.depth must be int"),
+        ("model.network.target=tim.models.c2i.tim_model.Tim", r"model\.network\.target='tim.models.c2i.tim_model.Tim' cannot"),
+        ("model.transport.params.P_men=1", r"model\.transport\.params\.P_men; did you mean 'P_mean'"),
+        ("model.transport.params.w_condition=1", r"did you mean 'w_cond'"),
+        ("model.transition_loss.weight_time_typ=sqrt", r"did you mean 'weight_time_type'"),
+        ("model.transition_loss.diffusion_ratio=2.0", "diffusion_ratio=2.0"),
+        ("model.ema_decay=1.5", r"model\.ema_decay must lie in \[0, 1\], got 1.5"),
+        ("training.optimizer.params.beta=[0.9,0.95]", r"did you mean 'betas'"),
+        ("data.dataloader.batch_size=-4", r"data\.dataloader\.batch_size must be > 0, got -4"),
+        ("data.data_type=latents", r"data\.data_type='latents'"),
+        ("nonsense", r"'nonsense' is not of the form a\.b=c"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_fix(override, match):
+    with pytest.raises(ConfigError, match=match):
+        load_config(DIGITS, [override])
+
+
+def test_keys_the_reference_never_reads_warn():
+    with pytest.warns(UserWarning, match=r"training\.validation_steps has no effect"):
+        load_config(DIGITS, ["training.validation_steps=100"])
+
+
+def test_missing_sections_files_and_broken_yaml(tmp_path):
+    tree = yaml.safe_load(DIGITS.read_text())
+    del tree["model"]["network"]
+    with pytest.raises(ConfigError, match=r"model\.network is missing"):
+        parse_config(tree)
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_text("model: [1,\n  2: {")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("name", ["VP_SDE", "VE_SDE"])
+def test_sde_transports_reject_the_ends_they_name_otherwise(name):
+    tree = yaml.safe_load(DIGITS.read_text())
+    tree["model"]["transport"] = {"target": f"tim.schedulers.transports.{name}", "params": {"T_max": 1.0}}
+    with pytest.raises(ConfigError, match="T_max"):
+        parse_config(tree)

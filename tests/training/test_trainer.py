@@ -1,0 +1,254 @@
+"""The trainer as users run it: exact resume after kill -9, process counts, accumulation, previews, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import GOLDENS, ROOT, command, save_tiny_kl
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+TRAINER = ["projects/train/trainer_c2i.py", "--config", "configs/c2i/digits.yaml"]
+SMALL = ["model.network.params.hidden_size=24", "model.network.params.depth=1", "training.sample_steps=null"]
+
+
+def log_of(project) -> list[dict]:
+    return [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
+
+
+def losses(project, key="denoising_loss") -> list[float]:
+    return [record[key] for record in log_of(project)]
+
+
+def weights_of(project, step) -> dict[str, torch.Tensor]:
+    folder = project / "checkpoints" / f"step-{step:07d}"
+    return {f"{n}.{k}": v for n in ("model", "ema") for k, v in load_file(folder / f"{n}.safetensors").items()}
+
+
+def train(project, *overrides, processes=1, check=True, env=None):
+    return command(
+        *TRAINER, "--project_dir", project, "--seed", 1, *SMALL, *overrides, processes=processes, check=check, env=env
+    )
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command_again_change_nothing(tmp_path):
+    """Weights, EMA and logged losses are bit for bit those of a run that was never interrupted."""
+    options = ["training.max_train_steps=60", "training.checkpointing_steps=20", "data.dataloader.batch_size=64"]
+    train(tmp_path / "whole", *options)
+    killed = tmp_path / "killed"
+    arguments = [sys.executable, *TRAINER, "--project_dir", str(killed), "--seed", "1", *SMALL, *options]
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (killed / "log.jsonl").is_file() and len((killed / "log.jsonl").read_text().splitlines()) >= 31:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert 31 <= len(log_of(killed)) < 60
+    done = train(killed, *options)
+    assert "resuming from" in done.stdout
+    for key in ("denoising_loss", "weighted_loss", "grad_norm", "lr", "step"):
+        assert losses(killed, key) == losses(tmp_path / "whole", key)
+    a, b = weights_of(killed, 60), weights_of(tmp_path / "whole", 60)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+    again = train(killed, *options)
+    assert "nothing to do" in again.stdout
+    assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == ["step-0000040", "step-0000060"]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_process_count_and_accumulation_do_not_change_the_losses(tmp_path):
+    """One global batch of 32, split four ways, in float64: the unweighted losses agree to 1e-9 over 20 steps."""
+    base = ["training.max_train_steps=20", "training.dtype=float64", "model.use_dir_loss=false"]
+    runs = {"one": (1, 32, 1), "two": (2, 16, 1), "accumulated": (1, 8, 4), "both": (2, 8, 2)}
+    for name, (processes, batch, accumulation) in runs.items():
+        options = [f"data.dataloader.batch_size={batch}", f"training.gradient_accumulation_steps={accumulation}"]
+        train(tmp_path / name, *base, *options, processes=processes)
+    want = losses(tmp_path / "one")
+    assert len(want) == 20 and len(set(want)) == 20
+    for name in runs:
+        assert losses(tmp_path / name) == pytest.approx(want, rel=1e-9), name
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_start_alike_in_float32(tmp_path):
+    for name, processes, batch in (("one", 1, 32), ("two", 2, 16)):
+        train(tmp_path / name, "training.max_train_steps=1", f"data.dataloader.batch_size={batch}", processes=processes)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_a_run_leaves_its_pictures_and_records(tmp_path):
+    train(tmp_path, "training.max_train_steps=4", "training.sample_steps=2", "training.checkpointing_steps=2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "curves.png", "log.jsonl", "samples"]
+    assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step-0000002.png", "step-0000004.png"]
+    for record in log_of(tmp_path):
+        assert {"denoising_loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= record.keys()
+    with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
+        assert grid.width > 600
+
+
+def in_process(project, tree_overrides, seed=0, config="configs/c2i/digits.yaml", **kwargs):
+    from tim.config import load_config
+    from tim.training.loop import train as run
+
+    run(load_config(ROOT / config, [*SMALL, *tree_overrides]), project, seed, **kwargs)
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "constant_with_warmup"])
+def test_schedules_and_resume_continue_the_learning_rate(tmp_path, scheduler):
+    options = [f"training.lr_scheduler={scheduler}", "training.lr_warmup_steps=2", "data.dataloader.batch_size=8"]
+    in_process(tmp_path / "whole", [*options, "training.max_train_steps=6", "training.checkpointing_steps=3"])
+    (tmp_path / "part" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "whole" / "checkpoints" / "step-0000003").rename(tmp_path / "part" / "checkpoints" / "step-0000003")
+    in_process(tmp_path / "part", [*options, "training.max_train_steps=6"])
+    assert losses(tmp_path / "part", "lr") == losses(tmp_path / "whole", "lr")[3:]
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")[3:]
+
+
+def test_trackers_write(tmp_path):
+    in_process(tmp_path, ["training.max_train_steps=2", "training.tracker=tensorboard", "data.dataloader.batch_size=4"])
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_latents_repa_and_mixed_precision(tmp_path, precision):
+    """Preprocessed latents, the image beside them and RADIO features train together, in bfloat16 too."""
+    from sklearn.datasets import load_sample_images
+
+    for label, picture in enumerate(load_sample_images().images):
+        for kind in ("latents", "images"):
+            (tmp_path / kind / f"c{label}").mkdir(parents=True)
+        Image.fromarray(picture).save(tmp_path / "images" / f"c{label}" / "a.png")
+        save_file(
+            {"latent": torch.randn(2, 1, 8, 8), "label": torch.tensor(label)},
+            tmp_path / "latents" / f"c{label}" / "a.safetensors",
+        )
+    options = [
+        "data.data_type=latent",
+        f"data.dataset.latent_dir={tmp_path}/latents",
+        f"data.dataset.image_dir={tmp_path}/images",
+        "data.dataset.image_size=64",
+        f"model.enc_dir={GOLDENS}/radio_tiny/radio_tiny_half.pth.tar",
+        "model.network.params.z_dim=192",
+        "data.dataloader.batch_size=4",
+        "training.max_train_steps=12",
+        f"training.mixed_precision={precision}",
+    ]
+    in_process(tmp_path / "run", options)
+    projection = losses(tmp_path / "run", "proj_loss")
+    assert 0.9 < projection[0] < 1.1 and projection[-1] < projection[0] - 0.05
+    in_process(tmp_path / "null", [*options, "model.enc_dir=null"])
+    assert losses(tmp_path / "null", "proj_loss") == [0.0] * 12
+
+
+def test_images_are_encoded_on_the_fly_and_model_guidance_trains(tmp_path):
+    from tim.data.c2i import PackageDataset
+
+    save_tiny_kl(tmp_path / "vae")
+    digits = PackageDataset("digits")
+    for k in range(8):
+        folder = tmp_path / "images" / str(digits.labels[k])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = ((digits.images[k, 0] + 1) * 127.5).byte().numpy()
+        Image.fromarray(pixels).resize((64, 64)).save(folder / f"{k}.png")
+    options = [
+        "data.data_type=image",
+        f"data.dataset={{image_dir: {tmp_path}/images, image_size: 64}}",
+        f"model.vae_dir={tmp_path}/vae",
+        "model.network.params.in_channels=4",
+        "model.transport.params.enhance_target=true",
+        "model.transport.params.w_cond=0.75",
+        "data.dataloader.batch_size=4",
+        "training.max_train_steps=3",
+        "training.sample_steps=3",
+    ]
+    in_process(tmp_path / "a", options)
+    in_process(tmp_path / "b", options)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b"), "posterior noise is keyed too"
+    assert (tmp_path / "a" / "samples" / "step-0000003.png").is_file()
+
+
+def test_a_non_finite_gradient_is_skipped_and_three_in_a_row_stop(tmp_path, monkeypatch):
+    from tim.training import loop
+
+    real, calls = loop.batch_loss, []
+
+    def poisoned(run, batch):
+        loss, log = real(run, batch)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) in bad else loss), log
+
+    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    options = ["training.max_train_steps=8", "training.checkpointing_steps=1", "training.checkpoints_total_limit=null"]
+    bad = {3}
+    in_process(tmp_path / "skip", [*options, "data.dataloader.batch_size=4"])
+    a, b = weights_of(tmp_path / "skip", 2), weights_of(tmp_path / "skip", 3)
+    assert all(torch.equal(a[k], b[k]) for k in a), "weights and EMA untouched by the bad step"
+    assert len(log_of(tmp_path / "skip")) == 8
+    calls.clear()
+    bad = {3, 4, 5}
+    with pytest.raises(RuntimeError, match="3 steps in a row"):
+        in_process(tmp_path / "stop", [*options, "data.dataloader.batch_size=4"])
+    assert weights_of(tmp_path / "stop", 5).keys() == a.keys()
+
+
+@pytest.mark.parametrize(
+    "overrides,match",
+    [
+        (["data.dataset.name=cifar"], "cifar"),
+        (["model.network.params.num_classes=5"], "10 classes"),
+        (["model.network.params.in_channels=3"], "in_channels=|3 channels"),
+        (["model.ckpt=absent.pt"], "absent.pt"),
+        (["model.enc_dir=absent.tar"], "enc_dir"),
+        (["training.lr_scheduler=cosin"], "lr_scheduler='cosin'"),
+        (["training.resume_from_checkpoint=absent"], "absent"),
+        (["training.fsdp_config={a: 1}"], "fsdp_config"),
+        (["model.use_ema=false", "model.transport.params.enhance_target=true"], "use_ema"),
+        (["model.vae_dir=absent/vae"], "vae_dir='absent/vae'"),
+        (["training.optimizer.params.lr=1"], "lr"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_written(tmp_path, overrides, match):
+    with pytest.raises((ValueError, FileNotFoundError), match=match):
+        in_process(tmp_path / "run", overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_network_or_seed_does_not_touch_an_existing_run(tmp_path):
+    in_process(tmp_path, ["training.max_train_steps=2", "data.dataloader.batch_size=4"])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    longer = ["training.max_train_steps=4", "data.dataloader.batch_size=4"]
+    with pytest.raises(ValueError, match=r"keys missing from the file, first: blocks\.1\."):
+        in_process(tmp_path, [*longer, "model.network.params.depth=2"])
+    with pytest.raises(ValueError, match="--seed 0, not 5"):
+        in_process(tmp_path, longer, seed=5)
+    with pytest.raises(ValueError, match="resume_from_checkpoint=latest"):
+        in_process(tmp_path, [*longer, "training.resume_from_checkpoint=null"])
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_exit_code_and_message_of_the_command(tmp_path):
+    done = train(tmp_path / "run", "training.max_train_step=4", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("unknown key training.max_train_step; did you mean 'max_train_steps'?")
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_print_config_and_dry_run_write_nothing(tmp_path):
+    shown = train(tmp_path / "run", "training.max_train_steps=4", "--print-config").stdout
+    assert "max_train_steps: 4" in shown and "checkpointing_steps" in shown
+    shown = train(tmp_path / "run", "--dry-run").stdout
+    assert "1797 samples, 10 classes" in shown
+    assert not (tmp_path / "run").exists()
