@@ -1,7 +1,10 @@
 """Fixtures the tests share: golden numbers, tiny models, command runners."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a missing folder is an error at once, not a search on a hub
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).resolve().parent / "goldens"
@@ -70,16 +75,42 @@ def save_tiny_kl(folder, **kwargs):
     return model.eval()
 
 
-def command(*args: object, processes: int = 1, env: dict | None = None, check: bool = True):
-    """Run a project entry point; with several processes by torchrun. Returns the CompletedProcess."""
-    head = [sys.executable]
+def command(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a project entry point: by torchrun for several processes, else inside this one, which saves the imports."""
+    words = list(map(str, args))
     if processes > 1:
-        head += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    full_env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([*head, *map(str, args)], cwd=ROOT, env=full_env, capture_output=True, text=True)
+        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*head, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    else:
+        done = run_inside(words)
     if check and done.returncode:
         raise AssertionError(f"{args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def run_inside(words: list[str]) -> subprocess.CompletedProcess:
+    """Run a script as __main__ in this process, from the repository root, and catch what it prints and returns."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, folder = sys.argv, os.getcwd()
+    sys.argv = words
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+        reset_accelerate()
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def reset_accelerate() -> None:
+    """Forget the mixed precision of the last Accelerator."""
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +118,7 @@ def fresh_state():
     """Seed torch; let each test choose its own mixed precision."""
     torch.manual_seed(0)
     yield
-    if "accelerate" in sys.modules:
-        sys.modules["accelerate"].state.AcceleratorState._reset_state(True)
+    reset_accelerate()
 
 
 @pytest.fixture(params=["c2i_tiny", "t2i_tiny"])

@@ -91,7 +91,7 @@ def test_an_unfinished_save_is_no_checkpoint(trained, tmp_path, monkeypatch):
 
 
 def test_retention_keeps_the_newest_and_the_listed(trained, tmp_path):
-    network, ema, optimizer = trained
+    network, _, optimizer = trained
     for step in range(1, 6):
         save_checkpoint(tmp_path, step, network, None, optimizer, {})
     prune_checkpoints(tmp_path, 2, keep_steps=[1])

@@ -1,0 +1,71 @@
+"""Fréchet distance against closed forms, and the judge of the quickstart."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+
+from tim.data.c2i import PackageDataset
+from tim.data.images import save_png, to_uint8
+from tim.evaluation.digits import train_judge
+from tim.evaluation.frechet import frechet_distance, statistics
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    """|m1 - m2|² + sum (s1 - s2)²."""
+    a, b = np.array([1.0, 4.0, 0.25]), np.array([9.0, 1.0, 0.25])
+    got = frechet_distance(np.zeros(3), np.diag(a), np.array([1.0, 2.0, 0.0]), np.diag(b))
+    assert got == pytest.approx(5 + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-10)
+
+
+def test_frechet_distance_matches_scipy_and_survives_singular_covariances():
+    from scipy.linalg import sqrtm
+
+    g = np.random.default_rng(0)
+    x, y = g.normal(size=(500, 16)), g.normal(size=(500, 16)) @ g.normal(size=(16, 16))
+    (ma, ca), (mb, cb) = statistics(x), statistics(y)
+    want = ((ma - mb) ** 2).sum() + np.trace(ca + cb - 2 * sqrtm(ca @ cb).real)
+    assert frechet_distance(ma, ca, mb, cb) == pytest.approx(want, rel=1e-6)
+    few = statistics(g.normal(size=(5, 16)))
+    assert frechet_distance(*few, *few) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="two"):
+        statistics(x[:1])
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return train_judge()
+
+
+def test_the_judge_knows_digits_and_ranks_damage(judge):
+    assert judge.held_out_accuracy > 0.97
+    data = PackageDataset("digits")
+    labels = torch.from_numpy(np.asarray(data.labels))
+    whole = judge.measure(data.images, labels)
+    assert whole["frechet_distance"] == pytest.approx(0, abs=1e-3) and whole["accuracy"] > 0.98
+    noise = torch.randn(data.images.shape)
+    distances = [judge.measure(data.images + s * noise, labels)["frechet_distance"] for s in (0.0, 0.2, 0.5)]
+    assert distances[0] < distances[1] < distances[2]
+    assert judge.measure(data.images, labels.roll(1))["accuracy"] < 0.3
+
+
+def test_report_reads_sampling_folders(tmp_path):
+    data = PackageDataset("digits")
+    order = np.argsort(data.labels, kind="stable").reshape(-1)
+    by_class = [order[data.labels[order] == c] for c in range(10)]
+    for nfe in (1, 4):
+        folder = tmp_path / "runs" / f"run{nfe}"
+        folder.mkdir(parents=True)
+        for k in range(40):
+            save_png(folder / f"{k:06d}.png", to_uint8(data.images[by_class[k % 10][k // 10]][None])[0])
+        record = {"complete": True, "nfe": nfe, "speed": None, "settings": {"num_fid_samples": 40, "weights_sha256": "x"}}
+        (folder / "run.json").write_text(json.dumps(record))
+    done = command("projects/evaluate/evaluate_digits.py", "--samples", tmp_path / "runs", "--out", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert list(metrics["nfe"]) == ["1", "4"] and metrics["nfe"]["4"]["accuracy"] > 0.95
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"metrics.json", "samples.png", "quality.png"}
+    assert "NFE" in done.stdout
+    empty = command("projects/evaluate/evaluate_digits.py", "--samples", tmp_path / "out", "--out", tmp_path, check=False)
+    assert empty.returncode == 2 and "no finished sampling run" in empty.stderr

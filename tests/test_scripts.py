@@ -1,0 +1,104 @@
+"""The published shell commands, run for real on a stand-in dataset and a random tiny VAE."""
+
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import GOLDENS, ROOT, save_tiny_kl
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+SHRINK = [
+    "depth=1",
+    "hidden_size=48",
+    "num_heads=3",
+    "encoder_depth=1",
+    "lora_hidden_size=16",
+    "projector_dim=16",
+    "z_dim=192",
+    "num_classes=2",
+]
+
+
+def bash(script, **env):
+    full = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in env.items()}}
+    done = subprocess.run(["bash", script], cwd=ROOT, env=full, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """Photographs cut into two classes, and a VAE in the diffusers format."""
+    root = tmp_path_factory.mktemp("stand_in")
+    save_tiny_kl(root / "vae")
+    for label, picture in enumerate(load_sample_images().images):
+        (root / "train" / f"n{label:08d}").mkdir(parents=True)
+        for k in range(4):
+            crop = picture[20 * k : 20 * k + 300, 60 * k : 60 * k + 320]
+            Image.fromarray(crop).save(root / "train" / f"n{label:08d}" / f"{k}.JPEG")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_and_sample_c2i(stand_in, tmp_path, processes):
+    overrides = [
+        *(f"model.network.params.{s}" for s in SHRINK),
+        f"model.vae_dir={stand_in}/vae",
+        f"model.enc_dir={GOLDENS}/radio_tiny/radio_tiny_half.pth.tar",
+        "data.data_type=image",
+        f"data.dataset.image_dir={stand_in}/train",
+        "data.dataloader.batch_size=2",
+        "data.dataloader.num_workers=1",
+        "training.mixed_precision=no",
+        "training.max_train_steps=2",
+        "training.sample_steps=2",
+        "training.log_steps=1",
+    ]
+    project = tmp_path / "project"
+    bash("scripts/train/c2i/train_tim_c2i_b.sh", PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=processes)
+    records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
+    assert (project / "samples" / "step-0000002.png").is_file()
+
+    env = dict(CONFIG=project / "config.yaml", CKPT=project, SAMPLE_DIR=tmp_path / "out", NUM_IMAGES=3, BATCH_SIZE=2)
+    bash("scripts/sample/c2i/sample_256x256.sh", **env, STEPS="1 4", GPUS=processes)
+    stem = "step-0000002-256x256-T0.0-1.0"
+    for name in (
+        f"{stem}-Step-1-sto-0.0-transition-cfg-1.0-0.0-1.0",
+        f"{stem}-Step-4-sto-0.2-transition-cfg-2.5-0.0-0.6",
+    ):
+        images = np.load(tmp_path / "out" / f"{name}.npz")["arr_0"]
+        assert images.shape == (3, 256, 256, 3) and images.std() > 0
+        record = json.loads((tmp_path / "out" / name / "run.json").read_text())
+        assert record["complete"] and record["processes"] == processes
+
+
+def test_launchers_name_the_published_configs():
+    """Every training script starts its own config, every sampling script the weights of its size."""
+    for script in sorted((ROOT / "scripts" / "train").rglob("*.sh")):
+        config = next(w for w in script.read_text().split('"') if w.startswith("${CONFIG:-"))[len("${CONFIG:-") : -1]
+        assert (ROOT / config).is_file(), script
+    assert "c2i_model_512" in (ROOT / "scripts/sample/c2i/sample_512x512.sh").read_text()
+
+
+def test_multi_node_launch_shares_one_rendezvous(tmp_path):
+    """Both nodes call torchrun with the same id and endpoint, and their own rank."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    fake.chmod(0o755)
+    env = dict(PYTHON=fake, NNODES=2, GPUS=8, MASTER_ADDR="node0", MASTER_PORT=1234)
+    lines = [bash("scripts/train/c2i/train_tim_c2i_b.sh", **env, NODE_RANK=rank).stdout for rank in (0, 1)]
+    for rank, line in enumerate(lines):
+        for part in (
+            "--nnodes 2",
+            f"--node_rank {rank}",
+            "--nproc_per_node 8",
+            "--rdzv_id tim-1234",
+            "--rdzv_endpoint node0:1234",
+        ):
+            assert part in line
