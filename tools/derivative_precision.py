@@ -1,0 +1,53 @@
+"""How far half precision moves dF/dt: relative error of dde and jvp under bfloat16 autocast, against float64 jvp."""
+
+import argparse
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--ckpt", help="weights (default: random, every parameter normal with deviation 0.05)")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    args = parser.parse_intermixed_args()
+
+    import torch
+
+    from tim.benchmark import best_device, conditions
+    from tim.config import load_config
+    from tim.generation.engine import find_weights
+    from tim.models.loading import load_strict, read_state_dict
+    from tim.schedulers.transition import TransitionSchedule
+
+    config, device = load_config(args.config, args.overrides), best_device()
+    torch.manual_seed(0)
+    network = config.model.network.build().to(device).requires_grad_(False)
+    if args.ckpt:
+        load_strict(network, read_state_dict(find_weights(args.ckpt)), args.ckpt)
+    else:
+        for p in network.parameters():
+            p.normal_(std=0.05)
+    transport, n = config.model.transport.build(), args.batch_size
+    x, z = (torch.randn(n, network.in_channels, network.input_size, network.input_size, device=device) for _ in range(2))
+    cond, _ = conditions(network, n, device)
+    t, r, _ = TransitionSchedule(transport).sample_t_and_r(n, torch.float32, device)
+
+    def derivative(kind: str, dtype: str | None, wide: bool = False) -> torch.Tensor:
+        schedule = TransitionSchedule(transport, derivative_type=kind, derivative_dtype=dtype)
+        inputs = [v.double() for v in (x, z, t, r)] if wide else [x, z, t, r]
+        return schedule._derivative(network.double() if wide else network.float(), *inputs, 0, cond).double()
+
+    exact = derivative("jvp", None, wide=True)
+    print(f"{'':>22} {'float32':>10} {'bfloat16':>10}")
+    for kind in ("dde", "jvp"):
+        errors = []
+        for dtype in ("float32", "bfloat16"):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                errors.append(((derivative(kind, dtype) - exact).norm() / exact.norm()).item())
+        print(f"{kind + ', relative error':>22} {errors[0]:>10.2%} {errors[1]:>10.2%}")
+
+
+if __name__ == "__main__":
+    run_command(main)
