@@ -31,3 +31,33 @@ launch() {
       --rdzv_endpoint "${MASTER_ADDR:?set MASTER_ADDR to the address of node 0}:$port" "$@"
   fi
 }
+
+# train_c2i NAME ARGS...: train configs/c2i/NAME.yaml. CONFIG, PROJECT_DIR, SEED and OVERRIDES="a.b=c ..." change the run.
+train_c2i() {
+  local name="$1"
+  shift
+  # OVERRIDES is a list of words
+  # shellcheck disable=SC2086
+  launch projects/train/trainer_c2i.py --config "${CONFIG:-configs/c2i/$name.yaml}" \
+    --project_dir "${PROJECT_DIR:-workdir/c2i/$name}" --seed "${SEED:-0}" ${OVERRIDES:-} "$@"
+}
+
+# sample_c2i NAME WEIGHTS CFG HIGH ARGS...: 50,000 images in 1 step without guidance, then in 250 steps with it.
+# CONFIG, CKPT, SAMPLE_DIR, NUM_IMAGES, BATCH_SIZE, SEED, STEPS ("1 250") and EXTRA="--flag ..." change the run.
+sample_c2i() {
+  local name="$1" weights="$2" cfg="$3" high="$4" steps guidance
+  shift 4
+  for steps in ${STEPS:-1 250}; do
+    if [ "$steps" = 1 ]; then
+      guidance=(--cfg-scale 1.0 --guidance-low 0.0 --guidance-high 1.0 --stochasticity-ratio 0.0)
+    else
+      guidance=(--cfg-scale "$cfg" --guidance-low 0.0 --guidance-high "$high" --stochasticity-ratio 0.2)
+    fi
+    # EXTRA is a list of words
+    # shellcheck disable=SC2086
+    launch projects/sample/sample_c2i_ddp.py --config "${CONFIG:-configs/c2i/$name.yaml}" \
+      --ckpt "${CKPT:-checkpoints/$weights}" --sample-dir "${SAMPLE_DIR:-samples/c2i}" \
+      --num-fid-samples "${NUM_IMAGES:-50000}" --per-proc-batch-size "${BATCH_SIZE:-64}" \
+      --global-seed "${SEED:-0}" --num-steps "$steps" "${guidance[@]}" --npz ${EXTRA:-} "$@"
+  done
+}

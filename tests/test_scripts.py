@@ -78,12 +78,32 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
         assert record["complete"] and record["processes"] == processes
 
 
-def test_launchers_name_the_published_configs():
-    """Every training script starts its own config, every sampling script the weights of its size."""
-    for script in sorted((ROOT / "scripts" / "train").rglob("*.sh")):
-        config = next(w for w in script.read_text().split('"') if w.startswith("${CONFIG:-"))[len("${CONFIG:-") : -1]
-        assert (ROOT / config).is_file(), script
-    assert "c2i_model_512" in (ROOT / "scripts/sample/c2i/sample_512x512.sh").read_text()
+def test_launchers_start_their_published_configs(tmp_path):
+    """Each script calls its entry point with its own config, which is there; sampling with the weights of its size."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    fake.chmod(0o755)
+    wanted = {
+        "train/c2i/train_tim_c2i_b": ("tim_b_p4", ""),
+        "train/c2i/train_tim_c2i_xl_256": ("tim_xl_p2_256", ""),
+        "train/c2i/train_tim_c2i_xl_256_mg": ("tim_xl_p2_256_mg", ""),
+        "train/c2i/train_tim_c2i_xl_512": ("tim_xl_p1_512", ""),
+        "train/c2i/train_tim_c2i_xl_512_mg": ("tim_xl_p1_512_mg", ""),
+        "sample/c2i/sample_256x256": (
+            "tim_xl_p2_256",
+            "--num-steps 250 --cfg-scale 2.5 --guidance-low 0.0 --guidance-high 0.6",
+        ),
+        "sample/c2i/sample_512x512": (
+            "tim_xl_p1_512",
+            "--num-steps 250 --cfg-scale 3.0 --guidance-low 0.0 --guidance-high 0.7",
+        ),
+    }
+    for script, (config, flags) in wanted.items():
+        assert (ROOT / "configs" / "c2i" / f"{config}.yaml").is_file()
+        printed = bash(f"scripts/{script}.sh", PYTHON=fake, GPUS=1).stdout
+        assert f"--config configs/c2i/{config}.yaml" in printed and flags in printed
+        if script.startswith("sample"):
+            assert f"checkpoints/c2i_model_{script[-3:]}.safetensors" in printed
 
 
 def test_multi_node_launch_shares_one_rendezvous(tmp_path):

@@ -1,9 +1,4 @@
 #!/usr/bin/env bash
-# Train TiM-XL/1 on ImageNet 512x512.
-#   CONFIG, PROJECT_DIR, SEED, OVERRIDES="a.b=c ..." and the variables of scripts/common.sh change the run;
-#   arguments go to the trainer too.
+# Train TiM-XL/1 on ImageNet 512x512; scripts/common.sh lists the environment variables that change the run.
 source "$(dirname "${BASH_SOURCE[0]}")/../../common.sh"
-# OVERRIDES is a list of words
-# shellcheck disable=SC2086
-launch projects/train/trainer_c2i.py --config "${CONFIG:-configs/c2i/tim_xl_p1_512.yaml}" \
-  --project_dir "${PROJECT_DIR:-workdir/c2i/tim_xl_p1_512}" --seed "${SEED:-0}" ${OVERRIDES:-} "$@"
+train_c2i tim_xl_p1_512 "$@"
