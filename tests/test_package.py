@@ -1,6 +1,7 @@
 """The package: imports without optional parts, wheel, house rules that a user would notice."""
 
 import pkgutil
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,3 +37,19 @@ def test_the_wheel_holds_the_whole_package(tmp_path):
     metadata = zipfile.ZipFile(wheel).read(next(n for n in inside if n.endswith("METADATA"))).decode()
     for line in ("Name: tim", "Requires-Python: >=3.10", "Provides-Extra: eval", "Provides-Extra: flash"):
         assert line in metadata
+
+
+def test_the_python_of_the_readme_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["images"].shape == (4, 1, 8, 8)
+
+
+def test_the_tree_of_the_readme_is_true():
+    """Every package and top-level folder the README draws exists."""
+    tree = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+    words = set(re.findall(r"([a-z0-9_]+)/", tree)) - {"goldens"}
+    assert {"schedulers", "generation", "projects", "docs"} <= words
+    folders = {p.name for p in ROOT.rglob("*") if p.is_dir() and ".venv" not in p.parts}
+    assert words <= folders

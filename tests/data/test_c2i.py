@@ -68,7 +68,7 @@ def test_latents_take_the_mirror_with_the_image(folders):
     assert "image" not in without.load(0, rng.generator(0, "data"))
 
 
-@pytest.mark.parametrize("name,shape,count", [("digits", (1, 8, 8), 1797)])
+@pytest.mark.parametrize("name,shape,count", [("digits", (1, 8, 8), 1797), ("mnist", (1, 28, 28), 5000)])
 def test_package_datasets(name, shape, count):
     dataset = build_c2i_dataset(data("package", name=name))
     sample = dataset.load(0, rng.generator(0, "data"))

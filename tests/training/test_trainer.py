@@ -148,6 +148,16 @@ def test_latents_repa_and_mixed_precision(tmp_path, precision):
     assert losses(tmp_path / "null", "proj_loss") == [0.0] * 12
 
 
+def test_a_label_beyond_the_classes_is_named(tmp_path):
+    for k, label in enumerate([0, 0, 0, 12]):
+        (tmp_path / "latents" / "c").mkdir(parents=True, exist_ok=True)
+        tensors = {"latent": torch.randn(2, 1, 8, 8), "label": torch.tensor(label)}
+        save_file(tensors, tmp_path / "latents" / "c" / f"{k}.safetensors")
+    options = ["data.data_type=latent", f"data.dataset.latent_dir={tmp_path}/latents", "data.dataloader.batch_size=4"]
+    with pytest.raises(ValueError, match="label 12 of a sample of step 1 is out of range: num_classes is 10"):
+        in_process(tmp_path / "run", [*options, "training.max_train_steps=2"])
+
+
 def test_images_are_encoded_on_the_fly_and_model_guidance_trains(tmp_path):
     from tim.data.c2i import PackageDataset
 

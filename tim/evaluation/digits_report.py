@@ -13,6 +13,7 @@ from tim.evaluation.digits import DigitJudge, train_judge
 
 CLASSES = 10
 ROWS_PER_NFE = 2
+TITLES = {"frechet_distance": "Fréchet distance (lower is better)", "accuracy": "Accuracy"}
 
 
 def evaluate_runs(sample_dir: Path) -> dict[str, Any]:
@@ -105,14 +106,14 @@ def _draw_quality(metrics: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for axis, key in zip(figure.subplots(1, 2), ("frechet_distance", "accuracy"), strict=True):
+    for axis, key in zip(figure.subplots(1, 2), TITLES, strict=True):
         for name, runs in (("TiM", metrics["nfe"]), ("flow matching", metrics.get("flow_matching", {}))):
             if runs:
                 axis.plot([int(n) for n in runs], [runs[n][key] for n in runs], marker="o", label=name)
         axis.set_xscale("log", base=2)
         ticks = [int(n) for n in metrics["nfe"]]
         axis.set_xticks(ticks, [str(n) for n in ticks])
-        axis.set(xlabel="network evaluations (NFE)", title=key.replace("_", " ").capitalize())
+        axis.set(xlabel="network evaluations (NFE)", title=TITLES[key])
         axis.legend()
         axis.grid(alpha=0.3)
         if key == "frechet_distance":

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from accelerate import Accelerator
@@ -92,7 +93,7 @@ def plot_curves(log: Path, picture: Path) -> None:
     for axis, key in zip(figure.subplots(1, 2), ("denoising_loss", "grad_norm"), strict=True):
         values = [r[key] for r in records]
         window = max(1, len(values) // 50)
-        smooth = [sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))]
+        smooth = [median(values[max(0, i - window) : i + 1]) for i in range(len(values))]
         axis.plot(steps, values, color="0.8", linewidth=0.6)
         axis.plot(steps, smooth, color="tab:blue")
         axis.set(xlabel="step", title=key.replace("_", " "))

@@ -127,7 +127,10 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
     step, positions = int(batch["step"][0]), batch["position"].tolist()
     x = latents(run, batch).to(run.dtype)
     times, drop, z = rng.training_draws(run.seed, step, positions, x.shape[1:])
-    null = torch.full_like(batch["label"], run.network.num_classes)
+    classes, largest = run.network.num_classes, int(batch["label"].max())
+    if largest >= classes or int(batch["label"].min()) < 0:
+        raise ValueError(f"label {largest} of a sample of step {step + 1} is out of range: num_classes is {classes}")
+    null = torch.full_like(batch["label"], classes)
     y = torch.where(drop < run.network.class_dropout_prob, null, batch["label"])
     y, null, z = (v.to(device, non_blocking=True) for v in (y, null, z.to(run.dtype)))
     with run.accelerator.autocast():
