@@ -37,7 +37,7 @@ def main() -> None:
     def derivative(kind: str, dtype: str | None, wide: bool = False) -> torch.Tensor:
         schedule = TransitionSchedule(transport, derivative_type=kind, derivative_dtype=dtype)
         inputs = [v.double() for v in (x, z, t, r)] if wide else [x, z, t, r]
-        return schedule._derivative(network.double() if wide else network.float(), *inputs, 0, cond).double()
+        return schedule.derivative(network.double() if wide else network.float(), *inputs, 0, cond).double()
 
     exact = derivative("jvp", None, wide=True)
     print(f"{'':>22} {'float32':>10} {'bfloat16':>10}")

@@ -92,7 +92,7 @@ def test_jvp_equals_the_derivative_along_the_path(cls):
     """d/ds F(x_{t+s}, t+s, r) at s = 0 by reverse mode over a scalar s."""
     transport, x, z, t, r = derivative_case(cls)
     schedule = TransitionSchedule(transport, derivative_type="jvp")
-    got = schedule._derivative(smooth_network, x, z, t, r, 0, {})
+    got = schedule.derivative(smooth_network, x, z, t, r, 0, {})
 
     def along(s):
         u = (t + s).reshape(-1, 1, 1, 1)
@@ -108,11 +108,11 @@ def test_dde_converges_to_jvp(cls):
     transport, x, z, t, r = derivative_case(cls)
     inside = (t - r > 0.02) & (t < transport.T_max - 0.01) & (t > transport.T_min + 0.05)
     x, z, t, r = (v[inside] for v in (x, z, t, r))
-    exact = TransitionSchedule(transport, derivative_type="jvp")._derivative(smooth_network, x, z, t, r, 0, {})
+    exact = TransitionSchedule(transport, derivative_type="jvp").derivative(smooth_network, x, z, t, r, 0, {})
     errors = []
     for epsilon in (0.004, 0.002):
         schedule = TransitionSchedule(transport, differential_epsilon=epsilon)
-        errors.append((schedule._derivative(smooth_network, x, z, t, r, 0, {}) - exact).abs().max())
+        errors.append((schedule.derivative(smooth_network, x, z, t, r, 0, {}) - exact).abs().max())
     assert errors[1] < 0.3 * errors[0]  # second order: a quarter
 
 
@@ -186,7 +186,7 @@ def test_guided_path_moves_along_the_guided_velocity(cls):
     at = transport.interpolant(t_x)
     x_t = at.alpha * x + at.sigma * z
     F_c, F_u = torch.randn_like(x), torch.randn_like(x)
-    px, pz = schedule._guided_path(x, z, x_t, t_x, F_c, F_u)
+    px, pz = schedule.guided_path(x, z, x_t, t_x, F_c, F_u)
     torch.testing.assert_close(at.alpha * px + at.sigma * pz, x_t, rtol=1e-7, atol=1e-7)
     r = t_x.clone().requires_grad_()
     a, b = transports.Transport.transition(transport, t_x, r)
@@ -322,7 +322,7 @@ def test_half_precision_spoils_the_difference_unless_it_runs_in_float32(kind, ti
     x, z, kwargs = torch.randn(8, 4, 8, 8), torch.randn(8, 4, 8, 8), {"y": torch.arange(8)}
 
     def derivative(dtype):
-        return TransitionSchedule(transport, derivative_type=kind, derivative_dtype=dtype)._derivative(
+        return TransitionSchedule(transport, derivative_type=kind, derivative_dtype=dtype).derivative(
             tiny_c2i, x, z, t, r, 0, kwargs
         )
 

@@ -140,6 +140,8 @@ def test_latents_repa_and_mixed_precision(tmp_path, precision):
         "data.dataloader.batch_size=4",
         "training.max_train_steps=12",
         f"training.mixed_precision={precision}",
+        "training.learning_rate=3e-3",
+        "training.lr_scheduler=constant",
     ]
     in_process(tmp_path / "run", options)
     projection = losses(tmp_path / "run", "proj_loss")

@@ -25,7 +25,9 @@ class C2IDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int, g: np.random.Generator) -> dict[str, Any]: ...
+    def load(self, index: int, g: np.random.Generator) -> dict[str, Any]:
+        """One sample; `g` decides its augmentation."""
+        ...
 
 
 class KeyedDataset(Dataset):

@@ -60,6 +60,7 @@ class StepBatchSampler:
 
     @property
     def global_batch_size(self) -> int:
+        """Samples of one optimiser step over all ranks and micro-batches."""
         return self.batch_size * self.accumulation * self.world_size
 
     def __len__(self) -> int:

@@ -53,6 +53,7 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
+        """Network evaluations per image."""
         s = self.settings
         grid = self.transport.time_grid(s.num_steps, s.T_max, s.T_min).tolist()
         guided = guided_steps(grid, s.T_max, s.cfg_scale, s.guidance_low, s.guidance_high, s.guide_first_step)

@@ -17,6 +17,7 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features)
 
     def forward(self, u: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
         return self.fc2(nnf.silu(self.fc1_g(u)) * self.fc1_x(u))
 
 
@@ -78,5 +79,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = SwiGLU(hidden_size, hidden_size // 2, 2 * hidden_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (B, N, hidden_size) and condition (B, hidden_size) to patches."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))

@@ -14,6 +14,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, hidden_size)."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

@@ -173,8 +173,8 @@ class TransitionSchedule:
         F_pred, h_proj = out if h_target is not None else (out, None)
 
         F_cond, F_uncond = self._guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs or model_kwargs, null_kwargs)
-        path = (x, z) if self.guidance_path == "data" else self._guided_path(x, z, x_t, t_x, F_cond, F_uncond)
-        dF_dt = self._derivative(unwrapped_model, *path, t, r, n_diffusion, model_kwargs)
+        path = (x, z) if self.guidance_path == "data" else self.guided_path(x, z, x_t, t_x, F_cond, F_uncond)
+        dF_dt = self.derivative(unwrapped_model, *path, t, r, n_diffusion, model_kwargs)
         F_target = transport.target(
             x_t, v_t, x, z, t_x, r_x, dF_dt, F_cond, F_uncond, enhance_target=transport.enhance_target
         ).detach()
@@ -220,7 +220,7 @@ class TransitionSchedule:
             at_least_float32(ema_model(x_t, c_t, c_t, **null)),
         )
 
-    def _guided_path(
+    def guided_path(
         self, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, F_cond: Tensor | float, F_uncond: Tensor | float
     ) -> tuple[Tensor, Tensor]:
         """Clean and noise of the path through x_t whose velocity follows the guided target F~: (x, z) of (x_t, F~)."""
@@ -229,10 +229,18 @@ class TransitionSchedule:
         path_x, path_z = self.transport.estimates(x_t, F_guided, t)
         return path_x.to(x.dtype), path_z.to(z.dtype)
 
-    def _derivative(
+    def derivative(
         self, model: nn.Module, x: Tensor, z: Tensor, t: Tensor, r: Tensor, n_diffusion: int, model_kwargs: dict
     ) -> Tensor:
-        """dF/dt (B, C, H, W), zero for the first n_diffusion samples, which have t = r."""
+        """dF/dt of `model` along the path of (x, z) by `derivative_type`, in `derivative_dtype`.
+
+        Args:
+            x, z: clean latents and noise (B, C, H, W); t, r: raw times (B,).
+            n_diffusion: leading samples with t = r, which are not evaluated.
+
+        Returns:
+            (B, C, H, W) in at least float32, zero for the first n_diffusion samples.
+        """
         dF_dt = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         n = n_diffusion
         if n == x.shape[0]:
