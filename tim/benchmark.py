@@ -62,10 +62,9 @@ def bench_train(config: Config, batch_size: int, steps: int, warmup: int, compil
     side = network.input_size
     x = torch.randn(batch_size, network.in_channels, side, side, device=device)
     cond, null = conditions(network, batch_size, device)
-    model = torch.compile(network) if compiled else network
     set_tf32(config.training.allow_tf32)
 
-    def step() -> None:
+    def step(model: nn.Module) -> None:
         with autocast(config, device):
             loss, _, _ = schedule(
                 model, ema.network, model, batch_size, x, torch.randn_like(x), cond,
@@ -77,7 +76,7 @@ def bench_train(config: Config, batch_size: int, steps: int, warmup: int, compil
         optimizer.zero_grad(set_to_none=True)
         ema.update(network)
 
-    return measure("train", config, device, step, batch_size, steps, warmup, compiled, None)
+    return measure("train", config, device, network, step, batch_size, steps, warmup, compiled, None)
 
 
 def bench_sample(
@@ -91,14 +90,13 @@ def bench_sample(
     side = network.input_size
     z = torch.randn(batch_size, network.in_channels, side, side, device=device)
     cond, null = conditions(network, batch_size, device)
-    model = torch.compile(network) if compiled else network
     set_tf32(config.training.allow_tf32)
     spent = []
 
-    def step() -> None:
+    def step(model: nn.Module) -> None:
         spent.append(sample(transport, model, z, cond, null, num_steps=num_steps, cfg_scale=cfg_scale).nfe)
 
-    result = measure("sample", config, device, step, batch_size, steps, warmup, compiled, num_steps)
+    result = measure("sample", config, device, network, step, batch_size, steps, warmup, compiled, num_steps)
     return dataclasses.replace(result, nfe=spent[-1])
 
 
@@ -106,26 +104,28 @@ def measure(
     what: str,
     config: Config,
     device: torch.device,
-    step: Callable[[], None],
+    network: nn.Module,
+    step: Callable[[nn.Module], None],
     batch_size: int,
     steps: int,
     warmup: int,
     compiled: bool,
     nfe: int | None,
 ) -> Measurement:
-    """Warm up, count the floating-point operations of one step, then time `steps` of them."""
-    with FlopCounterMode(display=False) if not compiled else nullcontext() as counter:
-        step()
-    flops = counter.get_total_flops() if counter else float("nan")
-    for _ in range(warmup):
-        step()
+    """Count the floating-point operations of one eager step, warm up, then time `steps` of them."""
+    with FlopCounterMode(display=False) as counter:
+        step(network)
+    flops = counter.get_total_flops()
+    model = torch.compile(network) if compiled else network
+    for _ in range(max(warmup, int(compiled))):
+        step(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(steps):
         synchronize(device)
         began = time.perf_counter()
-        step()
+        step(model)
         synchronize(device)
         times.append(time.perf_counter() - began)
     seconds = sorted(times)[len(times) // 2]

@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
             qkv = qkv + self.qkv_d(d)[:, None]
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        return self.proj(attention(q, k, v.to(q.dtype), attn_type).transpose(1, 2).flatten(2))
+        return self.proj(attention(q.to(v.dtype), k.to(v.dtype), v, attn_type).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -99,4 +99,4 @@ class CrossAttention(nn.Module):
         q = self.q(u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(y).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = apply_rope(self.q_norm(q), rope), self.k_norm(k)
-        return self.proj(attention(q, k.to(q.dtype), v.to(q.dtype), attn_type, y_mask).transpose(1, 2).flatten(2))
+        return self.proj(attention(q.to(v.dtype), k.to(v.dtype), v, attn_type, y_mask).transpose(1, 2).flatten(2))
