@@ -1,6 +1,7 @@
 """The trainer as users run it: exact resume after kill -9, process counts, accumulation, previews, refusals."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import GOLDENS, ROOT, command, save_tiny_kl
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -158,6 +160,51 @@ def test_a_label_beyond_the_classes_is_named(tmp_path):
     options = ["data.data_type=latent", f"data.dataset.latent_dir={tmp_path}/latents", "data.dataloader.batch_size=4"]
     with pytest.raises(ValueError, match="label 12 of a sample of step 1 is out of range: num_classes is 10"):
         in_process(tmp_path / "run", [*options, "training.max_train_steps=2"])
+
+
+def test_non_finite_latents_are_left_out_and_reported(tmp_path, capsys):
+    (tmp_path / "latents" / "c").mkdir(parents=True)
+    for k in range(4):
+        latent = torch.full((2, 1, 8, 8), float("inf")) if k == 3 else torch.randn(2, 1, 8, 8)
+        save_file({"latent": latent, "label": torch.tensor(0)}, tmp_path / "latents" / "c" / f"{k}.safetensors")
+    options = ["data.data_type=latent", f"data.dataset.latent_dir={tmp_path}/latents", "data.dataloader.batch_size=4"]
+    in_process(tmp_path / "run", [*options, "training.max_train_steps=3"])
+    assert losses(tmp_path / "run", "dropped") == [0.25] * 3
+    assert all(torch.isfinite(v).all() for v in weights_of(tmp_path / "run", 3).values())
+    assert "25.00% of the samples have non-finite latents" in capsys.readouterr().out
+
+
+def with_transport(kind, folder):
+    """digits.yaml with another transport."""
+    tree = yaml.safe_load((ROOT / "configs/c2i/digits.yaml").read_text())
+    tree["model"]["transport"] = {"target": f"tim.schedulers.transports.{kind}", "params": {}}
+    (folder / "c.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "c.yaml"
+
+
+@pytest.mark.parametrize("kind", ["OT_FM", "TrigFlow", "EDM", "VP_SDE", "VE_SDE"])
+def test_every_transport_learns_to_denoise(tmp_path, kind):
+    options = ["model.transition_loss.diffusion_ratio=1.0", "model.transition_loss.consistency_ratio=0.0"]
+    options += ["training.max_train_steps=60", "training.lr_warmup_steps=0", "model.use_dir_loss=false"]
+    in_process(tmp_path / "run", options, config=with_transport(kind, tmp_path))
+    values = losses(tmp_path / "run")
+    assert len(values) == 60 and sum(values[-15:]) < 0.8 * sum(values[:15])
+
+
+@pytest.mark.parametrize("derivative", ["dde", "jvp"])
+@pytest.mark.parametrize("kind", ["OT_FM", "TrigFlow", "EDM", "VP_SDE", "VE_SDE"])
+def test_every_transport_trains_on_transitions(tmp_path, kind, derivative):
+    options = [f"model.transition_loss.derivative_type={derivative}", "training.max_train_steps=20"]
+    in_process(tmp_path / "run", options, config=with_transport(kind, tmp_path))
+    assert len(losses(tmp_path / "run")) == 20 and all(map(math.isfinite, losses(tmp_path / "run")))
+    assert losses(tmp_path / "run", "dropped") == [0.0] * 20
+    assert all(torch.isfinite(v).all() for v in weights_of(tmp_path / "run", 20).values())
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"training\.tracker=wandb needs the package wandb"):
+        in_process(tmp_path / "run", ["training.tracker=wandb"])
 
 
 def test_images_are_encoded_on_the_fly_and_model_guidance_trains(tmp_path):

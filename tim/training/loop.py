@@ -110,6 +110,10 @@ def run_steps(run: Run, logger: RunLogger, start_step: int, samples_seen: int) -
                 "lr": run.lr_scheduler.get_last_lr()[0],
             }
             logger.log(step, record)
+            if record["dropped"] > 0:
+                accelerator.print(
+                    f"step {step}: {record['dropped']:.2%} of the samples have non-finite latents and were left out"
+                )
         if step % t.checkpointing_steps == 0 or step in t.checkpoint_list or step == t.max_train_steps or stop:
             save(run, step, samples_seen)
         if t.sample_steps and (step % t.sample_steps == 0 or step == t.max_train_steps) and accelerator.is_main_process:
@@ -147,6 +151,7 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
             null_kwargs={"y": null},
             time_kwargs={"normal": times, "position": batch["position"], "global_batch_size": run.global_batch_size},
         )
+    log["dropped"] = 1 - torch.isfinite(x).flatten(1).all(1).double().mean()  # the objective left these out
     return weighted + model.proj_coeff * projection, log
 
 

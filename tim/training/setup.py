@@ -1,5 +1,6 @@
 """From a config to the parts of a training run."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = t.allow_tf32
     torch.backends.cudnn.allow_tf32 = t.allow_tf32
     tracker = None if t.tracker in (None, "none") else t.tracker
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"training.tracker={tracker} needs the package {tracker}: pip install {tracker}")
     return Accelerator(
         cpu=use_cpu(),
         mixed_precision=t.mixed_precision,
