@@ -18,6 +18,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tim.schedulers.transition import TransitionSchedule
+
 IGNORED_KEYS = {"training.proportion_empty_prompts", "training.validation_steps"}
 REQUIRED = dataclasses.MISSING
 
@@ -189,11 +191,11 @@ def parse_config(tree: Any) -> Config:
             raise ConfigError(f"{path} must be > 0, got {_get(config, path)}")
     for path in ("model.transport", "model.network", "training.optimizer"):
         _check_target(_get(config, path), path)
-    _check_params(_transition_schedule(), config.model.transition_loss, "model.transition_loss", given={"transport"})
+    _check_params(TransitionSchedule, config.model.transition_loss, "model.transition_loss", given={"transport"})
     if not 0 <= config.model.ema_decay <= 1:
         raise ConfigError(f"model.ema_decay must lie in [0, 1], got {config.model.ema_decay}")
     try:  # the constructors hold the ranges and choices of their own arguments
-        _transition_schedule()(config.model.transport.build(), **config.model.transition_loss)
+        TransitionSchedule(config.model.transport.build(), **config.model.transition_loss)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.transport / model.transition_loss: {error}") from error
     return config
@@ -202,12 +204,6 @@ def parse_config(tree: Any) -> Config:
 def to_yaml(config: Config) -> str:
     """The complete configuration, defaults included."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
-
-
-def _transition_schedule() -> type:
-    from tim.schedulers.transition import TransitionSchedule
-
-    return TransitionSchedule
 
 
 def _get(config: Any, path: str) -> Any:

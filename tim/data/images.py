@@ -45,6 +45,11 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x).permute(0, 2, 3, 1).numpy()
 
 
+def read_png(path: str | Path) -> np.ndarray:
+    """uint8 (H, W, 3) of an image file."""
+    return np.asarray(open_rgb(path))
+
+
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 (H, W, 3) so that the file is either whole or absent."""
     path = Path(path)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import tim
-from tim.data.images import make_grid
+from tim.data.c2i import PackageDataset
+from tim.data.images import make_grid, read_png
 from tim.evaluation.digits import DigitJudge, train_judge
 
 CLASSES = 10
@@ -36,8 +37,6 @@ def evaluate_runs(sample_dir: Path) -> dict[str, Any]:
 
 def _real(judge: DigitJudge) -> dict[str, float]:
     """What the judge says of the data itself: its held-out accuracy, and the distance of 1,000 resampled real digits."""
-    from tim.data.c2i import PackageDataset
-
     data = PackageDataset("digits")
     pick = np.random.default_rng(0).integers(len(data), size=1000)
     floor = judge.measure(data.images[pick], torch.from_numpy(np.asarray(data.labels))[pick])["frechet_distance"]
@@ -79,8 +78,6 @@ def _runs(sample_dir: Path) -> list[tuple[dict[str, Any], Path]]:
 
 def _read(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 1, 8, 8) in [-1, 1] and the labels they were drawn for."""
-    from tim.generation.engine import read_png
-
     pixels = np.stack([read_png(folder / f"{k:06d}.png")[None, :, :, 0] for k in range(count)])
     return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1), torch.arange(count) % CLASSES
 
@@ -88,8 +85,6 @@ def _read(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _draw_samples(sample_dir: Path, path: Path) -> None:
     """Two rows of one image per class for each NFE."""
     from matplotlib.figure import Figure
-
-    from tim.generation.engine import read_png
 
     runs = _runs(sample_dir)
     figure = Figure(figsize=(7, 1.4 * len(runs)), layout="constrained")

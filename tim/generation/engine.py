@@ -13,7 +13,6 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from tqdm import tqdm
 import tim
 from tim import rng
 from tim.config import Config
-from tim.data.images import make_grid, save_png, to_uint8
+from tim.data.images import make_grid, read_png, save_png, to_uint8
 from tim.distributed import use_cpu
 from tim.generation.settings import SampleSettings
 from tim.models.autoencoders import Autoencoder
@@ -256,12 +255,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
-
-
-def read_png(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3)."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def save_preview(folder: Path, total: int) -> None:

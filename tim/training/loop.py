@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as nnf
+from accelerate import Accelerator
 from torch import Tensor
 
 from tim import rng
@@ -103,12 +104,8 @@ def run_steps(run: Run, logger: RunLogger, start_step: int, samples_seen: int) -
             accelerator.print(f"step {step}: gradient norm is {float(grad_norm)}, step skipped ({bad_steps} in a row)")
         stop = bad_steps >= MAX_BAD_STEPS
         if step % t.log_steps == 0 or step == t.max_train_steps or stop:
-            keys = sorted(log)
-            means = accelerator.reduce(torch.stack([log[k].double() for k in keys]), reduction="mean").tolist()
-            record = dict(zip(keys, means, strict=True)) | {
-                "grad_norm": float(grad_norm),
-                "lr": run.lr_scheduler.get_last_lr()[0],
-            }
+            record = mean_over_ranks(accelerator, log)
+            record |= {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0]}
             logger.log(step, record)
             if record["dropped"] > 0:
                 accelerator.print(
@@ -123,6 +120,13 @@ def run_steps(run: Run, logger: RunLogger, start_step: int, samples_seen: int) -
                 f"{MAX_BAD_STEPS} steps in a row without a finite gradient, stopped at step {step} with the last good "
                 "weights saved; lower training.learning_rate or use training.mixed_precision=bf16"
             )
+
+
+def mean_over_ranks(accelerator: Accelerator, values: dict[str, Tensor]) -> dict[str, float]:
+    """Mean of each scalar over all processes, in float64 where the device has it."""
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    means = accelerator.reduce(torch.stack([v.to(dtype) for v in values.values()]), reduction="mean")
+    return dict(zip(values, means.tolist(), strict=True))
 
 
 def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,7 +155,7 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
             null_kwargs={"y": null},
             time_kwargs={"normal": times, "position": batch["position"], "global_batch_size": run.global_batch_size},
         )
-    log["dropped"] = 1 - torch.isfinite(x).flatten(1).all(1).double().mean()  # the objective left these out
+    log["dropped"] = 1 - torch.isfinite(x).flatten(1).all(1).float().mean()  # the objective left these out
     return weighted + model.proj_coeff * projection, log
 
 

@@ -11,6 +11,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tim import rng
 from tim.config import Config
 from tim.data.c2i import C2IDataset, KeyedDataset
 from tim.data.sampler import StepBatchSampler
@@ -143,8 +144,6 @@ def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
 
 def check_dataset(config: Config, dataset: C2IDataset, network: nn.Module, vae: Autoencoder | None) -> None:
     """Compare one sample with the network: latent shape, channels, number of classes."""
-    from tim import rng
-
     sample = dataset.load(0, rng.generator(0, "data"))
     if "latent" in sample:
         shape = tuple(sample["latent"].shape)
