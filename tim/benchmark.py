@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tim.config import Config
-from tim.distributed import use_cpu
+from tim.distributed import set_tf32, use_cpu
+from tim.generation.engine import network_dtype
 from tim.schedulers.sampling import sample
 from tim.schedulers.transition import TransitionSchedule
 from tim.training.ema import EMA
@@ -84,8 +85,7 @@ def bench_sample(
 ) -> Measurement:
     """Time drawing one batch of latents, without text encoder and decoder."""
     device = best_device()
-    dtype = HALF.get(config.training.mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
-    network = config.model.network.build().to(device, dtype).eval()
+    network = config.model.network.build().to(device, network_dtype(config, "auto", device)).eval()
     transport = config.model.transport.build()
     side = network.input_size
     z = torch.randn(batch_size, network.in_channels, side, side, device=device)
@@ -194,9 +194,3 @@ def autocast(config: Config, device: torch.device) -> AbstractContextManager:
     """The config's mixed precision."""
     half = HALF.get(config.training.mixed_precision)
     return nullcontext() if half is None else torch.autocast(device.type, dtype=half)
-
-
-def set_tf32(allowed: bool) -> None:
-    """Allow TF32 in float32 products on CUDA."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed

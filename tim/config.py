@@ -286,7 +286,7 @@ def _check_params(cls: type, params: dict, path: str, given: set[str]) -> None:
     for key, value in params.items():
         if key not in valid:
             raise ConfigError(f"unknown key {path}.{key}{_nearest(key, valid)}")
-        if valid[key] is not Any and typing.Union not in (get_origin(valid[key]),):
+        if valid[key] is not Any:
             _check_value(value, valid[key], f"{path}.{key}")
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     sampler = engine.load_sampler(config, weights, settings, conditions, state.device)
     folder = Path(args.sample_dir) / settings.folder_name(engine.weights_stem(weights))
     extra = {"class_labels": args.class_labels, "num_classes": args.num_classes}
-    engine.run_sampling(sampler, folder, weights, extra, npz=args.npz, state=state)
+    engine.run_sampling(sampler, folder, weights, extra, state, npz=args.npz)
 
 
 if __name__ == "__main__":

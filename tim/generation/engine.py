@@ -21,7 +21,7 @@ import tim
 from tim import rng
 from tim.config import Config
 from tim.data.images import make_grid, read_png, save_png, to_uint8
-from tim.distributed import use_cpu
+from tim.distributed import set_tf32
 from tim.generation.settings import SampleSettings
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict, sha256
@@ -109,8 +109,7 @@ def load_sampler(
     """
     transport = config.model.transport.build()
     settings.check(transport)
-    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    torch.backends.cudnn.allow_tf32 = settings.tf32
+    set_tf32(settings.tf32)
     network = config.model.network.build()
     load_strict(network, read_state_dict(weights), weights)
     network = network.to(device, network_dtype(config, settings.dtype, device)).eval().requires_grad_(False)
@@ -163,7 +162,7 @@ def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dt
 
 
 def run_sampling(
-    sampler: Sampler, folder: Path, weights: Path, extra: dict[str, Any], npz: bool = False, state: PartialState | None = None
+    sampler: Sampler, folder: Path, weights: Path, extra: dict[str, Any], state: PartialState, npz: bool = False
 ) -> None:
     """Write images `{index:06d}.png` to `folder`, continuing what is there, and run.json beside them.
 
@@ -172,12 +171,12 @@ def run_sampling(
 
     Args:
         extra: settings of the command that change the images and are not in SampleSettings.
+        state: the processes that share the work.
         npz: also pack all images into `<folder>.npz` (arr_0), the form ADM's evaluator reads.
 
     Raises:
         ValueError: when the folder belongs to a run with other settings.
     """
-    state = state or PartialState(cpu=use_cpu())
     s = sampler.settings
     total, size = s.num_fid_samples, s.per_proc_batch_size
     record = _claim(folder, weights, s, extra) if state.is_main_process else None

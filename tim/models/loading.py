@@ -65,12 +65,8 @@ def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path
 
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
-
-
-def _digest(f: object) -> str:
     digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from tim import rng
 from tim.config import Config
 from tim.data.c2i import C2IDataset, KeyedDataset
 from tim.data.sampler import StepBatchSampler
-from tim.distributed import use_cpu
+from tim.distributed import set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict
 from tim.schedulers.transition import TransitionSchedule
@@ -58,8 +58,7 @@ def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
     t = config.training
     if t.fsdp_config:
         raise ValueError("training.fsdp_config is set, but sharded training is not available; remove the key to train with DDP")
-    torch.backends.cuda.matmul.allow_tf32 = t.allow_tf32
-    torch.backends.cudnn.allow_tf32 = t.allow_tf32
+    set_tf32(t.allow_tf32)
     tracker = None if t.tracker in (None, "none") else t.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"training.tracker={tracker} needs the package {tracker}: pip install {tracker}")
@@ -138,7 +137,6 @@ def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
         batch_sampler=sampler,
         num_workers=loader.num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
-        persistent_workers=False,
     )
 
 
