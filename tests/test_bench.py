@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import command
+from conftest import TINY, command, save_tiny_dc, save_tiny_text_encoder
 
 FAST = ["--config", "configs/c2i/digits.yaml", "--steps", 2, "--warmup", 1, "--batch-size", 8]
 
@@ -19,3 +19,27 @@ def test_bench(what, tmp_path):
     # 0.57M parameters, two operations each, on most of the 16 tokens of 8 images
     forward = 8 * 16 * 2 * 0.3e6 / 1e12
     assert forward < result["model_tflop_per_step"] < 30 * forward
+
+
+def test_bench_of_text_to_image_sampling_splits_the_time(tmp_path):
+    save_tiny_text_encoder(tmp_path / "text")
+    save_tiny_dc(tmp_path / "vae", scaling_factor=0.5)
+    small = (*TINY.items(), ("input_size", 4), ("patch_size", 1), ("in_channels", 8), ("cap_feat_dim", 20))
+    done = command(
+        "tools/bench.py", "sample", "--config", "configs/t2i/tim_xl_p1_t2i.yaml", "--steps", 2, "--warmup", 1,
+        "--batch-size", 3, "--height", 32, "--width", 48, "--psnr", "--json", tmp_path / "b.json",
+        f"model.vae_dir={tmp_path}/vae", f"model.text_encoder_dir={tmp_path}/text",
+        *(f"model.network.params.{k}={v}" for k, v in dict(small).items()),
+    )  # fmt: skip
+    result = json.loads((tmp_path / "b.json").read_text())
+    total = sum(result[f"{phase}_ms"] for phase in ("text", "network", "decode"))
+    assert result["images_per_second"] == pytest.approx(1000 / total)
+    assert sum(result[f"{phase}_share"] for phase in ("text", "network", "decode")) == pytest.approx(1)
+    assert (result["nfe"], result["height"], result["width"]) == (7, 32, 48) and "network_ms" in done.stdout
+    assert result["random_weights"] == "network" and 20 < result["psnr_db"] < 80
+
+
+def test_bench_refuses_companions_it_does_not_know():
+    config = ["--config", "configs/t2i/tim_xl_p1_t2i.yaml", "--steps", 1]
+    done = command("tools/bench.py", "sample", *config, "model.text_encoder_dir=some/other", check=False)
+    assert done.returncode == 2 and "some/other" in done.stderr

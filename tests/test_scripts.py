@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import GOLDENS, ROOT, save_tiny_kl
+from conftest import GOLDENS, ROOT, save_captioned_images, save_tiny_dc, save_tiny_kl, save_tiny_text_encoder
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -76,6 +76,60 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
         assert images.shape == (3, 256, 256, 3) and images.std() > 0
         record = json.loads((tmp_path / "out" / name / "run.json").read_text())
         assert record["complete"] and record["processes"] == processes
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_train_and_sample_t2i_on_two_processes(tmp_path):
+    """The published shell commands in small: DC-AE latents, a text encoder, REPA, then the three benchmarks."""
+    save_captioned_images(tmp_path / "data")
+    save_tiny_text_encoder(tmp_path / "text")
+    save_tiny_dc(tmp_path / "vae", scaling_factor=0.5)
+    small = ("depth=2", "hidden_size=48", "num_heads=3", "encoder_depth=1", "lora_hidden_size=16", "projector_dim=16",
+             "z_dim=192", "cap_feat_dim=20", "in_channels=8", "input_size=4")  # fmt: skip
+    overrides = [
+        *(f"model.network.params.{s}" for s in small),
+        f"model.vae_dir={tmp_path}/vae",
+        f"model.text_encoder_dir={tmp_path}/text",
+        f"model.enc_dir={GOLDENS}/radio_tiny/radio_tiny_half.pth.tar",
+        f"data.dataset.root_dir={tmp_path}/data/images",
+        f"data.dataset.jsonl_dir={tmp_path}/data/data_info.jsonl",
+        f"data.dataset.packed_json={tmp_path}/data/bucket_sampler.json",
+        "data.dataloader.num_workers=1",
+        "training.mixed_precision=no",
+        "training.max_train_steps=2",
+        "training.log_steps=1",
+    ]
+    project = tmp_path / "project"
+    bash("scripts/train/t2i/train_tim_t2i.sh", PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
+    records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
+    (tmp_path / "geneval.jsonl").write_text('{"tag": "colors", "include": [{"class": "cow", "count": 1}], "prompt": "a cow"}\n')
+    env = dict(CONFIG=project / "config.yaml", CKPT=project, SAMPLE_DIR=tmp_path / "out", RUNS="16x4 24x1", GPUS=2)
+    bash("scripts/sample/t2i/sample_t2i_geneval.sh", **env, CAPTION_DIR=tmp_path / "geneval.jsonl")
+    for name in ("16x16-T0.0-1.0-Step-4", "24x24-T0.0-1.0-Step-1"):
+        (folder,) = (tmp_path / "out").glob(f"geneval-step-0000002-{name}-*-cfg-2.5-0.0-1.0/")
+        assert len(list(folder.rglob("samples/*.png"))) == 4 and json.loads((folder / "run.json").read_text())["complete"]
+
+
+def test_t2i_launchers_use_the_published_settings(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text('#!/usr/bin/env bash\necho "$@"\n')
+    fake.chmod(0o755)
+    assert (ROOT / "configs/t2i/tim_xl_p1_t2i.yaml").is_file()
+    trainer = bash("scripts/train/t2i/train_tim_t2i.sh", PYTHON=fake, GPUS=1).stdout
+    assert "projects/train/trainer_t2i.py --config configs/t2i/tim_xl_p1_t2i.yaml" in trainer
+    wanted = {
+        "geneval": [(1024, 4, 2.5), (1024, 64, 2.5), (2560, 4, 2.5)],
+        "dpgbench": [(1024, 4, 2.5), (1024, 16, 2.5)],
+        "mjhq30k": [(1024, 4, 1.5), (1024, 16, 1.5)],
+    }
+    for name, runs in wanted.items():
+        lines = bash(f"scripts/sample/t2i/sample_t2i_{name}.sh", PYTHON=fake, GPUS=1).stdout.splitlines()
+        assert len(lines) == len(runs)
+        for line, (side, steps, cfg) in zip(lines, runs, strict=True):
+            assert f"sample_t2i_{name}_ddp.py" in line and f"--height {side} --width {side}" in line
+            assert f"--num-steps {steps} --cfg-scale {cfg}" in line and "checkpoints/t2i_model.safetensors" in line
 
 
 def test_launchers_start_their_published_configs(tmp_path):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,14 +122,7 @@ def measure(
         step(model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        synchronize(device)
-        began = time.perf_counter()
-        step(model)
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    seconds = sorted(times)[len(times) // 2]
+    seconds, _ = timed(lambda: step(model), device, steps, 0)
     matmul = matmul_rate(device, HALF.get(config.training.mixed_precision, torch.float32))
     return Measurement(
         what=what,
@@ -168,6 +162,20 @@ def conditions(network: nn.Module, batch_size: int, device: torch.device) -> tup
         return {"y": y}, {"y": torch.full_like(y, network.num_classes)}
     y = torch.randn(batch_size, 64, network.cap_feat_dim, device=device)
     return {"y": y}, {"y": torch.zeros_like(y)}
+
+
+def timed(run: Callable[[], Any], device: torch.device, repeats: int, warmup: int) -> tuple[float, Any]:
+    """Median seconds of `run` after `warmup` untimed calls, and what it returned last."""
+    for _ in range(warmup):
+        run()
+    times, result = [], None
+    for _ in range(repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        result = run()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2], result
 
 
 def best_device() -> torch.device:

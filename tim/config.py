@@ -47,7 +47,11 @@ class Target:
 
 @dataclass
 class Model:
-    """What is trained, and its frozen companions. `vae_dir: null` makes the pixels the latents."""
+    """What is trained, and its frozen companions. `vae_dir: null` makes the pixels the latents.
+
+    text_padding: `mask` hides padding from the image, `batch` shows it as the published code did.
+    text_cache: keep the features of repeated captions in `memory` or in a folder (its path).
+    """
 
     transport: Target
     transition_loss: dict[str, Any]
@@ -57,6 +61,8 @@ class Model:
     proportion_empty_prompts: float = 0.1
     use_last_hidden_state: bool = True
     max_seq_length: int = 256
+    text_padding: str = "mask"
+    text_cache: str | None = None
     enc_dir: str | None = None
     proj_coeff: float = 1.0
     use_dir_loss: bool = True
@@ -90,11 +96,15 @@ class Dataloader:
 
 @dataclass
 class Data:
-    """`data_type`: latent, image or package (class-conditional); image_ms (text-to-image)."""
+    """`data_type`: latent, image or package (class-conditional); image_ms (text-to-image).
+
+    max_bad_samples: unreadable samples that are replaced before the run stops.
+    """
 
     data_type: str
     dataset: Dataset = field(default_factory=Dataset)
     dataloader: Dataloader = field(default_factory=Dataloader)
+    max_bad_samples: int = 100
 
 
 @dataclass
@@ -137,6 +147,7 @@ class Config:
 CHOICES = {
     "data.data_type": ("latent", "image", "package", "image_ms"),
     "data.dataset.resize": ("crop", "squash"),
+    "model.text_padding": ("mask", "batch"),
     "training.tracker": (None, "none", "tensorboard", "wandb"),
     "training.mixed_precision": ("no", "fp16", "bf16"),
     "training.dtype": ("float32", "float64"),

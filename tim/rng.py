@@ -10,7 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PURPOSES = {"order": 0, "data": 1, "train": 2, "posterior": 3, "sample": 4, "label": 5, "preview": 6}
+PURPOSES = {
+    "order": 0,
+    "data": 1,
+    "train": 2,
+    "posterior": 3,
+    "sample": 4,
+    "label": 5,
+    "preview": 6,
+    "shuffle": 7,
+    "replace": 8,
+}
 
 
 def generator(seed: int, purpose: str, step: int = 0, index: int = 0) -> np.random.Generator:

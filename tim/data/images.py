@@ -52,10 +52,25 @@ def read_png(path: str | Path) -> np.ndarray:
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 (H, W, 3) so that the file is either whole or absent."""
-    path = Path(path)
+    save_image(Path(path), pixels)
+
+
+def save_image(path: Path, pixels: np.ndarray) -> None:
+    """`save_png` in the format of the suffix; .jpg is written at quality 95."""
     partial = path.with_name(f".{path.name}.part")
-    Image.fromarray(pixels).save(partial, format="PNG")
+    if path.suffix == ".jpg":
+        Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
+    else:
+        Image.fromarray(pixels).save(partial, format="PNG")
     partial.replace(path)
+
+
+def shrink(image: Image.Image, side: int) -> Image.Image:
+    """Scale down so that the longer side is at most `side`."""
+    if max(image.size) <= side:
+        return image
+    scale = side / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
 
 
 def make_grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.ndarray:

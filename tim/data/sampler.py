@@ -1,6 +1,6 @@
 """Which samples a step sees: pure functions of (seed, epoch, index), so that any step can be resumed anywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from tim import rng
 
 
 class SampleKey(NamedTuple):
-    """One visit: which optimiser step, which place in its global batch, which sample of the dataset."""
+    """One visit: which optimiser step, which place in its global batch of `total`, which sample of the dataset."""
 
     step: int
     position: int
     index: int
+    total: int
 
 
 @lru_cache(maxsize=2)
@@ -30,7 +31,7 @@ def sample_index(seed: int, visit: int, size: int) -> int:
 
 
 class StepBatchSampler:
-    """Micro-batches of one rank, from `start_step` to `max_steps`.
+    """Micro-batches of one rank, from `start_step` to `max_steps`, over samples of one size.
 
     Position p of the global batch belongs to micro-batch (p // world) mod accumulation of rank p mod world: every
     micro-batch of every rank is an even comb through the global batch, so all see the same mix of diffusion,
@@ -39,37 +40,101 @@ class StepBatchSampler:
     Args:
         size: samples in the dataset.
         batch_size: per rank and micro-batch.
-        samples_seen: visits before start_step.
+        visits: samples visited before start_step.
+
+    Attributes:
+        visits_per_step: samples of one optimiser step over all ranks and micro-batches.
     """
 
     def __init__(
         self,
         size: int,
-        seed: int,
         batch_size: int,
+        *,
+        seed: int,
         accumulation: int,
         world_size: int,
         rank: int,
         start_step: int,
         max_steps: int,
-        samples_seen: int,
+        visits: int,
     ) -> None:
-        self.size, self.seed, self.batch_size = size, seed, batch_size
+        self.size, self.batch_size, self.seed = size, batch_size, seed
         self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
-        self.start_step, self.max_steps, self.samples_seen = start_step, max_steps, samples_seen
-
-    @property
-    def global_batch_size(self) -> int:
-        """Samples of one optimiser step over all ranks and micro-batches."""
-        return self.batch_size * self.accumulation * self.world_size
+        self.start_step, self.max_steps, self.visits = start_step, max_steps, visits
+        self.visits_per_step = batch_size * accumulation * world_size
 
     def __len__(self) -> int:
         return max(0, self.max_steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
+        total = self.visits_per_step
         stride = self.world_size * self.accumulation
         for step in range(self.start_step, self.max_steps):
-            first = self.samples_seen + (step - self.start_step) * self.global_batch_size
+            first = self.visits + (step - self.start_step) * total
             for micro in range(self.accumulation):
-                places = range(micro * self.world_size + self.rank, self.global_batch_size, stride)
-                yield [SampleKey(step, p, sample_index(self.seed, first + p, self.size)) for p in places]
+                places = range(micro * self.world_size + self.rank, total, stride)
+                yield [SampleKey(step, p, sample_index(self.seed, first + p, self.size), total) for p in places]
+
+
+class PackedBatchSampler:
+    """Micro-batches of one rank over packed batches: each batch has one picture size, batches differ in size and length.
+
+    One step takes world x accumulation packed batches; batch j of them is micro-batch j // world of rank j mod world.
+    Batches are shuffled anew every epoch, and so is the order inside each. Positions run through all batches of the step
+    in proportion to their lengths, so that every batch has the same mix of diffusion, transition and consistency samples.
+
+    Args:
+        batches: sample indices of each packed batch.
+        visits: packed batches visited before start_step.
+
+    Attributes:
+        visits_per_step: packed batches of one optimiser step.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        accumulation: int,
+        world_size: int,
+        rank: int,
+        start_step: int,
+        max_steps: int,
+        visits: int,
+    ) -> None:
+        self.batches, self.seed = batches, seed
+        self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
+        self.start_step, self.max_steps, self.visits = start_step, max_steps, visits
+        self.visits_per_step = accumulation * world_size
+
+    def __len__(self) -> int:
+        return max(0, self.max_steps - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        count = self.visits_per_step
+        for step in range(self.start_step, self.max_steps):
+            first = self.visits + (step - self.start_step) * count
+            members = [self._members(first + j) for j in range(count)]
+            positions = interleave([len(m) for m in members])
+            total = sum(len(m) for m in members)
+            for micro in range(self.accumulation):
+                j = micro * self.world_size + self.rank
+                yield [SampleKey(step, p, i, total) for p, i in zip(positions[j], members[j], strict=True)]
+
+    def _members(self, visit: int) -> list[int]:
+        """The samples of the visit-th batch of the run, in this epoch's order."""
+        epoch, _ = divmod(visit, len(self.batches))
+        batch = sample_index(self.seed, visit, len(self.batches))
+        order = rng.generator(self.seed, "shuffle", epoch, batch).permutation(len(self.batches[batch]))
+        return [int(self.batches[batch][k]) for k in order]
+
+
+def interleave(lengths: Sequence[int]) -> list[list[int]]:
+    """Places 0 .. sum(lengths)-1 dealt to batches of these lengths, each batch spread evenly over the whole range."""
+    fractions = np.concatenate([(np.arange(n) + 0.5) / n for n in lengths])
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    places = np.empty(len(owners), dtype=np.int64)
+    places[np.lexsort((owners, fractions))] = np.arange(len(owners))
+    return [part.tolist() for part in np.split(places, np.cumsum(lengths)[:-1])]

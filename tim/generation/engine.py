@@ -1,10 +1,10 @@
-"""The sampling engine: images 0..N-1 over any number of processes, each image a function of (seed, index) alone."""
+"""The sampling engine: a job of images over any number of processes, each a function of (seed, index, repetition)."""
 
 import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,8 +21,9 @@ from tqdm import tqdm
 import tim
 from tim import rng
 from tim.config import Config
-from tim.data.images import make_grid, read_png, save_png, to_uint8
+from tim.data.images import make_grid, save_png, shrink, to_uint8
 from tim.distributed import set_tf32
+from tim.generation.jobs import Job
 from tim.generation.settings import SampleSettings
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict, sha256
@@ -29,7 +31,7 @@ from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transports import Transport
 from tim.training.checkpoint import damage, latest_checkpoint
 
-PREVIEW_IMAGES = 64
+OVERVIEW_IMAGES, OVERVIEW_SIDE = 64, 256
 
 Conditions = Callable[[Sequence[int]], tuple[dict, dict | None]]
 
@@ -39,7 +41,7 @@ class Sampler:
     """A loaded model ready to draw images.
 
     Attributes:
-        conditions: image indices -> (conditional, unconditional) network keywords, on `device`.
+        conditions: indices of classes or prompts -> (conditional, unconditional) network keywords, on `device`.
         nfe: network evaluations per image.
     """
 
@@ -50,13 +52,31 @@ class Sampler:
     conditions: Conditions
     device: torch.device
 
+    def at(self, settings: SampleSettings) -> "Sampler":
+        """The same models under other settings.
+
+        Raises:
+            ValueError: for an impossible setting, or a size that the models cannot draw.
+        """
+        settings = replace(settings)
+        settings.check(self.transport)
+        factor = self.vae.factor if self.vae else 1
+        settings.height = settings.height or self.network.input_size * factor
+        settings.width = settings.width or self.network.input_size * factor
+        step = factor * self.network.patch_size
+        for flag, side in (("--height", settings.height), ("--width", settings.width)):
+            if side <= 0 or side % step:
+                below = max(0, side // step * step)
+                near = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
+                raise ValueError(f"{flag} {side} is not a multiple of {step} (autoencoder x patch); the nearest are {near}")
+        return replace(self, settings=settings)
+
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
         s = self.settings
         grid = self.transport.time_grid(s.num_steps, s.T_max, s.T_min).tolist()
-        guided = guided_steps(grid, s.T_max, s.cfg_scale, s.guidance_low, s.guidance_high, s.guide_first_step)
-        return s.num_steps + sum(guided)
+        return s.num_steps + sum(guided_steps(grid, s.T_max, *s.guidance()))
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the state."""
@@ -64,22 +84,31 @@ class Sampler:
             return self.vae.latent_shape(self.settings.height, self.settings.width)
         return self.network.in_channels, self.settings.height, self.settings.width
 
+    def draw(self, indices: Sequence[int], repetitions: Sequence[int] | None = None) -> tuple[np.ndarray, Tensor]:
+        """One image for each index (of a class image or a prompt), a function of (seed, index, repetition).
+
+        Returns:
+            uint8 images (B, H, W, 3) and their latents (B, C, h, w) float32.
+        """
+        x = self.latents(indices, repetitions, *self.conditions(indices))
+        return self.decode(x), x
+
     @torch.no_grad()
-    def draw(self, indices: Sequence[int]) -> tuple[np.ndarray, Tensor]:
-        """Images `indices` as uint8 (B, H, W, 3) and their latents (B, C, h, w) float32.
+    def latents(self, indices: Sequence[int], repetitions: Sequence[int] | None, cond: dict, uncond: dict | None) -> Tensor:
+        """The transitions: latents (B, C, h, w) float32 of images `indices` under conditions of as many rows.
 
         Noise comes from one generator per image, the start first and the re-noising of each step after it.
         """
-        s = self.settings
-        shape = self.latent_shape()
-        generators = [rng.generator(s.global_seed, "sample", index=k) for k in indices]
+        s, shape = self.settings, self.latent_shape()
+        repetitions = [0] * len(indices) if repetitions is None else repetitions
+        generators = [rng.generator(s.global_seed, "sample", j, k) for k, j in zip(indices, repetitions, strict=True)]
 
         def fresh(step: int = 0) -> Tensor:
             rows = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
             return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
-        cond, uncond = self.conditions(indices)
-        x = sample(
+        scale, low, high, first = s.guidance()
+        return sample(
             self.transport,
             self.network,
             fresh(),
@@ -88,43 +117,51 @@ class Sampler:
             num_steps=s.num_steps,
             T_max=s.T_max,
             T_min=s.T_min,
-            cfg_scale=s.cfg_scale,
-            cfg_low=s.guidance_low,
-            cfg_high=s.guidance_high,
-            guide_first_step=s.guide_first_step,
+            cfg_scale=scale,
+            cfg_low=low,
+            cfg_high=high,
+            guide_first_step=first,
             stochasticity_ratio=s.stochasticity_ratio,
             sample_type=s.sample_type,
             noise_fn=fresh,
         ).x.float()
-        return to_uint8(x if self.vae is None else self.vae.decode(x)), x
+
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """uint8 images (B, H, W, 3) of latents."""
+        return to_uint8(latents if self.vae is None else self.vae.decode(latents))
 
 
 def load_sampler(
-    config: Config, weights: Path, settings: SampleSettings, conditions: Conditions, device: torch.device
+    config: Config,
+    weights: Path,
+    settings: SampleSettings,
+    make_conditions: Callable[[nn.Module], Conditions],
+    device: torch.device,
 ) -> Sampler:
     """Load network and autoencoder and check the settings against them.
+
+    Args:
+        make_conditions: loaded network -> its conditions.
 
     Raises:
         ValueError, FileNotFoundError: for weights of another network, an impossible size or setting.
     """
     transport = config.model.transport.build()
-    settings.check(transport)
+    replace(settings).check(transport)
     set_tf32(settings.tf32)
     network = config.model.network.build()
     load_strict(network, read_state_dict(weights), weights)
     network = network.to(device, network_dtype(config, settings.dtype, device)).eval().requires_grad_(False)
-    vae = Autoencoder.from_pretrained(config.model.vae_dir, device=device) if config.model.vae_dir else None
-    if vae is not None and settings.slice_vae:
-        vae.set_slicing()
-    factor = vae.factor if vae else 1
-    settings.height = settings.height or network.input_size * factor
-    settings.width = settings.width or network.input_size * factor
-    for flag, side in (("--height", settings.height), ("--width", settings.width)):
-        step = factor * network.patch_size
-        if side <= 0 or side % step:
-            near = max(step, round(side / step) * step)
-            raise ValueError(f"{flag} {side} is not a multiple of {step} (autoencoder x patch); the nearest is {near}")
-    return Sampler(settings, transport, network, vae, conditions, device)
+    vae = None
+    if config.model.vae_dir:
+        vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
+        if settings.slice_vae:
+            vae.set_slicing()
+        if settings.tile_vae:
+            vae.set_tiling(settings.tile_vae)
+        if settings.compile_vae:
+            vae.compile_decode()
+    return Sampler(settings, transport, network, vae, make_conditions(network), device).at(settings)
 
 
 def find_weights(ckpt: str) -> Path:
@@ -161,60 +198,70 @@ def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dt
     return half.get(config.training.mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
 
 
-def run_sampling(
-    sampler: Sampler, folder: Path, weights: Path, extra: dict[str, Any], state: PartialState, npz: bool = False
-) -> None:
-    """Write images `{index:06d}.png` to `folder`, continuing what is there, and run.json beside them.
+def run_sampling(sampler: Sampler, job: Job, folder: Path, weights: Path, extra: dict[str, Any], state: PartialState) -> None:
+    """Draw all pictures of `job` into `folder`, continuing what is there, and write run.json beside them.
 
-    Batch b is always indices [b B, (b+1) B), whichever process draws it, so that files do not depend on the number of
-    processes or on interruptions.
+    A batch always holds the same groups of images, whichever process draws it, so that files do not depend on the number
+    of processes or on interruptions.
 
     Args:
+        job: how many groups of images there are, and how a group is written.
         extra: settings of the command that change the images and are not in SampleSettings.
         state: the processes that share the work.
-        npz: also pack all images into `<folder>.npz` (arr_0), the form ADM's evaluator reads.
 
     Raises:
         ValueError: when the folder belongs to a run with other settings.
     """
     s = sampler.settings
-    total, size = s.num_fid_samples, s.per_proc_batch_size
     record = _claim(folder, weights, s, extra) if state.is_main_process else None
     state.wait_for_everyone()
     if not (folder / "run.json").is_file():
         raise ValueError(f"{folder} could not be claimed by process 0")
-    starts = range(state.process_index * size, total, size * state.num_processes)
-    bar = tqdm(total=sum(min(size, total - b) for b in starts), unit="img", disable=not state.is_main_process)
+    size = max(1, s.per_proc_batch_size // job.per_group)
+    starts = range(state.process_index * size, job.groups, size * state.num_processes)
+    total = sum(min(size, job.groups - b) for b in starts) * job.per_group
+    bar = tqdm(total=total, unit="img", disable=not state.is_main_process, dynamic_ncols=True)
     began, drawn = time.perf_counter(), 0
     for start in starts:
-        indices = list(range(start, min(start + size, total)))
-        if any(not (folder / f"{k:06d}.png").is_file() for k in indices):
-            images, latents = sampler.draw(indices)
-            for k, image, latent in zip(indices, images, latents, strict=True):
-                if (folder / f"{k:06d}.png").is_file():
-                    continue
-                if s.save_latent:
-                    save_file({"latent": latent.cpu().contiguous()}, folder / "latents" / f"{k:06d}.safetensors")
-                save_png(folder / f"{k:06d}.png", image)
-            drawn += len(indices)
-        bar.update(len(indices))
+        groups = range(start, min(start + size, job.groups))
+        missing = [g for g in groups if not job.done(folder, g)]
+        if missing:
+            drawn += _draw_groups(sampler, job, folder, groups, missing)
+        bar.update(len(groups) * job.per_group)
     bar.close()
     counts = accelerate.utils.gather(torch.tensor([drawn], device=state.device)).sum().item()
     if record is not None:
         seconds = time.perf_counter() - began
         speed = {"images_drawn": counts, "seconds": round(seconds, 2), "images_per_second": round(counts / seconds, 3)}
         _finish(folder, record, speed if counts else None, sampler.nfe, state.num_processes)
-        save_preview(folder, total)
-        if npz:
-            pack_npz(folder, total)
-        print(f"{total} images in {folder}")
+        save_overview(folder, job)
+        print(f"{job.groups * job.per_group} images in {folder}")
         print(f"{counts} drawn now, NFE {sampler.nfe} per image, {speed['images_per_second']} images/s")
     state.wait_for_everyone()
 
 
+def _draw_groups(sampler: Sampler, job: Job, folder: Path, groups: range, missing: list[int]) -> int:
+    """Draw all images of the groups, in calls of at most per_proc_batch_size, and write the missing ones."""
+    s, n = sampler.settings, job.per_group
+    keys = [(g, j) for g in groups for j in range(n)]
+    size = max(s.per_proc_batch_size, 1)
+    parts = [sampler.draw(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
+    images, latents = np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    for place, g in enumerate(groups):
+        if g not in missing:
+            continue
+        own = slice(place * n, (place + 1) * n)
+        if s.save_latent:
+            for j, latent in enumerate(latents[own]):
+                name = f"{g:06d}" if n == 1 else f"{g:06d}-{j:02d}"
+                save_file({"latent": latent.cpu().contiguous()}, folder / "latents" / f"{name}.safetensors")
+        job.write(folder, g, images[own])
+    return len(keys)
+
+
 def _claim(folder: Path, weights: Path, settings: SampleSettings, extra: dict[str, Any]) -> dict[str, Any]:
     """Create the folder, or make sure that it holds the same run; returns the content of run.json."""
-    neutral = {"num_fid_samples", "per_proc_batch_size", "slice_vae", "save_latent"}
+    neutral = {"num_fid_samples", "per_proc_batch_size", "slice_vae", "save_latent", "compile_vae"}
     identity = {k: v for k, v in asdict(settings).items() if k not in neutral} | extra | {"weights_sha256": sha256(weights)}
     path = folder / "run.json"
     if path.is_file():
@@ -256,19 +303,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def save_preview(folder: Path, total: int) -> None:
-    """The first 64 images as a grid in `<folder>.png`."""
-    images = np.stack([read_png(folder / f"{k:06d}.png") for k in range(min(total, PREVIEW_IMAGES))])
-    grid = make_grid(images, columns=10 if len(images) > 10 else len(images), scale=max(1, 64 // images.shape[1]))
+def save_overview(folder: Path, job: Job) -> None:
+    """The first pictures as a grid in `<folder>.png`, large ones scaled down."""
+    pictures = [np.asarray(shrink(Image.fromarray(p), OVERVIEW_SIDE)) for p in job.pictures(folder, OVERVIEW_IMAGES)]
+    columns = 10 if len(pictures) > 10 else len(pictures)
+    grid = make_grid(np.stack(pictures), columns, scale=max(1, 64 // pictures[0].shape[1]))
     save_png(folder.with_name(f"{folder.name}.png"), grid)
-
-
-def pack_npz(folder: Path, total: int) -> Path:
-    """All images as arr_0 (N, H, W, 3) uint8 in `<folder>.npz`."""
-    path = folder.with_name(f"{folder.name}.npz")
-    images = np.stack([read_png(folder / f"{k:06d}.png") for k in tqdm(range(total), desc="npz", unit="img")])
-    partial = path.with_name(f".{path.name}.part")
-    with open(partial, "wb") as f:
-        np.savez(f, arr_0=images)
-    partial.replace(path)
-    return path

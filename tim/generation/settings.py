@@ -19,6 +19,8 @@ class SampleSettings:
         num_fid_samples: how many images.
         cfg_scale, guidance_low, guidance_high, guide_first_step: guidance and its window, fractions of T_max.
         dtype: of the network; `auto` is the config's mixed precision on a GPU and float32 on a CPU.
+        vae_dtype: of the decoder. tile_vae: decode images with a side above this many pixels in tiles.
+        compile_vae: torch.compile the decoder.
     """
 
     height: int | None = None
@@ -39,6 +41,13 @@ class SampleSettings:
     save_latent: bool = False
     tf32: bool = True
     dtype: str = "auto"
+    vae_dtype: str = "float32"
+    tile_vae: int | None = None
+    compile_vae: bool = False
+
+    def guidance(self) -> tuple[float, float, float, bool]:
+        """Scale, low and high end of the window, and whether the first step is guided."""
+        return self.cfg_scale, self.guidance_low, self.guidance_high, self.guide_first_step
 
     def check(self, transport: Transport) -> None:
         """Fill T_max and T_min from the transport and refuse impossible values, each by its flag."""
@@ -52,6 +61,8 @@ class SampleSettings:
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be >= 1, got {value}")
+        if self.tile_vae is not None and self.tile_vae < 1:
+            raise ValueError(f"--tile-vae must be >= 1 pixel, got {self.tile_vae}")
         if self.global_seed < 0:
             raise ValueError(f"--global-seed must be >= 0, got {self.global_seed}")
         if not self.T_min < self.T_max:
@@ -96,6 +107,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-latent", action="store_true", help="also keep the latents as safetensors")
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=default.tf32)
     parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="network dtype")
+    parser.add_argument("--vae-dtype", choices=DTYPES[1:], default=default.vae_dtype, help="decoder dtype")
+    parser.add_argument("--tile-vae", type=int, metavar="PIXELS", help="decode larger images in tiles")
+    parser.add_argument("--compile-vae", action="store_true", help="torch.compile the decoder")
 
 
 def settings_from(args: argparse.Namespace) -> SampleSettings:

@@ -87,16 +87,16 @@ class CrossAttention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(
-        self,
-        u: Tensor,
-        y: Tensor,
-        rope: Tensor,
-        y_mask: Tensor | None = None,
-        attn_type: str | None = None,
-    ) -> Tensor:
-        """u: image tokens (B, N, C); y: caption tokens (B, M, C); y_mask: (B, M) bool; returns (B, N, C)."""
-        q = self.q(u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def keys_values(self, y: Tensor) -> Tensor:
+        """Keys and values (B, 2, heads, M, head_dim) of caption tokens y (B, M, C); they depend on the caption alone."""
         k, v = self.kv(y).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = apply_rope(self.q_norm(q), rope), self.k_norm(k)
-        return self.proj(attention(q.to(v.dtype), k.to(v.dtype), v, attn_type, y_mask).transpose(1, 2).flatten(2))
+        return torch.stack([self.k_norm(k).to(v.dtype), v], dim=1)
+
+    def forward(
+        self, u: Tensor, kv: Tensor, rope: Tensor, y_mask: Tensor | None = None, attn_type: str | None = None
+    ) -> Tensor:
+        """u: image tokens (B, N, C); kv: from `keys_values`; y_mask: (B, M) bool; returns (B, N, C)."""
+        q = self.q(u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unbind(1)
+        q = apply_rope(self.q_norm(q), rope).to(v.dtype)
+        return self.proj(attention(q, k, v, attn_type, y_mask).transpose(1, 2).flatten(2))

@@ -69,8 +69,40 @@ class Autoencoder:
         return self.channels, height // self.factor, width // self.factor
 
     def set_slicing(self) -> None:
-        """Decode one image at a time, to save memory."""
+        """Encode and decode one image of a batch at a time, to save memory; the result is the same."""
         self.model.enable_slicing()
+
+    def set_tiling(self, above: int) -> None:
+        """Encode and decode images with a side above `above` pixels in tiles of that side, to save memory.
+
+        Tiles overlap by a quarter and are blended there. Each tile is normalised alone, so the result differs slightly
+        from that of the whole image. Images up to `above` x `above` are not tiled.
+
+        Raises:
+            ValueError: when above is not a multiple of four times the factor, which the quarters need.
+        """
+        unit = 4 * self.factor
+        if above % unit or above <= 0:
+            below = max(unit, above // unit * unit)
+            raise ValueError(
+                f"images cannot be tiled above {above} pixels: this autoencoder's tiles are multiples of {unit}; "
+                f"the nearest are {below} and {below + unit}"
+            )
+        if self.is_kl:
+            self.model.tile_sample_min_size, self.model.tile_latent_min_size = above, above // self.factor
+            self.model.tile_overlap_factor = 0.25
+            self.model.enable_tiling()
+        else:
+            self.model.enable_tiling(above, above, above * 3 // 4, above * 3 // 4)
+
+    def compile_decode(self) -> None:
+        """Compile the decoder for any size (torch.compile); the first image then waits for the compiler."""
+        self.model.decoder.compile(dynamic=True)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Autoencoder":
+        """Compute in another dtype or elsewhere. Weights once rounded to a lower precision stay rounded."""
+        self.model.to(device=device, dtype=dtype)
+        return self
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -57,16 +57,20 @@ class Block(nn.Module):
         y_mask: Tensor | None = None,
         attn_type: str | None = None,
     ) -> Tensor:
-        """x: tokens (B, N, C); c, d: condition and interval embedding (B, C); y: caption tokens (B, M, C)."""
+        """x: tokens (B, N, C); c, d: condition and interval embedding (B, C); y: see `caption_keys_values`."""
         parts = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
         shift, scale, gate = parts[:3]
         x = torch.addcmul(x, gate[:, None], self.attn(modulate(self.norm(x), shift, scale), d, rope, attn_type))
         if self.cross_attn is not None:
             shift, scale, gate = parts[3:6]
             u = modulate(self.norm(x), shift, scale)
-            x = torch.addcmul(x, gate[:, None], self.cross_attn(u, self.norm(y), rope, y_mask, attn_type))
+            x = torch.addcmul(x, gate[:, None], self.cross_attn(u, self.caption_keys_values(y), rope, y_mask, attn_type))
         shift, scale, gate = parts[-3:]
         return torch.addcmul(x, gate[:, None], self.mlp(modulate(self.norm(x), shift, scale)))
+
+    def caption_keys_values(self, y: Tensor) -> Tensor:
+        """Cross-attention keys and values of caption tokens (B, M, C); keys and values themselves pass through."""
+        return self.cross_attn.keys_values(self.norm(y)) if y.ndim == 3 else y
 
 
 class FinalLayer(nn.Module):

@@ -134,7 +134,8 @@ class TransitionTransformer(nn.Module):
         Args:
             x: (B, C, H, W), H and W multiples of patch_size.
             c, d: condition and interval embedding (B, hidden_size).
-            y, y_mask: caption tokens (B, M, hidden_size) and their bool mask (B, M).
+            y: caption tokens (B, M, hidden_size), or all blocks' keys and values (B, depth, 2, heads, M, head_dim).
+            y_mask: (B, M) bool, True for real tokens.
             attn_type: see `tim.models.attention.attention`.
             return_zs: also return the REPA projection (B, N, z_dim).
             jvp: a derivative pass: no gradient checkpointing, and explicit softmax when forward-mode AD runs.
@@ -148,9 +149,10 @@ class TransitionTransformer(nn.Module):
         tokens = self.x_embedder(x)
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
         remember = self.use_checkpoint and torch.is_grad_enabled() and not jvp
+        ready = y is not None and y.ndim == 6
         h_proj = self.projector(tokens) if return_zs and self.encoder_depth == 0 else None
         for number, block in enumerate(self.blocks, start=1):
-            arguments = (tokens, c, d, rope, y, y_mask, attn_type)
+            arguments = (tokens, c, d, rope, y[:, number - 1] if ready else y, y_mask, attn_type)
             tokens = checkpoint(block, *arguments, use_reentrant=False) if remember else block(*arguments)
             if return_zs and number == self.encoder_depth:
                 h_proj = self.projector(tokens)

@@ -99,11 +99,17 @@ def sample(
     x = transport.initial_scale(grid[0]) * z.to(state_dtype)
     trajectory = [x] if return_trajectory else []
     last = len(grid) - 2
+    joined = join_conditions(cond, uncond) if any(guided) else None
     for i, (t, r) in enumerate(pairwise(grid)):
-        F = _predict(
-            transport, model, x.to(network_dtype), t, r if sample_type == "transition" else t,
-            cond, uncond if guided[i] else None, cfg_scale,
-        )  # fmt: skip
+        r_seen = r if sample_type == "transition" else t
+        if not guided[i]:
+            F = _predict(transport, model, x.to(network_dtype), t, r_seen, cond)
+        elif joined is not None:
+            F_c, F_u = _predict(transport, model, torch.cat([x, x]).to(network_dtype), t, r_seen, joined).chunk(2)
+            F = F_u + cfg_scale * (F_c - F_u)
+        else:
+            F_c, F_u = (_predict(transport, model, x.to(network_dtype), t, r_seen, y) for y in (cond, uncond))
+            F = F_u + cfg_scale * (F_c - F_u)
         rho = stochasticity_ratio if 0 < i < last else 0.0
         noise = None if rho == 0 else (noise_fn(i).to(x) if noise_fn else torch.randn_like(x))
         t_x, r_x = (torch.tensor(u, dtype=state_dtype) for u in (t, r))
@@ -117,30 +123,21 @@ def sample(
     return SampleResult(x, len(guided) + sum(guided), trajectory)
 
 
-def _predict(
-    transport: Transport,
-    model: Callable[..., Tensor],
-    x: Tensor,
-    t: float,
-    r: float,
-    cond: dict,
-    uncond: dict | None,
-    cfg_scale: float,
-) -> Tensor:
-    """F_c, or F_u + w (F_c - F_u) when `uncond` is given; the two run as one batch where their shapes allow it."""
+def join_conditions(cond: dict, uncond: dict) -> dict | None:
+    """Keywords of one forward over [cond, uncond], or None where the shapes of the two differ."""
+    if any(getattr(cond[k], "shape", None) != getattr(uncond.get(k), "shape", None) for k in cond):
+        return None
+    return {k: torch.cat([v, uncond[k]]) if torch.is_tensor(v) else v for k, v in cond.items()}
+
+
+def _predict(transport: Transport, model: Callable[..., Tensor], x: Tensor, t: float, r: float, condition: dict) -> Tensor:
+    """F(x, t, r, condition), float32 or wider, t and r being the same for all of x."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     t_c, r_c = (
         torch.full((x.shape[0],), float(transport.c_noise(torch.tensor(u, dtype=torch.float64))), dtype=dtype, device=x.device)
         for u in (t, r)
     )
-    if uncond is None:
-        return model(x, t_c, r_c, **cond)
-    if all(getattr(cond[k], "shape", None) == getattr(uncond.get(k), "shape", None) for k in cond):
-        both = {k: torch.cat([v, uncond[k]]) if torch.is_tensor(v) else v for k, v in cond.items()}
-        F_c, F_u = model(torch.cat([x, x]), torch.cat([t_c, t_c]), torch.cat([r_c, r_c]), **both).to(dtype).chunk(2)
-    else:
-        F_c, F_u = (model(x, t_c, r_c, **kwargs).to(dtype) for kwargs in (cond, uncond))
-    return F_u + cfg_scale * (F_c - F_u)
+    return model(x, t_c, r_c, **condition).to(dtype)
 
 
 def _grid(

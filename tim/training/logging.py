@@ -15,13 +15,10 @@ class RunLogger:
 
     Args:
         accelerator: its trackers receive every record.
-        images_per_step: global batch size.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, project_dir: Path, start_step: int, max_steps: int, images_per_step: int
-    ) -> None:
-        self.accelerator, self.images_per_step = accelerator, images_per_step
+    def __init__(self, accelerator: Accelerator, project_dir: Path, start_step: int, max_steps: int) -> None:
+        self.accelerator = accelerator
         self.file, self.bar = None, None
         if not accelerator.is_main_process:
             return
@@ -32,12 +29,12 @@ class RunLogger:
         partial.replace(path)
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run, closed by close()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
-        self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
 
-    def step(self, waited: float) -> None:
-        """Count one finished step and the seconds it waited for data."""
+    def step(self, waited: float, images: int) -> None:
+        """Count one finished step, the seconds it waited for data and the images of all processes in it."""
         if self.bar is not None:
-            self.steps += 1
+            self.images += images
             self.waited += waited
             self.bar.update()
 
@@ -47,9 +44,9 @@ class RunLogger:
             return
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         record: dict[str, Any] = {"step": step, **values}
-        record["images_per_second"] = round(self.steps * self.images_per_step / elapsed, 2)
+        record["images_per_second"] = round(self.images / elapsed, 2)
         record["data_wait"] = round(self.waited / elapsed, 4)
-        self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
         self.file.write(json.dumps(record) + "\n")
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
         self.bar.set_postfix(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tim import rng
 from tim.config import Config, to_yaml
-from tim.data.c2i import build_c2i_dataset
+from tim.training.bad_samples import BadSamples
 from tim.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
@@ -24,32 +24,33 @@ from tim.training.checkpoint import (
 from tim.training.logging import RunLogger, plot_curves
 from tim.training.preview import save_preview
 from tim.training.setup import Run, build_loader, build_run
+from tim.training.tasks import Task
 
 MAX_BAD_STEPS = 3  # steps in a row without a finite gradient before the run stops
 
 
-def train(config: Config, project_dir: str | Path, seed: int, dry_run: bool = False) -> None:
-    """Train a class-conditional TiM, continuing where `project_dir` left off.
+def train(config: Config, project_dir: str | Path, seed: int, task_class: type[Task], dry_run: bool = False) -> None:
+    """Train a TiM, continuing where `project_dir` left off.
 
     Writes config.yaml, log.jsonl, curves.png, samples/ and checkpoints/ under project_dir. Every random number is a
     function of (seed, step, place in the global batch), so the result does not depend on interruptions.
 
     Args:
+        task_class: ClassTask or CaptionTask.
         dry_run: build and check everything, print the summary, write nothing.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend.
+        ValueError, FileNotFoundError: for what the user can mend, more unreadable samples than allowed among it.
         RuntimeError: after three steps in a row without a finite gradient.
     """
     project_dir = Path(project_dir)
-    dataset = build_c2i_dataset(config.data, with_image=config.model.enc_dir is not None)
-    run = build_run(config, project_dir, seed, dataset)
+    run = build_run(config, project_dir, seed, task_class)
     main = run.accelerator.is_main_process
     if main:
         print(summary(run), flush=True)
     if dry_run:
         return
-    start_step, samples_seen = resume(run)
+    start_step, visits = resume(run)
     max_steps = config.training.max_train_steps
     if start_step >= max_steps:
         if main:
@@ -62,18 +63,20 @@ def train(config: Config, project_dir: str | Path, seed: int, dry_run: bool = Fa
     if config.training.tracker not in (None, "none"):
         t = config.training
         run.accelerator.init_trackers(t.tracker_project_name, init_kwargs={t.tracker: t.tracker_kwargs})
-    logger = RunLogger(run.accelerator, project_dir, start_step, max_steps, run.global_batch_size)
+    logger = RunLogger(run.accelerator, project_dir, start_step, max_steps)
     try:
-        run_steps(run, logger, start_step, samples_seen)
+        run_steps(run, logger, start_step, visits)
     finally:
         logger.close()
         run.accelerator.end_training()
 
 
-def run_steps(run: Run, logger: RunLogger, start_step: int, samples_seen: int) -> None:
+def run_steps(run: Run, logger: RunLogger, start_step: int, visits: int) -> None:
     """The loop proper, from start_step to max_train_steps."""
     t, accelerator = run.config.training, run.accelerator
-    batches = iter(build_loader(run, start_step, samples_seen))
+    loader = build_loader(run, start_step, visits)
+    batches = iter(loader)
+    bad_samples = BadSamples(run.project_dir, accelerator.process_index)
     run.model.train()
     bad_steps = 0
     for step in range(start_step + 1, t.max_train_steps + 1):
@@ -82,6 +85,7 @@ def run_steps(run: Run, logger: RunLogger, start_step: int, samples_seen: int) -
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
+            bad_samples.record(batch)
             last = micro == t.gradient_accumulation_steps - 1
             with nullcontext() if last else accelerator.no_sync(run.model):
                 loss, values = batch_loss(run, batch)
@@ -96,29 +100,37 @@ def run_steps(run: Run, logger: RunLogger, start_step: int, samples_seen: int) -
         run.lr_scheduler.step()
         if finite and run.ema is not None:
             run.ema.update(run.network)
-        samples_seen += run.global_batch_size
-        logger.step(waited)
+        visits += loader.batch_sampler.visits_per_step
+        logger.step(waited, int(batch["total"][0]))
 
         bad_steps = 0 if finite or accelerator.scaler is not None else bad_steps + 1
         if bad_steps:
             accelerator.print(f"step {step}: gradient norm is {float(grad_norm)}, step skipped ({bad_steps} in a row)")
         stop = bad_steps >= MAX_BAD_STEPS
+        too_many = False
         if step % t.log_steps == 0 or step == t.max_train_steps or stop:
+            log["bad_samples"] = log["dropped"].new_tensor(len(bad_samples) * accelerator.num_processes)
             record = mean_over_ranks(accelerator, log)
+            too_many = record["bad_samples"] > run.config.data.max_bad_samples
             record |= {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0]}
             logger.log(step, record)
             if record["dropped"] > 0:
                 accelerator.print(
                     f"step {step}: {record['dropped']:.2%} of the samples have non-finite latents and were left out"
                 )
-        if step % t.checkpointing_steps == 0 or step in t.checkpoint_list or step == t.max_train_steps or stop:
-            save(run, step, samples_seen)
+        if step % t.checkpointing_steps == 0 or step in t.checkpoint_list or step == t.max_train_steps or stop or too_many:
+            save(run, step, visits)
         if t.sample_steps and (step % t.sample_steps == 0 or step == t.max_train_steps) and accelerator.is_main_process:
             save_preview(run, step)
         if stop:
             raise RuntimeError(
                 f"{MAX_BAD_STEPS} steps in a row without a finite gradient, stopped at step {step} with the last good "
                 "weights saved; lower training.learning_rate or use training.mixed_precision=bf16"
+            )
+        if too_many:
+            raise ValueError(
+                f"{record['bad_samples']:.0f} samples could not be read, more than data.max_bad_samples="
+                f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint, see {bad_samples.path.name}"
             )
 
 
@@ -135,12 +147,8 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
     step, positions = int(batch["step"][0]), batch["position"].tolist()
     x = latents(run, batch).to(run.dtype)
     times, drop, z = rng.training_draws(run.seed, step, positions, x.shape[1:])
-    classes, largest = run.network.num_classes, int(batch["label"].max())
-    if largest >= classes or int(batch["label"].min()) < 0:
-        raise ValueError(f"label {largest} of a sample of step {step + 1} is out of range: num_classes is {classes}")
-    null = torch.full_like(batch["label"], classes)
-    y = torch.where(drop < run.network.class_dropout_prob, null, batch["label"])
-    y, null, z = (v.to(device, non_blocking=True) for v in (y, null, z.to(run.dtype)))
+    cond, null = run.task.conditions(batch, drop < run.task.drop_prob)
+    z = z.to(device, run.dtype, non_blocking=True)
     with run.accelerator.autocast():
         weighted, projection, log = run.schedule(
             run.model,
@@ -149,11 +157,11 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
             len(positions),
             x,
             z,
-            {"y": y},
+            cond,
             use_dir_loss=model.use_dir_loss,
             h_target=repa_target(run, batch, x),
-            null_kwargs={"y": null},
-            time_kwargs={"normal": times, "position": batch["position"], "global_batch_size": run.global_batch_size},
+            null_kwargs=null,
+            time_kwargs={"normal": times, "position": batch["position"], "global_batch_size": int(batch["total"][0])},
         )
     log["dropped"] = 1 - torch.isfinite(x).flatten(1).all(1).float().mean()  # the objective left these out
     return weighted + model.proj_coeff * projection, log
@@ -186,7 +194,7 @@ def repa_target(run: Run, batch: dict[str, Any], x: Tensor) -> Tensor | None:
 
 
 def resume(run: Run) -> tuple[int, int]:
-    """Load the checkpoint that `resume_from_checkpoint` names; returns (step, samples seen), (0, 0) for a fresh start."""
+    """Load the checkpoint that `resume_from_checkpoint` names; returns (step, visits), (0, 0) for a fresh start."""
     wanted, root = run.config.training.resume_from_checkpoint, run.project_dir / "checkpoints"
     if wanted is None:
         if list_checkpoints(root):
@@ -206,15 +214,15 @@ def resume(run: Run) -> tuple[int, int]:
         raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
     run.lr_scheduler.load_state_dict(state["lr_scheduler"])
     run.accelerator.print(f"resuming from {path} at step {state['step']}")
-    return state["step"], state["samples_seen"]
+    return state["step"], state["visits"]
 
 
-def save(run: Run, step: int, samples_seen: int) -> None:
+def save(run: Run, step: int, visits: int) -> None:
     """Write a checkpoint and the curves on rank 0, then retire old checkpoints."""
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         t, root = run.config.training, run.project_dir / "checkpoints"
-        state = {"seed": run.seed, "samples_seen": samples_seen, "lr_scheduler": run.lr_scheduler.state_dict()}
+        state = {"seed": run.seed, "visits": visits, "lr_scheduler": run.lr_scheduler.state_dict()}
         ema = run.ema.network if run.ema else None
         save_checkpoint(root, step, run.network, ema, run.optimizer.optimizer, state, run.accelerator.scaler)
         prune_checkpoints(root, t.checkpoints_total_limit, t.checkpoint_list)
@@ -228,7 +236,7 @@ def summary(run: Run) -> str:
     parameters = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
     return (
         f"network: {parameters / 1e6:.2f}M trained parameters, {t.dtype}, mixed precision {t.mixed_precision}\n"
-        f"data: {len(run.dataset)} samples, {run.dataset.num_labels} classes\n"
+        f"data: {run.task.summary()}\n"
         f"batch: {run.global_batch_size} = {run.config.data.dataloader.batch_size} x {t.gradient_accumulation_steps} "
         f"accumulation x {a.num_processes} process(es) on {a.device.type}\n"
         f"steps: {t.max_train_steps}, learning rate {run.lr:.3g} ({t.lr_scheduler})"

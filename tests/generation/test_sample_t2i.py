@@ -1,0 +1,272 @@
+"""Text-to-image sampling as users run it: the three benchmarks and free prompts, determinism, resume, refusals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, command, randomize, save_tiny_dc, save_tiny_text_encoder
+from PIL import Image
+from safetensors.torch import save_file
+
+from tim.config import load_config
+from tim.generation.captions import CaptionConditions
+from tim.generation.engine import load_sampler
+from tim.generation.settings import SampleSettings
+from tim.models.t2i.tim_model import TiM
+from tim.models.text_encoders import TextEncoder
+
+PROMPTS = [
+    "a photo of a bench",
+    "a photo of four clocks",
+    "a photo of a green skateboard below two red dogs",
+    "a",
+    "un café près de la gare 狐 🦊",
+    "a photo of a cow, a photo of a cow, a photo of a cow, a photo of a very small cow",
+    "two dogs",
+]
+COMMANDS = {name: f"projects/sample/sample_t2i_{name}_ddp.py" for name in ("geneval", "dpgbench", "mjhq30k")}
+SETTING = "w-16x24-T0.0-1.0-Step-3-sto-0.0-transition-cfg-2.5-0.0-1.0"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with config.yaml, weights w.safetensors, a text encoder and a DC autoencoder, all random."""
+    root = tmp_path_factory.mktemp("models")
+    save_tiny_text_encoder(root / "text")
+    save_tiny_dc(root / "vae", scaling_factor=0.5)
+    tree = yaml.safe_load((ROOT / "configs/t2i/tim_xl_p1_t2i.yaml").read_text())
+    network = {**TINY, "input_size": 4, "patch_size": 1, "in_channels": 8, "cap_feat_dim": 20}
+    tree["model"].update(vae_dir=str(root / "vae"), text_encoder_dir=str(root / "text"))
+    tree["model"]["network"]["params"] = network
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    save_file(randomize(TiM(**network), scale=0.3).state_dict(), root / "w.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """The prompt sets in the three benchmarks' own formats."""
+    root = tmp_path_factory.mktemp("prompts")
+    lines = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": p} for p in PROMPTS]
+    (root / "geneval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "dpg").mkdir()
+    for number, prompt in enumerate(PROMPTS):
+        (root / "dpg" / f"prompt_{number}.txt").write_text(prompt + "\n", encoding="utf-8")
+    meta = {f"key{k}": {"category": ("animals", "art")[k % 2], "prompt": p} for k, p in enumerate(PROMPTS)}
+    (root / "mjhq.json").write_text(json.dumps(meta))
+    return {"geneval": root / "geneval.jsonl", "dpgbench": root / "dpg", "mjhq30k": root / "mjhq.json"}
+
+
+def arguments(models, prompts, name, out, *flags) -> list:
+    return [
+        COMMANDS[name], "--config", models / "config.yaml", "--ckpt", models / "w.safetensors", "--sample-dir", out,
+        "--caption-dir", prompts[name], "--height", 16, "--width", 24, "--num-steps", 3, "--cfg-scale", 2.5,
+        "--per-proc-batch-size", 6, *flags,
+    ]  # fmt: skip
+
+
+def files(folder) -> dict[str, bytes]:
+    """Content of every file but the run's record."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {k: v for k, v in found.items() if k != "run.json"}
+
+
+LAYOUTS = {
+    "geneval": {f"{i:05d}/{f}" for i in range(7)
+                for f in ("metadata.jsonl", "grid.png", *(f"samples/{j:05d}.png" for j in range(4)))},
+    "dpgbench": {f"prompt_{k}.png" for k in range(7)},
+    "mjhq30k": {f"{('animals', 'art')[k % 2]}/key{k}.png" for k in range(7)},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_benchmarks_write_their_layout_alike_on_one_and_two_processes(models, prompts, tmp_path, name):
+    command(*arguments(models, prompts, name, tmp_path / "one", "--num-classes", 1000))
+    command(*arguments(models, prompts, name, tmp_path / "two"), processes=2)
+    folder = tmp_path / "one" / f"{name}-{SETTING}"
+    assert files(folder).keys() == LAYOUTS[name]
+    assert files(folder) == files(tmp_path / "two" / folder.name)
+    record = json.loads((folder / "run.json").read_text())
+    images = 7 if name == "mjhq30k" else 28
+    assert record["complete"] and record["nfe"] == 5 and record["speed"]["images_drawn"] >= images
+    picture = np.asarray(Image.open(folder / next(k for k in LAYOUTS[name] if k.endswith(".png") and "grid" not in k)))
+    assert picture.shape == ((32, 48, 3) if name == "dpgbench" else (16, 24, 3)) and picture.std() > 0
+
+
+def test_geneval_metadata_and_grid_belong_to_the_prompt(models, prompts, tmp_path):
+    command(*arguments(models, prompts, "geneval", tmp_path, "--num-fid-samples", 2))
+    folder = tmp_path / f"geneval-{SETTING}"
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["00000", "00001"]
+    assert json.loads((folder / "00001" / "metadata.jsonl").read_text())["prompt"] == PROMPTS[1]
+    grid = np.asarray(Image.open(folder / "00001" / "grid.png"))
+    third = np.asarray(Image.open(folder / "00001" / "samples" / "00002.png"))
+    assert (grid[20:36, 2:26] == third).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_benchmarks_continue_after_kill_9(models, prompts, tmp_path, name):
+    flags = ["--num-steps", "60", "--per-proc-batch-size", "2"]
+    command(*arguments(models, prompts, name, tmp_path / "whole", *flags))
+    (folder,) = (p for p in (tmp_path / "whole").iterdir() if p.is_dir())
+    killed = tmp_path / "killed" / folder.name
+    words = [sys.executable, *map(str, arguments(models, prompts, name, tmp_path / "killed", *flags))]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and len(list(killed.rglob("*.png"))) < 2:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert 0 < len(files(killed)) < len(files(folder))
+    command(*arguments(models, prompts, name, tmp_path / "killed", *flags))
+    assert files(killed) == files(folder)
+
+
+def sampler_of(models, guided=True, padding="mask", prompts=PROMPTS, **settings):
+    config = load_config(models / "config.yaml")
+    encoder = TextEncoder.from_pretrained(str(models / "text"), padding=padding)
+    settings = SampleSettings(height=16, width=24, num_steps=4, cfg_scale=2.5 if guided else 1.0, **settings)
+    return load_sampler(
+        config, models / "w.safetensors", settings,
+        lambda network: CaptionConditions(prompts, encoder, network, guided), torch.device("cpu"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_seven_prompts_at_once_are_seven_prompts_alone(models, guided):
+    sampler = sampler_of(models, guided)
+    images, latents = sampler.draw(range(7))
+    for k in range(7):
+        image, latent = sampler.draw([k])
+        assert (latent[0] - latents[k]).abs().max() < 1e-5 * latents.abs().max()
+        assert (image[0] == images[k]).all()
+    assert len({image.tobytes() for image in images}) == 7
+
+
+def test_an_image_depends_on_seed_prompt_and_repetition_alone(models):
+    sampler = sampler_of(models)
+    images, _ = sampler.draw([2, 2, 5], [0, 1, 0])
+    again, _ = sampler.draw([5, 2], [0, 1])
+    assert (again[0] == images[2]).all() and (again[1] == images[1]).all()
+    assert (images[0] != images[1]).any()
+    other, _ = sampler_of(models, global_seed=1).draw([2])
+    assert (other[0] != images[0]).any()
+
+
+def test_visible_padding_lets_batch_mates_in(models):
+    """What `text_padding: batch` reproduces: the image of a short prompt changes with the longest prompt of its batch."""
+    sampler = sampler_of(models, padding="batch")
+    (alone, beside), (lone, _) = sampler.draw([3, 5])[0], sampler.draw([3, 3])[0]
+    assert (alone != lone).any() and beside.shape == (16, 24, 3)
+    masked = sampler_of(models)
+    assert (masked.draw([3, 5])[0][0] == masked.draw([3, 3])[0][0]).all()
+
+
+def test_captions_are_computed_once(models, monkeypatch):
+    """One encoding a prompt and one of the null caption, one set of keys and values a prompt, whatever the steps."""
+    encoded, embedded = [], []
+    encode, embed = TextEncoder.__call__, TiM.caption_keys_values
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, captions: encoded.extend(captions) or encode(self, captions))
+    monkeypatch.setattr(TiM, "caption_keys_values", lambda self, y: embedded.append(len(y)) or embed(self, y))
+    inside = []
+    monkeypatch.setattr(TiM, "_embed_caption", lambda self, y, f=TiM._embed_caption: inside.append(len(y)) or f(self, y))
+    sampler = sampler_of(models)
+    sampler.draw([0, 0, 0, 0, 1, 1], [0, 1, 2, 3, 0, 1])
+    sampler.draw([2], [0])
+    sampler.draw([2], [1])
+    assert sorted(encoded) == sorted(["", *PROMPTS[:3]])
+    assert embedded == [1, 2, 1] and inside == embedded
+
+
+def test_prepared_captions_change_nothing(models):
+    """Steps with prepared keys and values give what the network gives on caption features."""
+    sampler = sampler_of(models, guided=False)
+    encoder = TextEncoder.from_pretrained(str(models / "text"))
+    y, y_mask = encoder(PROMPTS[:3])
+    x, times = torch.randn(3, 8, 4, 6), torch.tensor([0.9, 0.5, 0.2])
+    cond, _ = sampler.conditions(range(3))
+    with torch.no_grad():
+        direct = sampler.network(x, times, times / 2, y, y_mask=y_mask)
+        prepared = sampler.network(x, times, times / 2, **cond)
+    assert (direct - prepared).abs().max() < 1e-6 * direct.abs().max()
+
+
+def test_free_prompts_at_several_sizes_and_steps(models, tmp_path):
+    done = command(
+        "projects/sample/sample_t2i.py", "--config", models / "config.yaml", "--ckpt", models / "w.safetensors",
+        "--sample-dir", tmp_path, "--prompts", "a red circle", "naïve 狐", "", "--size", "16x24", "32x16",
+        "--num-steps", 1, 4, "--images-per-prompt", 2, "--cfg-scale", 2, "--guide-first-step",
+    )  # fmt: skip
+    folders = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
+    assert len(folders) == 4 and folders[0].startswith("prompts-w-16x24-T0.0-1.0-Step-1-")
+    for name in folders:
+        assert len(list((tmp_path / name).glob("*.png"))) == 6
+    assert Image.open(tmp_path / folders[2] / "00001-01.png").size == (16, 32)
+    assert Image.open(tmp_path / "grid-16x24.png").width > 4 * 96 and "grid-32x16.png" in done.stdout
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\nnaïve 狐\n", encoding="utf-8")
+    command(
+        "projects/sample/sample_t2i.py", "--config", models / "config.yaml", "--ckpt", models / "w.safetensors",
+        "--sample-dir", tmp_path / "file", "--prompt-file", file, "--height", 16, "--width", 24, "--num-steps", 4,
+        "--cfg-scale", 2, "--guide-first-step",
+    )  # fmt: skip
+    (folder,) = (p for p in (tmp_path / "file").iterdir() if p.is_dir())
+    assert len(list(folder.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    "flags,match",
+    [
+        (["--height", "18"], "--height 18 is not a multiple of 4 (autoencoder x patch); the nearest are 16 and 20"),
+        (["--num-fid-samples", "0"], "--num-fid-samples must be >= 1"),
+        (["--caption-dir", "absent.jsonl"], "absent.jsonl"),
+        (["--images-per-prompt", "0"], "--images-per-prompt must be >= 1"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(models, prompts, tmp_path, flags, match):
+    done = command(*arguments(models, prompts, "geneval", tmp_path / "out", *flags), check=False)
+    assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_prompt_sets_are_named(models, prompts, tmp_path):
+    def refused(name, path, match):
+        done = command(*arguments(models, {name: path}, name, tmp_path / "out"), check=False)
+        assert done.returncode == 2 and match in done.stderr, done.stderr
+
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    refused("geneval", tmp_path / "a.jsonl", "line 2 is not JSON")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"tag": "x"}\n')
+    refused("geneval", tmp_path / "b.jsonl", "line 2 has no `prompt`")
+    (tmp_path / "empty").mkdir()
+    refused("dpgbench", tmp_path / "empty", "no .txt file")
+    (tmp_path / "m.json").write_text('{"k": {"prompt": "a"}}')
+    refused("mjhq30k", tmp_path / "m.json", "category")
+    (tmp_path / "evil.json").write_text('{"k": {"prompt": "a", "category": "../up"}}')
+    refused("mjhq30k", tmp_path / "evil.json", "no usable")
+
+
+def test_other_prompts_do_not_continue_a_folder(models, prompts, tmp_path):
+    command(*arguments(models, prompts, "dpgbench", tmp_path / "out", "--num-fid-samples", 1))
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "prompt_0.txt").write_text("something else")
+    done = command(*arguments(models, {"dpgbench": tmp_path / "dpg"}, "dpgbench", tmp_path / "out"), check=False)
+    assert done.returncode == 2 and "holds images of another run (prompts" in done.stderr
+
+
+def test_a_text_encoder_of_another_width_is_refused(models, prompts, tmp_path):
+    save_tiny_text_encoder(tmp_path / "wide", width=24)
+    tree = yaml.safe_load((models / "config.yaml").read_text())
+    tree["model"]["text_encoder_dir"] = str(tmp_path / "wide")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    words = arguments(models, prompts, "mjhq30k", tmp_path / "out", "--config", tmp_path / "config.yaml")
+    done = command(*words, check=False)
+    assert done.returncode == 2 and "24 wide" in done.stderr and "cap_feat_dim" in done.stderr

@@ -1,0 +1,339 @@
+"""Frozen text encoders of transformers (causal LM, T5, BERT-like) behind one interface, and a cache of their features."""
+
+import hashlib
+import json
+import os
+import uuid
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from tim.config import Model
+from tim.models.loading import sha256
+
+PADDINGS = ("mask", "batch")
+IDENTIFYING = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of configs, vocabularies and weights
+DTYPE_KEYWORD = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+
+
+class TextEncoder:
+    """Frozen text encoder: captions to features, one row a caption.
+
+    Args:
+        model: the module that maps token ids to hidden states, without any head.
+        tokenizer: its tokenizer; special tokens are added and cut by its own rules.
+        folder: where both were read; names the features' origin.
+        hub_id: the hub's name of the folder, None for a folder of the user's own.
+        max_length: longest caption in tokens, special tokens included.
+        use_last_hidden_state: features after the last layer as the model returns them, else after the second to last.
+        padding: `mask` marks and zeroes padding; `batch` shows it: features of the padding up to the batch's longest caption.
+
+    Attributes:
+        width: features a token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        hub_id: str | None = None,
+        *,
+        max_length: int = 256,
+        use_last_hidden_state: bool = True,
+        padding: str = "mask",
+    ) -> None:
+        if padding not in PADDINGS:
+            raise ValueError(f"model.text_padding={padding!r} is none of {', '.join(PADDINGS)}")
+        special, positions = tokenizer.num_special_tokens_to_add(), getattr(model.config, "max_position_embeddings", None)
+        if max_length <= special:
+            raise ValueError(f"model.max_seq_length={max_length} leaves no room for text beside {special} special tokens")
+        if positions and 0 < positions < max_length:
+            raise ValueError(f"model.max_seq_length={max_length} is above the {positions} positions of the text encoder")
+        self.model, self.tokenizer, self.folder, self.hub_id = model.eval().requires_grad_(False), tokenizer, folder, hub_id
+        self.max_length, self.use_last_hidden_state, self.padding = max_length, use_last_hidden_state, padding
+        self.width, self.dtype = model.config.hidden_size, model.dtype
+        tokenizer.truncation_side = "right"
+        bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.blank = next((i for i in (bos, eos, pad) if i is not None), 0)  # stands for a caption without any token
+        self.pad = next((i for i in (pad, eos) if i is not None), self.blank)
+        self._warned: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        text_encoder_dir: str,
+        *,
+        max_length: int = 256,
+        use_last_hidden_state: bool = True,
+        padding: str = "mask",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "TextEncoder":
+        """Load a transformers folder or hub id: the decoder of a causal LM, the encoder of T5, or an encoder itself.
+
+        Raises:
+            ValueError: when nothing can be loaded from text_encoder_dir, or an option is out of range.
+        """
+        try:
+            model = load_model(text_encoder_dir, dtype)
+            folder = Path(cached_file(text_encoder_dir, "config.json")).parent
+            tokenizer = load_tokenizer(text_encoder_dir, folder)
+        except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"model.text_encoder_dir={text_encoder_dir!r} is no text encoder folder or hub id: {reason}"
+            ) from error
+        hub_id = None if Path(text_encoder_dir).is_dir() else text_encoder_dir
+        options = dict(max_length=max_length, use_last_hidden_state=use_last_hidden_state, padding=padding)
+        return cls(model.to(device), tokenizer, folder, hub_id, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where features are computed and returned."""
+        return self.model.device
+
+    @cached_property
+    def identity(self) -> str:
+        """Short hash of all that determines a caption's features: files (or hub id and revision), length, layer, dtype."""
+        if self.hub_id is None:
+            files = sorted(f for f in self.folder.iterdir() if f.suffix in IDENTIFYING)
+            source = {f.name: sha256(f) for f in files}
+        else:
+            source = {"id": self.hub_id, "revision": self.folder.name}  # the hub's cache names folders by revision
+        facts = [source, self.max_length, self.use_last_hidden_state, str(self.dtype)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Encode captions; the empty string is the null caption. A caption above max_length is cut with a warning.
+
+        Returns:
+            features (B, M, width) in the encoder's dtype on its device, M the longest caption's number of tokens;
+            mask (B, M) bool, True for real tokens, None when every position counts.
+
+        Raises:
+            ValueError: when captions is empty or holds anything but strings.
+        """
+        check_captions(captions)
+        rows = [torch.tensor(row) for row in self._tokenize(captions)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        mask = real_tokens(rows)
+        is_masked = self.padding == "mask" and not mask.all()
+        mask = mask.to(self.device)
+        # an autocast around the call would change the features behind the cache's back
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            last = self.use_last_hidden_state
+            output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=not last)
+        y = (output.last_hidden_state if last else output.hidden_states[-2]).to(self.dtype)
+        return (y.masked_fill(~mask.unsqueeze(-1), 0), mask) if is_masked else (y, None)
+
+    def _tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids of every caption, at least one and at most max_length each."""
+        rows = self.tokenizer(list(captions), verbose=False)["input_ids"]
+        for i, (caption, row) in enumerate(zip(captions, rows, strict=True)):
+            if len(row) > self.max_length:
+                rows[i] = self.tokenizer(caption, truncation=True, max_length=self.max_length)["input_ids"]
+                if caption not in self._warned:
+                    self._warned.add(caption)
+                    warnings.warn(self._describe_cut(caption, row, rows[i]), stacklevel=3)
+        return [row or [self.blank] for row in rows]
+
+    def _describe_cut(self, caption: str, full: list[int], cut: list[int]) -> str:
+        kept = next((i for i, (a, b) in enumerate(zip(full, cut, strict=False)) if a != b), len(cut))
+        lost = self.tokenizer.decode(full[kept:], skip_special_tokens=True).strip()
+        return (
+            f"caption {shorten(caption, 40)!r} has {len(full)} tokens; it was cut to max_seq_length={self.max_length} "
+            f"without {shorten(lost, 80)!r}"
+        )
+
+
+class CaptionCache:
+    """Features of repeated captions, each computed once and alone, so that they never depend on the rest of a batch.
+
+    Called like the encoder. Memory keeps the captions used last; a folder keeps all, also for later runs and for other
+    processes at the same time. Cut captions are warned of when their features are computed.
+
+    Args:
+        encoder: with `mask` padding; what `batch` padding shows depends on the batch.
+        folder: features go to folder/<encoder.identity>/<sha256 of the caption>.safetensors; None keeps them in memory only.
+        max_bytes: most memory that features take, on the CPU.
+    """
+
+    def __init__(self, encoder: TextEncoder, folder: str | Path | None = None, max_bytes: int = 2**30) -> None:
+        if encoder.padding != "mask":
+            raise ValueError("model.text_padding=batch makes features depend on the batch; it needs model.text_cache=null")
+        self.encoder, self.max_bytes = encoder, max_bytes
+        self.width, self.max_length, self.dtype = encoder.width, encoder.max_length, encoder.dtype
+        self.padding = encoder.padding
+        self.folder = None if folder is None else Path(folder) / encoder.identity
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.used_bytes = 0
+        self._rows: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def device(self) -> torch.device:
+        """Where features are returned."""
+        return self.encoder.device
+
+    @property
+    def identity(self) -> str:
+        """The encoder's."""
+        return self.encoder.identity
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Features and mask of captions, as TextEncoder returns them."""
+        check_captions(captions)
+        found = {caption: self._find(caption) for caption in dict.fromkeys(captions)}
+        rows = [found[caption] for caption in captions]
+        y, mask = pad_sequence(rows, batch_first=True).to(self.device), real_tokens(rows)
+        return y, None if mask.all() else mask.to(self.device)
+
+    def _find(self, caption: str) -> Tensor:
+        """A caption's features (M, width) on the CPU, from memory, the folder or the encoder."""
+        if caption in self._rows:
+            self._rows.move_to_end(caption)
+            return self._rows[caption]
+        row = self._read(caption)
+        if row is None:
+            row = self.encoder([caption])[0][0].cpu()
+            self._write(caption, row)
+        self._rows[caption] = row
+        self.used_bytes += row.nbytes
+        while self.used_bytes > self.max_bytes:
+            self.used_bytes -= self._rows.popitem(last=False)[1].nbytes
+        return row
+
+    def _path(self, caption: str) -> Path:
+        return self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
+
+    def _read(self, caption: str) -> Tensor | None:
+        """Features from the folder; None when it has none, or a damaged file, which is warned of."""
+        if self.folder is None or not (path := self._path(caption)).is_file():
+            return None
+        try:
+            row = load(path.read_bytes())["features"]
+            if row.dtype != self.dtype or row.ndim != 2 or row.shape[1] != self.width or not 0 < len(row) <= self.max_length:
+                raise ValueError(f"features are {tuple(row.shape)} {row.dtype}")
+            return row
+        except (SafetensorError, KeyError, ValueError) as error:
+            warnings.warn(f"{path} is damaged and computed again: {error}", stacklevel=4)
+            return None
+
+    def _write(self, caption: str, row: Tensor) -> None:
+        """Save under a name of its own, then rename: readers and other writers never see half a file."""
+        if self.folder is None:
+            return
+        path = self._path(caption)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}-{uuid.uuid4().hex}.partial")
+        try:
+            save_file({"features": row.contiguous()}, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | str) -> TextEncoder | CaptionCache:
+    """The text encoder that a config names, behind a cache when it asks for one.
+
+    Raises:
+        ValueError: when there is none, or it cannot be loaded.
+    """
+    if model.text_encoder_dir is None:
+        raise ValueError("model.text_encoder_dir is not set; text-to-image needs a text encoder")
+    encoder = TextEncoder.from_pretrained(
+        model.text_encoder_dir,
+        max_length=model.max_seq_length,
+        use_last_hidden_state=model.use_last_hidden_state,
+        padding=model.text_padding,
+        dtype=dtype,
+        device=device,
+    )
+    if model.text_cache is None:
+        return encoder
+    return CaptionCache(encoder, None if model.text_cache == "memory" else model.text_cache)
+
+
+def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The part of a checkpoint that turns token ids into hidden states; its config decides which that is.
+
+    Raises:
+        ValueError: when the checkpoint lacks weights of that part, or the part does not encode text.
+    """
+    config = AutoConfig.from_pretrained(text_encoder_dir)
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5 without its decoder, BERT and its kin
+        kind, part = AutoModelForTextEncoding, None
+    elif config.is_encoder_decoder:
+        kind, part = AutoModel, "get_encoder"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # transformers 4.50 finds Gemma-3's weights only with the head
+        kind, part = AutoModelForCausalLM, "get_decoder"
+    else:
+        kind, part = AutoModel, None
+    whole, report = kind.from_pretrained(text_encoder_dir, output_loading_info=True, **{DTYPE_KEYWORD: dtype})
+    model = whole if part is None else getattr(whole, part)() if hasattr(whole, part) else whole.base_model
+    if not hasattr(model.config, "hidden_size"):
+        raise ValueError(f"{type(model).__name__} does not encode text")
+    own = {id(p) for p in model.parameters()}
+    names = {name for name, p in whole.named_parameters(remove_duplicate=False) if id(p) in own}
+    missing = sorted(key for key in names.intersection(report["missing_keys"]) if "pooler" not in key)  # poolers are not run
+    if missing:
+        raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, first: {', '.join(missing[:3])}")
+    model.config.use_cache = False
+    return model
+
+
+def load_tokenizer(text_encoder_dir: str, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint whose files are in `folder`.
+
+    Raises:
+        ValueError: when there is none; transformers 5 would make up an empty one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir)
+    except Exception as error:  # see TextEncoder.from_pretrained
+        raise ValueError(f"its tokenizer does not load: {error}") from error
+    vocabularies = tokenizer.vocab_files_names.values()
+    if vocabularies and not any((folder / name).is_file() for name in vocabularies):
+        raise ValueError(f"it has no tokenizer ({' or '.join(vocabularies)})")
+    return tokenizer
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise ValueError unless captions is a sequence of at least one string."""
+    if isinstance(captions, str) or len(captions) == 0:
+        raise ValueError(f"captions={captions!r} must be a list of at least one string")
+    for i, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(f"caption {i} is {caption!r}, a {type(caption).__name__}, not a string")
+
+
+def real_tokens(rows: Sequence[Tensor]) -> Tensor:
+    """(B, M) bool: True in the first len(row) positions of every row, M the longest."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def shorten(text: str, length: int) -> str:
+    """The text, or its beginning and an ellipsis in `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -1,0 +1,34 @@
+"""The unreadable samples of a run: each is written down once, and counts towards the budget."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from tim.training.logging import read_log
+
+
+class BadSamples:
+    """bad_samples.jsonl of one rank (bad_samples-rank1.jsonl and so on for the others).
+
+    Args:
+        project_dir: of the run; what an earlier attempt wrote there counts on.
+        rank: of this process.
+    """
+
+    def __init__(self, project_dir: Path, rank: int) -> None:
+        self.path = project_dir / ("bad_samples.jsonl" if rank == 0 else f"bad_samples-rank{rank}.jsonl")
+        self.causes = {record["cause"] for record in read_log(self.path)}
+
+    def __len__(self) -> int:
+        return len(self.causes)
+
+    def record(self, batch: dict[str, Any]) -> None:
+        """Write down the samples of a micro-batch that were replaced, unless they are known."""
+        for position, cause in zip(batch["position"].tolist(), batch["problem"], strict=True):
+            if cause and cause not in self.causes:
+                self.causes.add(cause)
+                step = int(batch["step"][0]) + 1
+                with open(self.path, "a", encoding="utf-8") as f:
+                    f.write(json.dumps({"step": step, "position": position, "cause": cause}, ensure_ascii=False) + "\n")
+                warnings.warn(f"step {step}: replaced by another: {cause}", stacklevel=2)

@@ -1,0 +1,165 @@
+"""What differs between class-conditional and text-to-image training: data, conditions, previews."""
+
+from collections import Counter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tim import rng
+from tim.config import Config
+from tim.data.c2i import build_c2i_dataset
+from tim.data.keyed import Samples
+from tim.data.sampler import PackedBatchSampler, StepBatchSampler
+from tim.data.t2i import build_t2i_dataset
+from tim.models.autoencoders import Autoencoder
+from tim.models.text_encoders import build_text_encoder
+
+PREVIEW_IMAGES = 40
+PROBED = 8  # images tried before a run starts
+
+
+class Task(Protocol):
+    """What the training loop asks of a task.
+
+    Attributes:
+        dataset: the samples.
+        drop_prob: probability that a sample is trained without its condition.
+    """
+
+    dataset: Samples
+    drop_prob: float
+
+    def check(self, network: nn.Module) -> None:
+        """Compare data, conditions and network; ValueError when they do not fit."""
+        ...
+
+    def sampler(self, config: Config, **place: int) -> StepBatchSampler | PackedBatchSampler:
+        """The order of samples of one rank."""
+        ...
+
+    def conditions(self, batch: dict[str, Any], dropped: Tensor) -> tuple[dict, dict]:
+        """Network keywords of a micro-batch, and those of its null condition; `dropped` (B,) bool loses its condition."""
+        ...
+
+    def preview(self, network: nn.Module) -> tuple[dict, tuple[int, int], list[str]]:
+        """Network keywords of the preview pictures, their height and width in pixels, and what each should show."""
+        ...
+
+    def summary(self) -> str:
+        """The data in a line."""
+        ...
+
+
+class ClassTask:
+    """Class labels; the null class is the last row of the label table."""
+
+    def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
+        self.dataset = build_c2i_dataset(config.data, with_image=config.model.enc_dir is not None)
+        self.vae, self.device = vae, device
+        self.num_classes = config.model.network.params.get("num_classes", 1000)
+        self.drop_prob = config.model.network.params.get("class_dropout_prob", 0.1)
+
+    def check(self, network: nn.Module) -> None:
+        """Latent shape, channels and number of classes of the first sample against the network."""
+        sample = self.dataset.load(0, rng.generator(0, "data"))
+        stored = "latent" in sample
+        check_latents(tuple(sample["latent" if stored else "image"].shape), network, None if stored else self.vae)
+        if self.dataset.num_labels > network.num_classes or sample["label"] >= network.num_classes:
+            raise ValueError(
+                f"the dataset has {self.dataset.num_labels} classes, model.network.params.num_classes is {network.num_classes}"
+            )
+
+    def sampler(self, config: Config, **place: int) -> StepBatchSampler:
+        """A global batch is any `batch_size` x accumulation x world samples."""
+        return StepBatchSampler(len(self.dataset), config.data.dataloader.batch_size, **place)
+
+    def conditions(self, batch: dict[str, Any], dropped: Tensor) -> tuple[dict, dict]:
+        """Labels (B,), the null class where dropped."""
+        label = batch["label"]
+        largest = int(label.max())
+        if largest >= self.num_classes or int(label.min()) < 0:
+            step = int(batch["step"][0]) + 1
+            raise ValueError(f"label {largest} of a sample of step {step} is out of range: num_classes is {self.num_classes}")
+        null = torch.full_like(label, self.num_classes)
+        y = torch.where(dropped, null, label)
+        return {"y": y.to(self.device, non_blocking=True)}, {"y": null.to(self.device, non_blocking=True)}
+
+    def preview(self, network: nn.Module) -> tuple[dict, tuple[int, int], list[str]]:
+        """Four pictures of each of the first ten classes, at the training size."""
+        y = torch.arange(PREVIEW_IMAGES, device=self.device) % min(10, network.num_classes)
+        side = network.input_size * (self.vae.factor if self.vae else 1)
+        return {"y": y}, (side, side), [f"class {k}" for k in y.tolist()]
+
+    def summary(self) -> str:
+        return f"{len(self.dataset)} samples, {self.dataset.num_labels} classes"
+
+
+class CaptionTask:
+    """Captions through a frozen text encoder; the null condition is the empty caption."""
+
+    def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
+        m, self.vae = config.model, vae
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = half.get(config.training.mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
+        self.encoder = build_text_encoder(m, dtype, device)
+        self.dataset = build_t2i_dataset(config.data, (vae.factor if vae else 1) * m.network.params.get("patch_size", 2))
+        self.drop_prob = m.proportion_empty_prompts
+        self.null_y, _ = self.encoder([""])  # (1, M, width)
+
+    def check(self, network: nn.Module) -> None:
+        """Width of the text features and channels of the latents against the network."""
+        network.check_caption_width(self.encoder.width)
+        self._probe()
+        check_latents((3, *self.dataset.size(int(self.dataset.batches[0][0]))), network, self.vae)
+
+    def _probe(self) -> None:
+        """Refuse a root_dir that holds none of the first few images, before anything is written."""
+        problems = []
+        for index in self.dataset.batches[0][:PROBED]:
+            try:
+                self.dataset.load(int(index), rng.generator(0, "data"))
+                return
+            except ValueError as error:
+                problems.append(str(error))
+        raise ValueError(f"none of the first {len(problems)} images can be read, check data.dataset.root_dir: {problems[0]}")
+
+    def sampler(self, config: Config, **place: int) -> PackedBatchSampler:
+        """The batches of packed_json."""
+        return PackedBatchSampler(self.dataset.batches, **place)
+
+    def conditions(self, batch: dict[str, Any], dropped: Tensor) -> tuple[dict, dict]:
+        """Text features (B, M, width) and mask (B, M), those of the empty caption where dropped."""
+        captions = ["" if gone else caption for caption, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
+        y, y_mask = self.encoder(captions)
+        return {"y": y, "y_mask": y_mask}, {"y": self.null_y.expand(len(captions), -1, -1), "y_mask": None}
+
+    def preview(self, network: nn.Module) -> tuple[dict, tuple[int, int], list[str]]:
+        """Captions spread over the samples of the commonest size."""
+        sizes = Counter(self.dataset.size(int(batch[0])) for batch in self.dataset.batches)
+        size = max(sizes, key=lambda s: (sizes[s], s))
+        lines = np.concatenate([batch for batch in self.dataset.batches if self.dataset.size(int(batch[0])) == size])
+        lines = np.sort(lines)[np.linspace(0, len(lines) - 1, PREVIEW_IMAGES).astype(int)]
+        captions = [self.dataset.captions(int(line))[0] for line in lines]
+        y, y_mask = self.encoder(captions)
+        return {"y": y, "y_mask": y_mask}, size, captions
+
+    def summary(self) -> str:
+        lengths = [len(batch) for batch in self.dataset.batches]
+        sizes = {self.dataset.size(int(batch[0])) for batch in self.dataset.batches}
+        return (
+            f"{len(self.dataset)} captioned images, {len(lengths)} packed batches of {min(lengths)} to {max(lengths)} "
+            f"(mean {np.mean(lengths):.1f}) in {len(sizes)} sizes"
+        )
+
+
+def check_latents(shape: tuple[int, ...], network: nn.Module, vae: Autoencoder | None) -> None:
+    """Compare the latents of an image of this shape (C, H, W), or a latent's own shape without `vae`, with the network."""
+    if vae is not None:
+        shape = vae.latent_shape(*shape[1:])
+    if shape[0] != network.in_channels or shape[1] % network.patch_size or shape[2] % network.patch_size:
+        raise ValueError(
+            f"latents are {shape}, but the network takes {network.in_channels} channels and sides divisible by "
+            f"patch_size={network.patch_size}; check data.dataset.image_size, model.vae_dir and model.network.params"
+        )

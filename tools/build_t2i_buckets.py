@@ -1,0 +1,58 @@
+"""Turn images with captions into the text-to-image format: data_info.jsonl and bucket_sampler.json.
+
+SOURCE is a folder with name.txt (a caption a line) beside name.png; a .jsonl with image_file and captions (or caption);
+or webdataset tar shards (a folder of them will do), whose images are unpacked to the root folder.
+"""
+
+import argparse
+from pathlib import Path
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="+", type=Path, metavar="SOURCE")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
+    parser.add_argument("--root", type=Path, help="folder of the images (default: SOURCE, its folder, or OUT/images for tars)")
+    parser.add_argument("--area", type=int, default=512, help="side of the square whose area the buckets have (default: 512)")
+    parser.add_argument("--factor", type=int, default=32, help="pixels per token along a side (default: 32)")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--tokens-per-batch", type=int, help="tokens of a batch in every bucket")
+    size.add_argument("--batch-size", type=int, help="pictures of a batch in the square bucket; others have as many tokens")
+    parser.add_argument("--native", action="store_true", help="every picture keeps its own size, floored, up to the area")
+    parser.add_argument("--max-aspect", type=float, help="longest over shortest side of a bucket (default: 4)")
+    parser.add_argument("--min-bucket", type=int, default=1, help="merge buckets of fewer pictures into the nearest")
+    parser.add_argument("--no-upscale", action="store_true", help="leave out pictures smaller than their bucket")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
+    args = parser.parse_args()
+    if args.native and args.max_aspect is not None:
+        raise ValueError("--max-aspect chooses the common buckets; --native has none")
+    if args.factor < 1:
+        raise ValueError(f"--factor must be >= 1, got {args.factor}")
+    tokens = args.tokens_per_batch if args.batch_size is None else args.batch_size * (args.area / args.factor) ** 2
+
+    from tim.data.buckets import build_buckets, read, write
+
+    records, skipped, root = read(args.source, args.root, args.out)
+    buckets = build_buckets(
+        records,
+        area=args.area,
+        factor=args.factor,
+        tokens_per_batch=tokens,
+        max_aspect=4.0 if args.max_aspect is None else args.max_aspect,
+        min_bucket=args.min_bucket,
+        seed=args.seed,
+        upscale=not args.no_upscale,
+        native=args.native,
+    )
+    jsonl, packed = write(buckets, args.out)
+    print(buckets.table())
+    left_out = skipped + buckets.left_out
+    if left_out:
+        print(f"{len(left_out)} pictures are not used:", *left_out[:10], *["..."] * (len(left_out) > 10), sep="\n  ")
+    print(f"data.dataset.root_dir={root} data.dataset.jsonl_dir={jsonl} data.dataset.packed_json={packed}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,25 @@
+"""Write a small captioned picture set from an installed package: prepare_demo_data.py openmoji|nature|shapes --out DIR"""
+
+import argparse
+from pathlib import Path
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "name", choices=("openmoji", "nature", "shapes"), help="nature: the food, plants and animals of openmoji"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
+    parser.add_argument("--size", type=int, help="longer side in pixels; default: emoji up to 180, shapes 40")
+    args = parser.parse_args()
+
+    from tim.data.demo import write_demo
+
+    count, attribution = write_demo(args.name, args.out, args.size)
+    print(f"{count} pictures in {args.out}\n{attribution}")
+
+
+if __name__ == "__main__":
+    run_command(main)

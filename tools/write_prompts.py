@@ -1,0 +1,31 @@
+"""Write the captions of a text-to-image set as prompt files, one a picture size: write_prompts.py --config FILE --out DIR"""
+
+import argparse
+from pathlib import Path
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="text-to-image YAML file; its data and sizes count")
+    parser.add_argument("--out", type=Path, required=True, help="folder of prompts-HxW.txt")
+    parser.add_argument("--limit", type=int, help="at most this many prompts in all, spread over the set")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    args = parser.parse_intermixed_args()
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be >= 1, got {args.limit}")
+
+    from tim.config import load_config
+    from tim.data.t2i import load_t2i_dataset, prompts_by_size
+
+    dataset = load_t2i_dataset(load_config(args.config, args.overrides))
+    args.out.mkdir(parents=True, exist_ok=True)
+    for (height, width), prompts in sorted(prompts_by_size(dataset, args.limit).items()):
+        path = args.out / f"prompts-{height}x{width}.txt"
+        path.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+        print(f"{len(prompts)} prompts in {path}")
+
+
+if __name__ == "__main__":
+    run_command(main)
