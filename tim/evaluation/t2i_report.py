@@ -39,7 +39,7 @@ def read_runs(sample_dir: Path) -> list[Run]:
         FileNotFoundError: when there is none.
     """
     runs: dict[int, Run] = {}
-    for path in sorted(sample_dir.glob("*/run.json")):
+    for path in sorted(sample_dir.rglob("run.json")):
         record = json.loads(path.read_text())
         if not record["complete"] or not (path.parent / "prompts.json").is_file():
             continue
