@@ -22,6 +22,10 @@ DATA="datasets/$NAME"
 OUT="${OUT_DIR:-workdir/quickstart_t2i_$NAME}"
 CFG_SCALE="${CFG_SCALE:-2}"
 
+if [ -f "$OUT/metrics.json" ]; then
+  echo "$OUT is complete; delete it to start afresh"
+  exit 0
+fi
 if [ ! -f "$DATA/bucket_sampler.json" ]; then
   "$PYTHON" tools/prepare_demo_data.py "$PICTURES" --out "$DATA" --size "$SIZE"
   "$PYTHON" tools/build_t2i_buckets.py "$DATA/captions.jsonl" --root "$DATA/images" --out "$DATA" \

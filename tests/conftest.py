@@ -5,8 +5,11 @@ import io
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,24 @@ def command(*args: object, processes: int = 1, check: bool = True) -> subprocess
     if check and done.returncode:
         raise AssertionError(f"{args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
+
+
+def start_and_kill(words: list, ready: Callable[[], bool]) -> None:
+    """Start a command in a process of its own and kill -9 it as soon as `ready`; it must not have ended before."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not ready():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+
+
+def logged_steps(project: Path) -> int:
+    """Lines of a training run's log.jsonl."""
+    log = project / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.is_file() else 0
 
 
 def run_inside(words: list[str]) -> subprocess.CompletedProcess:

@@ -106,6 +106,12 @@ def bench_phases(
     with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
         for p in network.parameters():
             p.normal_(std=0.02)
+    if vae is not None:
+        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
+    network = config.model.network.build().to(device, dtype).eval().requires_grad_(False)
+    with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
+        for p in network.parameters():
+            p.normal_(std=0.02)
     if vae is not None and settings.tile_vae:
         vae.set_tiling(settings.tile_vae)
     if vae is not None and settings.compile_vae:

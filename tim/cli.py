@@ -4,10 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tim.config import Config
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -21,11 +17,11 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def train_command(description: str) -> tuple[argparse.Namespace, "Config | None"]:
-    """Parse a trainer's command line.
+def train_command(description: str, task: str) -> None:
+    """A trainer's command line.
 
-    Returns:
-        the arguments, and the configuration; None when --print-config was all that was asked for.
+    Args:
+        task: class of `tim.training.tasks` that says what is trained.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file")
@@ -41,5 +37,9 @@ def train_command(description: str) -> tuple[argparse.Namespace, "Config | None"
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(to_yaml(config))
-        return args, None
-    return args, config
+        return
+
+    from tim.training import tasks
+    from tim.training.loop import train
+
+    train(config, args.project_dir, args.seed, getattr(tasks, task), dry_run=args.dry_run)

@@ -23,7 +23,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for (height, width), prompts in sorted(prompts_by_size(dataset, args.limit).items()):
         path = args.out / f"prompts-{height}x{width}.txt"
-        path.write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+        lines = [" ".join(prompt.split("\n")) for prompt in prompts]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         print(f"{len(prompts)} prompts in {path}")
 
 

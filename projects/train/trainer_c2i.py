@@ -2,17 +2,5 @@
 
 from tim.cli import run_command, train_command
 
-
-def main() -> None:
-    args, config = train_command(__doc__)
-    if config is None:
-        return
-
-    from tim.training.loop import train
-    from tim.training.tasks import ClassTask
-
-    train(config, args.project_dir, args.seed, ClassTask, dry_run=args.dry_run)
-
-
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda: train_command(__doc__, "ClassTask"))

@@ -1,15 +1,11 @@
 """sample_c2i_ddp.py as users run it: layout, determinism, resume, several processes, refusals."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, randomize, save_tiny_kl
+from conftest import ROOT, command, randomize, save_tiny_kl, start_and_kill
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -85,16 +81,8 @@ def test_a_killed_run_continues_to_the_same_files(weights, tmp_path):
     name = FOLDER.replace("Step-4", "Step-40")
     draw(weights, tmp_path / "whole", *flags)
     killed = tmp_path / "killed" / name
-    process = subprocess.Popen(
-        [sys.executable, SAMPLER, "--config", CONFIG, "--ckpt", str(weights), "--sample-dir", str(tmp_path / "killed"),
-         "--per-proc-batch-size", "8", *flags],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None and len(list(killed.glob("0*.png"))) < 20:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    words = [SAMPLER, "--config", CONFIG, "--ckpt", weights, "--sample-dir", tmp_path / "killed", "--per-proc-batch-size", 8]
+    start_and_kill([*words, *flags], lambda: len(list(killed.glob("0*.png"))) >= 20)
     kept = pngs(killed)
     assert 20 <= len(kept) < 160 and not json.loads((killed / "run.json").read_text())["complete"]
     draw(weights, tmp_path / "killed", *flags)

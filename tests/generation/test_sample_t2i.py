@@ -1,16 +1,12 @@
 """Text-to-image sampling as users run it: the three benchmarks and free prompts, determinism, resume, refusals."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, command, randomize, save_tiny_dc, save_tiny_text_encoder
+from conftest import ROOT, TINY, command, randomize, save_tiny_dc, save_tiny_text_encoder, start_and_kill
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -118,13 +114,8 @@ def test_benchmarks_continue_after_kill_9(models, prompts, tmp_path, name):
     command(*arguments(models, prompts, name, tmp_path / "whole", *flags))
     (folder,) = (p for p in (tmp_path / "whole").iterdir() if p.is_dir())
     killed = tmp_path / "killed" / folder.name
-    words = [sys.executable, *map(str, arguments(models, prompts, name, tmp_path / "killed", *flags))]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None and len(list(killed.rglob("*.png"))) < 2:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    words = arguments(models, prompts, name, tmp_path / "killed", *flags)
+    start_and_kill(words, lambda: len(list(killed.rglob("*.png"))) >= 2)
     assert 0 < len(files(killed)) < len(files(folder))
     command(*arguments(models, prompts, name, tmp_path / "killed", *flags))
     assert files(killed) == files(folder)

@@ -2,15 +2,11 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
-from conftest import GOLDENS, ROOT, command, save_tiny_kl
+from conftest import GOLDENS, ROOT, command, logged_steps, save_tiny_kl, start_and_kill
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -41,15 +37,8 @@ def test_kill_9_and_the_same_command_again_change_nothing(tmp_path):
     options = ["training.max_train_steps=60", "training.checkpointing_steps=20", "data.dataloader.batch_size=64"]
     train(tmp_path / "whole", *options)
     killed = tmp_path / "killed"
-    arguments = [sys.executable, *TRAINER, "--project_dir", str(killed), "--seed", "1", *SMALL, *options]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (killed / "log.jsonl").is_file() and len((killed / "log.jsonl").read_text().splitlines()) >= 31:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    words = [*TRAINER, "--project_dir", killed, "--seed", 1, *SMALL, *options]
+    start_and_kill(words, lambda: logged_steps(killed) >= 31)
     assert 31 <= len(log_of(killed)) < 60
     done = train(killed, *options)
     assert "resuming from" in done.stdout

@@ -2,16 +2,22 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import GOLDENS, ROOT, TINY, command, save_captioned_images, save_tiny_dc, save_tiny_text_encoder
+from conftest import (
+    GOLDENS,
+    ROOT,
+    TINY,
+    command,
+    logged_steps,
+    save_captioned_images,
+    save_tiny_dc,
+    save_tiny_text_encoder,
+    start_and_kill,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -73,15 +79,7 @@ def test_kill_9_and_the_same_command_again_change_nothing(setting, tmp_path, cac
     options = ["training.max_train_steps=60", "training.checkpointing_steps=20", f"model.text_cache={cache}"]
     train(setting, tmp_path / "whole", *options)
     killed = tmp_path / "killed"
-    arguments = [sys.executable, *map(str, words(setting, killed, *options))]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (killed / "log.jsonl").is_file() and len((killed / "log.jsonl").read_text().splitlines()) >= 31:
-            break
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    start_and_kill(words(setting, killed, *options), lambda: logged_steps(killed) >= 31)
     assert "resuming from" in train(setting, killed, *options).stdout
     assert losses(killed) == losses(tmp_path / "whole")
     a, b = weights_of(killed, 60), weights_of(tmp_path / "whole", 60)

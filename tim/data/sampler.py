@@ -30,26 +30,17 @@ def sample_index(seed: int, visit: int, size: int) -> int:
     return int(epoch_order(seed, epoch, size)[place])
 
 
-class StepBatchSampler:
-    """Micro-batches of one rank, from `start_step` to `max_steps`, over samples of one size.
-
-    Position p of the global batch belongs to micro-batch (p // world) mod accumulation of rank p mod world: every
-    micro-batch of every rank is an even comb through the global batch, so all see the same mix of diffusion,
-    transition and consistency samples.
+class BatchOrder:
+    """Micro-batches of one rank from `start_step` to `max_steps`; subclasses say which samples they hold.
 
     Args:
-        size: samples in the dataset.
-        batch_size: per rank and micro-batch.
-        visits: samples visited before start_step.
-
-    Attributes:
-        visits_per_step: samples of one optimiser step over all ranks and micro-batches.
+        visits_per_step: samples or packed batches that a step visits over all ranks and micro-batches.
+        visits: how many were visited before start_step.
     """
 
     def __init__(
         self,
-        size: int,
-        batch_size: int,
+        visits_per_step: int,
         *,
         seed: int,
         accumulation: int,
@@ -59,13 +50,30 @@ class StepBatchSampler:
         max_steps: int,
         visits: int,
     ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.visits_per_step, self.seed = visits_per_step, seed
         self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
         self.start_step, self.max_steps, self.visits = start_step, max_steps, visits
-        self.visits_per_step = batch_size * accumulation * world_size
 
     def __len__(self) -> int:
         return max(0, self.max_steps - self.start_step) * self.accumulation
+
+
+class StepBatchSampler(BatchOrder):
+    """Batches of any samples of one size; a step visits batch_size x accumulation x world_size of them.
+
+    Position p of the global batch belongs to micro-batch (p // world) mod accumulation of rank p mod world: every
+    micro-batch of every rank is an even comb through the global batch, so all see the same mix of diffusion,
+    transition and consistency samples.
+
+    Args:
+        size: samples in the dataset.
+        batch_size: per rank and micro-batch.
+        place: see `BatchOrder`.
+    """
+
+    def __init__(self, size: int, batch_size: int, **place: int) -> None:
+        super().__init__(batch_size * place["accumulation"] * place["world_size"], **place)
+        self.size = size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         total = self.visits_per_step
@@ -77,8 +85,8 @@ class StepBatchSampler:
                 yield [SampleKey(step, p, sample_index(self.seed, first + p, self.size), total) for p in places]
 
 
-class PackedBatchSampler:
-    """Micro-batches of one rank over packed batches: each batch has one picture size, batches differ in size and length.
+class PackedBatchSampler(BatchOrder):
+    """Packed batches: each has one picture size, batches differ in size and length.
 
     One step takes world x accumulation packed batches; batch j of them is micro-batch j // world of rank j mod world.
     Batches are shuffled anew every epoch, and so is the order inside each. Positions run through all batches of the step
@@ -86,31 +94,12 @@ class PackedBatchSampler:
 
     Args:
         batches: sample indices of each packed batch.
-        visits: packed batches visited before start_step.
-
-    Attributes:
-        visits_per_step: packed batches of one optimiser step.
+        place: see `BatchOrder`.
     """
 
-    def __init__(
-        self,
-        batches: Sequence[Sequence[int]],
-        *,
-        seed: int,
-        accumulation: int,
-        world_size: int,
-        rank: int,
-        start_step: int,
-        max_steps: int,
-        visits: int,
-    ) -> None:
-        self.batches, self.seed = batches, seed
-        self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
-        self.start_step, self.max_steps, self.visits = start_step, max_steps, visits
-        self.visits_per_step = accumulation * world_size
-
-    def __len__(self) -> int:
-        return max(0, self.max_steps - self.start_step) * self.accumulation
+    def __init__(self, batches: Sequence[Sequence[int]], **place: int) -> None:
+        super().__init__(place["accumulation"] * place["world_size"], **place)
+        self.batches = batches
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         count = self.visits_per_step

@@ -155,12 +155,7 @@ def load_sampler(
     vae = None
     if config.model.vae_dir:
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
-        if settings.slice_vae:
-            vae.set_slicing()
-        if settings.tile_vae:
-            vae.set_tiling(settings.tile_vae)
-        if settings.compile_vae:
-            vae.compile_decode()
+        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
     return Sampler(settings, transport, network, vae, make_conditions(network), device).at(settings)
 
 

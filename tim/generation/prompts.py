@@ -139,7 +139,7 @@ def read_prompts(path: str) -> list[str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompt file {path}")
-    prompts = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts

@@ -99,6 +99,15 @@ class Autoencoder:
         """Compile the decoder for any size (torch.compile); the first image then waits for the compiler."""
         self.model.decoder.compile(dynamic=True)
 
+    def configure(self, slicing: bool, tiling_above: int | None, compiled: bool) -> None:
+        """Any of `set_slicing`, `set_tiling` and `compile_decode`."""
+        if slicing:
+            self.set_slicing()
+        if tiling_above is not None:
+            self.set_tiling(tiling_above)
+        if compiled:
+            self.compile_decode()
+
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Autoencoder":
         """Compute in another dtype or elsewhere. Weights once rounded to a lower precision stay rounded."""
         self.model.to(device=device, dtype=dtype)
