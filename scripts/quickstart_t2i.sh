@@ -9,8 +9,8 @@ source scripts/common.sh
 
 NAME="${1:-openmoji}"
 case "$NAME" in
-  openmoji) PICTURES=nature JUDGE=retrieval REPEATS=1 SIZE=64 AREA=32 BATCH=16 ;;
-  shapes) PICTURES=shapes JUDGE=shapes REPEATS=10 SIZE=40 AREA=24 BATCH=32 ;;
+  openmoji) PICTURES=nature JUDGE=retrieval GUIDANCE=2 REPEATS=1 SIZE=64 AREA=32 BATCH=16 ;;
+  shapes) PICTURES=shapes JUDGE=shapes GUIDANCE=1 REPEATS=10 SIZE=40 AREA=24 BATCH=32 ;;
   *) echo "error: unknown argument $NAME; openmoji and shapes are there" >&2; exit 2 ;;
 esac
 CONFIG="configs/t2i/$NAME.yaml"
@@ -20,7 +20,7 @@ if [ "$NAME" = openmoji ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch
 fi
 DATA="datasets/$NAME"
 OUT="${OUT_DIR:-workdir/quickstart_t2i_$NAME}"
-CFG_SCALE="${CFG_SCALE:-2}"
+CFG_SCALE="${CFG_SCALE:-$GUIDANCE}"
 
 if [ -f "$OUT/metrics.json" ]; then
   echo "$OUT is complete; delete it to start afresh"
