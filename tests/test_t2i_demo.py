@@ -2,9 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
-from conftest import ROOT, command
+from conftest import command
 from PIL import Image
 
 
@@ -76,5 +75,4 @@ def test_openmoji_goes_through_its_buckets(tmp_path):
     assert metrics["top1"] < 0.2 and 50 < metrics["mean_rank"] < 220
     sizes = {p.name for p in (project / "images").iterdir()}
     assert sizes == {"24x40", "32x32", "40x24"}
-    real = np.asarray(Image.open(project / "samples" / "step-0000010.png"))
-    assert real.shape[2] == 3 and (ROOT / "configs/t2i/openmoji.yaml").is_file()
+    assert len((project / "samples" / "contents.txt").read_text().splitlines()) == 4

@@ -25,11 +25,10 @@ JUDGES = {
 class Run:
     """The pictures of all sampling folders with one number of network evaluations."""
 
-    def __init__(self, nfe: int, steps: int) -> None:
-        self.nfe, self.steps = nfe, steps
+    def __init__(self, nfe: int, steps: int, record: dict[str, Any]) -> None:
+        self.nfe, self.steps, self.record = nfe, steps, record
         self.images: list[np.ndarray] = []
         self.prompts: list[str] = []
-        self.record: dict[str, Any] = {}
 
 
 def read_runs(sample_dir: Path) -> list[Run]:
@@ -37,6 +36,7 @@ def read_runs(sample_dir: Path) -> list[Run]:
 
     Raises:
         FileNotFoundError: when there is none.
+        ValueError: when runs with the same number of evaluations differ in weights, seed, steps or guidance.
     """
     runs: dict[int, Run] = {}
     for path in sorted(sample_dir.rglob("run.json")):
@@ -44,8 +44,10 @@ def read_runs(sample_dir: Path) -> list[Run]:
         if not record["complete"] or not (path.parent / "prompts.json").is_file():
             continue
         prompts = json.loads((path.parent / "prompts.json").read_text(encoding="utf-8"))
-        run = runs.setdefault(record["nfe"], Run(record["nfe"], record["settings"]["num_steps"]))
-        run.record = record
+        run = runs.setdefault(record["nfe"], Run(record["nfe"], record["settings"]["num_steps"], record))
+        for key in ("num_steps", "cfg_scale", "weights_sha256", "global_seed"):
+            if run.record["settings"][key] != record["settings"][key]:
+                raise ValueError(f"{sample_dir} holds runs of {record['nfe']} NFE that differ in {key}; measure them apart")
         for picture in sorted(path.parent.glob("?????-??.png")):
             run.images.append(read_png(picture))
             run.prompts.append(prompts[int(picture.stem.split("-")[0])])

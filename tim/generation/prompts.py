@@ -149,7 +149,7 @@ def _json_lines(path: Path) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -130,7 +130,8 @@ def run_steps(run: Run, logger: RunLogger, start_step: int, visits: int) -> None
         if too_many:
             raise ValueError(
                 f"{record['bad_samples']:.0f} samples could not be read, more than data.max_bad_samples="
-                f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint, see {bad_samples.path.name}"
+                f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend or leave out the files of "
+                f"{bad_samples.path.name}, delete it, and start again"
             )
 
 
