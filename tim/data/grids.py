@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-PAD, LABEL_WIDTH, FONT_SIZE = 4, 150, 13
+PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
 
 
 def labelled_grid(
@@ -24,7 +24,7 @@ def labelled_grid(
         uint8 (H, W, 3).
     """
     font, line = _font(), FONT_SIZE + 3
-    wrapped = [textwrap.wrap(label, 21)[: max(1, cell // line)] for label in row_labels]
+    wrapped = [textwrap.wrap(label, LABEL_CHARACTERS, max_lines=max(1, cell // line), placeholder="…") for label in row_labels]
     top = PAD + line
     canvas = Image.new(
         "RGB", (LABEL_WIDTH + len(column_labels) * (cell + PAD) + PAD, top + len(rows) * (cell + PAD) + PAD), "white"
