@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tim.config import Config
-from tim.distributed import set_tf32, use_cpu
+from tim.distributed import HALF, set_tf32, use_cpu
 from tim.generation.engine import network_dtype
 from tim.schedulers.sampling import sample
 from tim.schedulers.transition import TransitionSchedule
 from tim.training.ema import EMA
-
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

@@ -10,6 +10,14 @@ def use_cpu() -> bool:
     return not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # names of mixed precision
+
+
+def frozen_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """dtype of a model that is not trained: the mixed precision's on a GPU, float32 on a CPU."""
+    return HALF.get(mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
+
+
 def set_tf32(allowed: bool) -> None:
     """Allow TF32 in float32 products on CUDA."""
     torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -8,8 +8,14 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tim.cli import run_command
+
+if TYPE_CHECKING:
+    from tim.benchmark import Measurement
+    from tim.benchmark_sampling import PhaseMeasurement
+    from tim.config import Config
 
 
 def main() -> None:
@@ -44,7 +50,7 @@ def main() -> None:
         args.json.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
 
 
-def measure(args, config):
+def measure(args: argparse.Namespace, config: "Config") -> "Measurement | PhaseMeasurement":
     """Call the benchmark that the arguments ask for."""
     t2i = config.data.data_type == "image_ms"
     guidance = (2.5 if t2i else 1.0) if args.cfg_scale is None else args.cfg_scale

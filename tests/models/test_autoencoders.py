@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_tiny_kl
+from conftest import save_tiny_dc, save_tiny_kl
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
 
 from tim.models.autoencoders import Autoencoder
@@ -174,3 +174,14 @@ def test_what_is_no_autoencoder_is_refused(tmp_path):
     ).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(ValueError, match="UNet2DModel"):
         Autoencoder.from_pretrained(str(tmp_path))
+
+
+def test_the_factor_is_read_without_the_weights(tmp_path):
+    save_tiny_kl(tmp_path / "kl")
+    save_tiny_dc(tmp_path / "dc")
+    for name, factor in (("kl", 8), ("dc", 4)):
+        (tmp_path / name / "diffusion_pytorch_model.safetensors").unlink()
+        assert Autoencoder.factor_of(str(tmp_path / name)) == factor
+    assert Autoencoder.factor_of(None) == 1
+    with pytest.raises(ValueError, match="absent"):
+        Autoencoder.factor_of(str(tmp_path / "absent"))

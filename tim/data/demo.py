@@ -9,6 +9,8 @@ from types import ModuleType
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from tim.data.images import scale_to
+
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 OPENMOJI_LICENSE = (
@@ -58,17 +60,11 @@ def write_demo(name: str, out: str | Path, size: int | None = None) -> tuple[int
     images.mkdir(parents=True, exist_ok=True)
     lines = []
     for file, image, captions in samples:
-        (image if size is None else fit(image, size)).save(images / file)
+        (image if size is None else scale_to(image, size)).save(images / file)
         lines.append(json.dumps({"image_file": file, "captions": captions}, ensure_ascii=False) + "\n")
     (Path(out) / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
     (Path(out) / "LICENSE.txt").write_text(attribution + "\n", encoding="utf-8")
     return len(lines), attribution
-
-
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """Scale so that the longer side is `size`."""
-    scale = size / max(image.size)
-    return image.resize((max(round(image.width * scale), 1), max(round(image.height * scale), 1)), Image.Resampling.LANCZOS)
 
 
 def nature() -> Iterator[Sample]:

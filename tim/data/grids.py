@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tim.data.images import scale_to
+
 PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
 
 
@@ -50,8 +52,7 @@ def _fit(picture: np.ndarray, cell: int) -> Image.Image:
     factor = cell // max(image.size)
     if factor >= 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    scale = cell / max(image.size)
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    return scale_to(image, cell)
 
 
 @lru_cache(maxsize=1)

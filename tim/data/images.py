@@ -67,8 +67,11 @@ def save_image(path: Path, pixels: np.ndarray) -> None:
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
     """Scale down so that the longer side is at most `side`."""
-    if max(image.size) <= side:
-        return image
+    return image if max(image.size) <= side else scale_to(image, side)
+
+
+def scale_to(image: Image.Image, side: int) -> Image.Image:
+    """Scale so that the longer side is `side` pixels."""
     scale = side / max(image.size)
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
 

@@ -115,8 +115,8 @@ def load_t2i_dataset(config: Config) -> CaptionedImages:
     """The dataset of a config at the sizes that its autoencoder and network see; see `build_t2i_dataset`."""
     from tim.models.autoencoders import Autoencoder
 
-    vae = Autoencoder.from_pretrained(config.model.vae_dir) if config.model.vae_dir else None
-    return build_t2i_dataset(config.data, (vae.factor if vae else 1) * config.model.network.params.get("patch_size", 2))
+    factor = Autoencoder.factor_of(config.model.vae_dir)
+    return build_t2i_dataset(config.data, factor * config.model.network.params.get("patch_size", 2))
 
 
 def prompts_by_size(dataset: CaptionedImages, limit: int | None = None) -> dict[tuple[int, int], list[str]]:

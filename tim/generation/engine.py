@@ -22,7 +22,7 @@ import tim
 from tim import rng
 from tim.config import Config
 from tim.data.images import make_grid, save_png, shrink, to_uint8
-from tim.distributed import set_tf32
+from tim.distributed import frozen_dtype, set_tf32
 from tim.generation.jobs import Job
 from tim.generation.settings import SampleSettings
 from tim.models.autoencoders import Autoencoder
@@ -189,8 +189,7 @@ def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dt
     """The dtype the network samples in."""
     if wanted != "auto":
         return getattr(torch, wanted)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return half.get(config.training.mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
+    return frozen_dtype(config.training.mixed_precision, device)
 
 
 def run_sampling(sampler: Sampler, job: Job, folder: Path, weights: Path, extra: dict[str, Any], state: PartialState) -> None:

@@ -1,6 +1,8 @@
 """Frozen image autoencoders of diffusers, AutoencoderKL (SD-VAE) and AutoencoderDC (DC-AE), behind one interface."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -25,8 +27,7 @@ class Autoencoder:
             raise ValueError(f"vae_dir holds a {type(model).__name__}; AutoencoderKL and AutoencoderDC are supported")
         self.model = model.eval().requires_grad_(False)
         config = model.config
-        blocks = config.block_out_channels if self.is_kl else config.encoder_block_out_channels
-        self.factor, self.channels = 2 ** (len(blocks) - 1), config.latent_channels
+        self.factor, self.channels = _factor(config), config.latent_channels
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
 
     @property
@@ -43,14 +44,23 @@ class Autoencoder:
         Raises:
             ValueError: when nothing can be loaded from vae_dir.
         """
-        subfolder = "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None
         try:
-            config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
-            kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
-            kind = kinds.get(config.get("_class_name"))
-            if kind is None:
-                raise ValueError(f"its class is {config.get('_class_name')}, not AutoencoderKL or AutoencoderDC")
+            kind, _, subfolder = _read_config(vae_dir)
             return cls(kind.from_pretrained(vae_dir, subfolder=subfolder, torch_dtype=dtype).to(device))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
+
+    @staticmethod
+    def factor_of(vae_dir: str | None) -> int:
+        """The factor of an autoencoder by its config alone, without its weights; 1 for none (pixels).
+
+        Raises:
+            ValueError: when there is no config in vae_dir.
+        """
+        if vae_dir is None:
+            return 1
+        try:
+            return _factor(_read_config(vae_dir)[1])
         except (OSError, ValueError) as error:
             raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
 
@@ -128,3 +138,19 @@ class Autoencoder:
         """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32."""
         z = latents.to(self.model.device, torch.float32) / self.scale + self.shift
         return self.model.decode(z.to(self.model.dtype)).sample.float()
+
+
+def _read_config(vae_dir: str) -> tuple[type[AutoencoderKL] | type[AutoencoderDC], dict[str, Any], str | None]:
+    """Class, config and subfolder of a diffusers autoencoder."""
+    subfolder = "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None
+    config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+    kind = kinds.get(config.get("_class_name"))
+    if kind is None:
+        raise ValueError(f"its class is {config.get('_class_name')}, not AutoencoderKL or AutoencoderDC")
+    return kind, config, subfolder
+
+
+def _factor(config: Mapping[str, Any]) -> int:
+    """Every block but the first halves the sides."""
+    return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)

@@ -13,6 +13,7 @@ from tim.data.c2i import build_c2i_dataset
 from tim.data.keyed import Samples
 from tim.data.sampler import PackedBatchSampler, StepBatchSampler
 from tim.data.t2i import build_t2i_dataset
+from tim.distributed import frozen_dtype
 from tim.models.autoencoders import Autoencoder
 from tim.models.text_encoders import build_text_encoder
 
@@ -101,9 +102,7 @@ class CaptionTask:
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
         m, self.vae = config.model, vae
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = half.get(config.training.mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
-        self.encoder = build_text_encoder(m, dtype, device)
+        self.encoder = build_text_encoder(m, frozen_dtype(config.training.mixed_precision, device), device)
         self.dataset = build_t2i_dataset(config.data, (vae.factor if vae else 1) * m.network.params.get("patch_size", 2))
         self.drop_prob = m.proportion_empty_prompts
         self.null_y, _ = self.encoder([""])  # (1, M, width)
