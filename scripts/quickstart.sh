@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh machine to measured any-step samples: installs .venv, trains TiM on scikit-learn's handwritten digits with
 # the trainer, draws 1,000 digits at 1, 2, 4, 8 and 32 steps with the sampler, measures and plots them.
-# Results: workdir/quickstart/{samples.png,quality.png,metrics.json,checkpoints/}. Run it again to continue.
+# Results: workdir/quickstart/{samples.png,quality.png,metrics.json,folders.json,checkpoints/}. Run it again to continue.
 #   --with-baseline   also train and measure plain flow matching (same network and budget) instead of its stored numbers
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 source scripts/common.sh
@@ -35,6 +35,8 @@ if [ "$BASELINE" = 0 ] && [ -f "$OUT/metrics.json" ]; then
   exit 0
 fi
 run "$OUT"
+[ -d datasets/digits/images ] || "$PYTHON" tools/prepare_demo_data.py digits --out datasets/digits
+"$PYTHON" projects/evaluate/evaluate_folder.py datasets/digits/images "$OUT"/images/*/ --features digits --out "$OUT/folders.json"
 if [ "$BASELINE" = 1 ]; then
   run "$OUT/flow_matching" model.transition_loss.diffusion_ratio=1.0 model.transition_loss.consistency_ratio=0.0
   "$PYTHON" projects/evaluate/evaluate_digits.py --samples "$OUT/flow_matching/images" --out "$OUT/flow_matching"

@@ -3,7 +3,7 @@
 # that ship inside Python packages, trains TiM with the trainer, draws the prompts at 1, 2, 4, 8 and 32 steps with the
 # sampler, and measures whether the pictures show what was asked for. Run it again to continue.
 #   quickstart_t2i.sh [openmoji|shapes]   emoji of food, plants and animals (default), or coloured shapes
-# Results: workdir/quickstart_t2i_NAME/{samples.png,quality.png,metrics.json,checkpoints/}
+# Results: workdir/quickstart_t2i_NAME/{samples.png,quality.png,metrics.json,folders.json,checkpoints/}
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 source scripts/common.sh
 
@@ -42,4 +42,8 @@ for file in "$OUT"/prompts/prompts-*.txt; do
     --prompt-file "$file" --size "${size#prompts-}" --num-steps 1 2 4 8 32 --images-per-prompt "$REPEATS" \
     --cfg-scale "$CFG_SCALE" --per-proc-batch-size 128
 done
+if [ "$JUDGE" = retrieval ]; then
+  "$PYTHON" projects/evaluate/evaluate_folder.py "$DATA/images" "$OUT/images" --features efficientnet --out "$OUT/folders.json" \
+    --include '*-Step-1-sto*/*' '*-Step-2-sto*/*' '*-Step-4-sto*/*' '*-Step-8-sto*/*' '*-Step-32-sto*/*'
+fi
 "$PYTHON" projects/evaluate/evaluate_t2i_demo.py "$JUDGE" --config "$CONFIG" --samples "$OUT/images" --out "$OUT"

@@ -208,6 +208,15 @@ def fresh_state():
     reset_accelerate()
 
 
+@pytest.fixture
+def one_thread():
+    """As many threads as `command` gives each of several processes: sums are split in the same way, to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["c2i_tiny", "t2i_tiny"])
 def golden(request):
     return load_golden(request.param)
@@ -225,3 +234,11 @@ def tiny_t2i():
     from tim.models.t2i.tim_model import TiM
 
     return randomize(TiM(cap_feat_dim=20, **TINY))
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """A .pth with seeded random weights of the real Inception."""
+    from inception_weights import save_random_inception
+
+    return save_random_inception(tmp_path_factory.mktemp("inception") / "inception.pth")

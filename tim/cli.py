@@ -3,11 +3,16 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main`; ValueError and FileNotFoundError become `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1)."""
+    """Run `main`; ValueError and FileNotFoundError become `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
+
+    Warnings are printed as `warning: ...`, without the line of code that raised them.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
     except (ValueError, FileNotFoundError) as error:

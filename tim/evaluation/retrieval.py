@@ -27,8 +27,13 @@ def image_features(images: np.ndarray) -> np.ndarray:
     """
     network = classifier()
     with torch.no_grad():
-        parts = [network.forward_features(preprocess(images[k : k + BATCH])) for k in range(0, len(images), BATCH)]
-        return torch.cat([network.forward_head(part, pre_logits=True) for part in parts]).numpy()
+        parts = [penultimate(network, preprocess(images[k : k + BATCH])) for k in range(0, len(images), BATCH)]
+        return torch.cat(parts).numpy()
+
+
+def penultimate(network: nn.Module, x: Tensor) -> Tensor:
+    """Features (B, 1280) of `classifier()` before its last layer, of inputs from `preprocess`."""
+    return network.forward_head(network.forward_features(x), pre_logits=True)
 
 
 def cell_colors(images: np.ndarray) -> np.ndarray:

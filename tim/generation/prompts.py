@@ -95,17 +95,7 @@ class MJHQJob(PromptJob):
 
     def __init__(self, path: str, image_format: str = "png") -> None:
         self.image_format = image_format
-        try:
-            meta = json.loads(Path(path).read_text(encoding="utf-8"))
-            names = [f"{entry['category']}/{key}" for key, entry in meta.items()]
-            prompts = [entry["prompt"] for entry in meta.values()]
-        except FileNotFoundError:
-            raise FileNotFoundError(f"--caption-dir {path} is not there; MJHQ-30K's meta_data.json is expected") from None
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not in the form {{key: {{category, prompt}}}} of MJHQ-30K: {error!r}") from error
-        for name, prompt in zip(names, prompts, strict=True):
-            if not isinstance(prompt, str) or ".." in name.split("/") or name.startswith("/"):
-                raise ValueError(f"{path}: entry {name!r} has no usable prompt, category or key")
+        names, prompts = read_mjhq(path)
         super().__init__(prompts, names, 1)
 
     def files(self, folder: Path, group: int) -> list[Path]:
@@ -129,6 +119,27 @@ class PromptFilesJob(PromptJob):
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
         for path, image in zip(self.files(folder, group), images, strict=True):
             save_png(path, image)
+
+
+def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
+    """Names `category/key` and prompts of MJHQ-30K's meta_data.json.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is in another form, or a name would leave the folder of the images.
+    """
+    try:
+        meta = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = [f"{entry['category']}/{key}" for key, entry in meta.items()]
+        prompts = [entry["prompt"] for entry in meta.values()]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there; MJHQ-30K's meta_data.json is expected") from None
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not in the form {{key: {{category, prompt}}}} of MJHQ-30K: {error!r}") from error
+    for name, prompt in zip(names, prompts, strict=True):
+        if not isinstance(prompt, str) or ".." in name.split("/") or name.startswith("/"):
+            raise ValueError(f"{path}: entry {name!r} has no usable prompt, category or key")
+    return names, prompts
 
 
 def read_prompts(path: str) -> list[str]:

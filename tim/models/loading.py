@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -61,6 +62,23 @@ def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path
     if problems:
         raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(problems)}")
     network.load_state_dict(state, strict=True)
+
+
+def model_identity(name: str, config: Any = None) -> dict[str, Any]:
+    """What tells a model of transformers apart, for result files.
+
+    Args:
+        name: its folder or hub id.
+        config: its loaded config, which knows the hub's revision.
+
+    Returns:
+        folder name and sha256 of each weights file, or hub id and revision.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"name": name, "revision": getattr(config, "_commit_hash", None)}
+    weights = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")}
+    return {"name": folder.resolve().name, "weights_sha256": weights}
 
 
 def sha256(path: str | Path) -> str:

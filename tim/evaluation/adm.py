@@ -1,0 +1,145 @@
+"""The ADM suite: FID, sFID, inception score, precision and recall of Inception-2015 features (Dhariwal & Nichol 2021)."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+
+from tim.evaluation.extract import BATCH, CACHE, Features, extract
+from tim.evaluation.frechet import Statistics, distance, streaming_statistics
+from tim.evaluation.images import ImageFiles, npz_arrays, npz_names, open_images
+from tim.evaluation.inception import InceptionV3
+from tim.evaluation.metrics import inception_score, precision_recall
+from tim.evaluation.record import describe_samples
+from tim.models.loading import sha256
+
+REFERENCE_ROWS = 10_000  # real images in precision and recall, as many as ADM's reference batches hold
+STATISTICS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names in ADM's reference batches
+SCORES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
+
+
+@dataclass
+class Side:
+    """One side of the comparison: statistics by feature name, features where there are images, facts for the record."""
+
+    statistics: dict[str, Statistics]
+    features: Features | None
+    facts: dict[str, Any]
+
+
+@dataclass
+class Extraction:
+    """How features are extracted; see `tim.evaluation.extract.extract`."""
+
+    network: InceptionV3
+    state: PartialState
+    precision: str = "float32"
+    cache: Path = CACHE
+    batch_size: int = BATCH
+    workers: int | None = None
+
+    def run(self, images: Any, desc: str) -> Features:
+        """pool3, spatial and probs of all images."""
+        identity = {
+            "network": "inception-2015-12-05",
+            "weights_sha256": self.network.weights_sha256,
+            "resize": "tensorflow bilinear 299",
+            "precision": self.precision,
+        }
+        return extract(images, self.network, identity, self.state, self.cache, self.batch_size, self.workers, desc)
+
+
+def read_statistics(path: Path) -> dict[str, Statistics]:
+    """Ready statistics of an `.npz` in ADM's form: (mu, sigma) of pool3 and (mu_s, sigma_s) of the spatial features.
+
+    Raises:
+        ValueError: for a damaged file, or arrays that are no mean and covariance.
+    """
+    names, found = npz_names(path), {}
+    for feature, pair in STATISTICS.items():
+        if all(name in names for name in pair):
+            mean, cov = npz_arrays(path, pair)
+            found[feature] = Statistics.checked(mean, cov, f"{path}: {' and '.join(pair)}")
+    return found
+
+
+def read_side(path: Path, how: Extraction, desc: str) -> Side:
+    """Statistics and features of a folder of images or an `.npz` with arr_0 and/or statistics.
+
+    Raises:
+        FileNotFoundError, ValueError: when there is neither, or the images cannot be read; the message names them.
+    """
+    progress = how.state.is_main_process
+    ready: dict[str, Statistics] = {}
+    if path.is_file():
+        ready = read_statistics(path)
+        if "arr_0" not in npz_names(path):
+            if not ready:
+                raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
+            return Side(ready, None, {"path": str(path), "sha256": sha256(path), "n": None})
+    images = open_images(path, how.cache, progress)
+    features = how.run(images, desc)
+    facts = describe_samples(path, images.files) if isinstance(images, ImageFiles) else {"path": str(path), "n": len(images)}
+    if path.is_file() and progress:
+        facts["sha256"] = sha256(path)
+    if not progress:
+        return Side({}, features, facts)
+    own = {name: streaming_statistics(lambda name=name: features.parts(name)) for name in STATISTICS if name not in ready}
+    return Side({**own, **ready}, features, facts | {"images_per_second": features.images_per_second})
+
+
+def evaluate(reference: Path, samples: Path, how: Extraction) -> dict[str, Any] | None:
+    """All scores of `samples` against `reference`; what the reference cannot give is None, with a warning.
+
+    Returns:
+        scores and facts on the main process, None on the others.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_side`; also when the samples are statistics without images.
+    """
+    if samples.is_file() and "arr_0" not in npz_names(samples):
+        raise ValueError(f"{samples} holds no images (arr_0); samples must be a folder or an .npz of images")
+    real = read_side(reference, how, "reference")
+    fake = read_side(samples, how, "samples")
+    if not how.state.is_main_process:
+        return None
+    scores: dict[str, float | None] = {}
+    for score, feature in (("fid", "pool3"), ("sfid", "spatial")):
+        scores[score] = None
+        if feature in real.statistics:
+            scores[score] = distance(fake.statistics[feature], real.statistics[feature], SCORES[score])
+        else:
+            warnings.warn(f"{reference} holds neither images nor {STATISTICS[feature]}: no {SCORES[score]}", stacklevel=2)
+    scores["inception_score"], scores["inception_score_std"] = inception_score(fake.features.array("probs"))
+    scores["precision"] = scores["recall"] = None
+    if real.features is None:
+        warnings.warn(f"{reference} holds no images (arr_0): no precision and recall", stacklevel=2)
+    else:
+        rows = reference_rows(len(real.features))
+        found = precision_recall(fake.features.array("pool3"), real.features.array("pool3")[rows], device=how.state.device)
+        scores["precision"], scores["recall"] = found.precision, found.recall
+        real.facts["rows_of_precision_recall"] = len(rows)
+    facts = {
+        "n": len(fake.features),
+        "features": "Inception-2015-12-05",
+        "weights_sha256": how.network.weights_sha256,
+        "resize": "tensorflow bilinear 299x299",
+        "precision_of_features": how.precision,
+    }
+    return {"scores": scores, **facts, "samples": fake.facts, "reference": real.facts}
+
+
+def reference_rows(count: int) -> np.ndarray:
+    """Rows of the reference in precision and recall: all, or `REFERENCE_ROWS` evenly spaced ones (folders go by class)."""
+    return np.linspace(0, count - 1, min(count, REFERENCE_ROWS)).round().astype(int)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as text."""
+    scores = result["scores"]
+    values = ["n/a" if scores[key] is None else f"{scores[key]:.4f}" for key in SCORES]
+    head = " ".join(f"{name:>10}" for name in SCORES.values())
+    return f"{head} {'images':>8}\n{' '.join(f'{v:>10}' for v in values)} {result['n']:>8}"

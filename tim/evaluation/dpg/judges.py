@@ -1,0 +1,157 @@
+"""Who answers DPG-Bench's questions: mPLUG, or a vision-language model of transformers under its own name."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tim.evaluation.dpg.mplug import MODEL, MPlugJudge
+from tim.models.loading import model_identity
+
+MPLUG = "mplug"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROMPT = "{question} Answer with yes or no."
+ANSWER_TOKENS = 10
+
+
+class Judge(Protocol):
+    """Answers questions about an image.
+
+    Attributes:
+        name: in the result file.
+        identity: what its answers depend on: name, weights, how it runs.
+        is_official: whether its scores compare with published ones.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    is_official: bool
+
+    def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]: ...
+
+
+def load_judge(name: str, device: torch.device, dtype: str = "float32", batch_size: int = 16) -> Judge:
+    """Load a judge.
+
+    Args:
+        name: `mplug`, `mplug:<folder of its files>`, or a transformers folder or hub id: a model for visual question
+            answering (BLIP, ViLT) or an instruction-tuned image-text-to-text model with a chat template.
+        device: where it runs.
+        dtype: of transformers' models.
+        batch_size: questions that they answer at once.
+
+    Raises:
+        ValueError: when it cannot be loaded or cannot answer questions; the message names it.
+    """
+    kind, _, folder = name.partition(":")
+    if kind == MPLUG:
+        return MPlugJudge(folder or MODEL, device)
+    return _load_transformers(name, device, dtype, batch_size)
+
+
+def normalise(text: str) -> str:
+    """The first word of an answer in lower case, without punctuation; empty when there is none."""
+    words = re.search(r"\w+", text.lower())
+    return words.group() if words else ""
+
+
+class TransformersJudge:
+    """What the judges of transformers share: batches of questions about one image, answers cut to their first word."""
+
+    is_official = False
+
+    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.name, self.identity = identity["name"], {**identity, "questions_a_batch": batch_size}
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
+        """Answers to questions about an image."""
+        parts = [questions[i : i + self.batch_size] for i in range(0, len(questions), self.batch_size)]
+        return [normalise(answer) for part in parts for answer in self._answer(image, part)]
+
+    def _answer(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
+        raise NotImplementedError
+
+    def _to_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs where the model is, pixels in its dtype."""
+        device, dtype = self.model.device, self.model.dtype
+        return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+
+
+class VQAJudge(TransformersJudge):
+    """A model for visual question answering: it chooses among its answers (ViLT) or writes one (BLIP)."""
+
+    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
+        self.writes = model.can_generate()
+        # transformers' BLIP does not mask padding when it writes, so that answers would depend on the other questions
+        super().__init__(model, processor, identity, 1 if self.writes else batch_size)
+
+    def _answer(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
+        images = [image] * len(questions)
+        inputs = self.processor(images=images, text=list(questions), padding=True, truncation=True, return_tensors="pt")
+        inputs = self._to_device(inputs)
+        if self.writes:
+            ids = self.model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+            return self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [self.model.config.id2label[k] for k in self.model(**inputs).logits.argmax(dim=-1).tolist()]
+
+
+class ChatJudge(TransformersJudge):
+    """An instruction-tuned model that is asked to answer with yes or no."""
+
+    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
+        super().__init__(model, processor, {**identity, "prompt": PROMPT}, batch_size)
+        if getattr(processor, "chat_template", None) is None:
+            raise ValueError("its processor has no chat template; choose an instruction-tuned model")
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"  # so that every answer begins where its prompt ends
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    def _answer(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
+        texts = [self._chat(PROMPT.format(question=question)) for question in questions]
+        bos = self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            images=[[image]] * len(texts),
+            text=texts,
+            padding=True,
+            add_special_tokens=not (bos and texts[0].startswith(bos)),  # templates bring their own beginning
+            return_tensors="pt",
+        )
+        inputs, pad = self._to_device(inputs), self.processor.tokenizer.pad_token_id
+        ids = self.model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=pad)
+        return self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _chat(self, prompt: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def _load_transformers(name: str, device: torch.device, dtype: str, batch_size: int) -> Judge:
+    import transformers as hf
+
+    from tim.models.text_encoders import DTYPE_KEYWORD
+
+    try:
+        config = hf.AutoConfig.from_pretrained(name)
+        # BLIP-2 is listed as a model for question answering, but continues a text
+        if type(config) in hf.MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING and config.model_type != "blip-2":
+            kind, judge = hf.AutoModelForVisualQuestionAnswering, VQAJudge
+        elif type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            kind, judge = hf.AutoModelForImageTextToText, ChatJudge
+        else:
+            raise ValueError(f"a {config.model_type} model answers no questions about images")
+        model, report = kind.from_pretrained(name, output_loading_info=True, **{DTYPE_KEYWORD: DTYPES[dtype]})
+        unset = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
+        if unset:
+            raise ValueError(f"it lacks {len(unset)} weights, first: {unset[0]}")
+        processor = hf.AutoProcessor.from_pretrained(name)
+        identity = {**model_identity(name, config), "dtype": dtype}
+        return judge(model.eval().requires_grad_(False).to(device), processor, identity, batch_size)
+    except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--vqa-model {name} is neither {MPLUG} nor a judge of transformers: {reason}") from error

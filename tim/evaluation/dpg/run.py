@@ -1,0 +1,205 @@
+"""DPG-Bench on a folder of images: match them with the questions, collect the answers, write scores and answers."""
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from tim.data.images import open_rgb
+from tim.evaluation.dpg.answers import answer_rows, read_answers
+from tim.evaluation.dpg.grid import check_grids, cut_grid, grid_side
+from tim.evaluation.dpg.judges import load_judge
+from tim.evaluation.dpg.questions import Question, read_questions
+from tim.evaluation.dpg.scoring import result_text, score_answers, summary
+from tim.evaluation.files import SHOWN, find_images, some, stamp
+from tim.evaluation.record import describe_samples, write_json, write_result
+from tim.evaluation.work import map_items
+from tim.models.loading import sha256
+
+Questions = Mapping[str, Sequence[Question]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated, by whom, and where results go.
+
+    Attributes:
+        folder: of the images, `{prompt id}.png`.
+        res_path: the result file; record and answers go beside it.
+        csv: the questions.
+        pic_num: images in every file.
+        resolution: pixels along each side of one image, None for whatever the file gives.
+        vqa_model, dtype, batch_size: the judge, see `load_judge`.
+        answers: a file of ready answers instead of a judge.
+    """
+
+    folder: Path
+    res_path: Path
+    csv: Path
+    pic_num: int = 4
+    resolution: int | None = None
+    vqa_model: str = "mplug"
+    dtype: str = "float32"
+    batch_size: int = 16
+    answers: Path | None = None
+
+    def beside(self, suffix: str) -> Path:
+        """A file beside the result file: its name without `.txt`, and `suffix`."""
+        return self.res_path.with_name(self.res_path.name.removesuffix(".txt") + suffix)
+
+    @property
+    def details(self) -> Path:
+        """Where all answers go."""
+        return self.beside(".detail.json")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Answers and where they come from.
+
+    Attributes:
+        answers: by image, crop and proposition.
+        source: the judge's name or the file.
+        facts: about them, for the record.
+        judge: the name in the result file of a judge that is not the official one.
+    """
+
+    answers: dict[tuple[str, int, int], str]
+    source: str
+    facts: dict[str, Any]
+    judge: str | None = None
+
+
+def evaluate_folder(settings: Settings, state: PartialState) -> str | None:
+    """Score a folder; write the result file and, beside it, `.json` (scores, provenance) and `.detail.json` (answers).
+
+    A judge's answers are kept in `.parts`, from where an interrupted call is continued.
+
+    Returns:
+        the text of the result file on the main process, None on the others.
+
+    Raises:
+        FileNotFoundError, ValueError: for images, questions, answers, a judge or a result file that cannot be used.
+    """
+    side = grid_side(settings.pic_num)
+    with warnings.catch_warnings():
+        if not state.is_main_process:
+            warnings.simplefilter("ignore")  # the main process says it
+        questions = read_questions(settings.csv)
+        images, missing = match_images(settings.folder, questions)
+    names = [path.name for path in images]
+    if settings.answers is None:
+        check_grids(images, side, settings.resolution)
+        found = ask_judge(names, questions, side, settings, state)
+    else:
+        found = ready_answers(settings) if state.is_main_process else None
+    if found is None:
+        return None
+    try:
+        scores = score_answers(questions, found.answers, names, settings.pic_num)
+    except ValueError as error:
+        raise ValueError(f"{found.source}: {error}") from error
+    text = result_text(scores, settings.folder, settings.res_path, found.judge)
+    rows = answer_rows(questions, found.answers, names, settings.pic_num)
+    write_json(settings.details, rows)
+    kinds = Counter(row["answer"] if row["answer"] in ("yes", "no") else "other" for row in rows)
+    facts = {
+        **summary(scores),
+        "n": len(images),
+        "crops": settings.pic_num,
+        "questions": scores.questions,
+        "answers": {kind: kinds[kind] for kind in ("yes", "no", "other")},
+        "prompts": len(questions),
+        "prompts_without_image": missing,
+        **found.facts,
+        "csv": {"path": str(settings.csv), "sha256": sha256(settings.csv)},
+        "samples": describe_samples(settings.folder, images),
+    }
+    write_result(settings.beside(".json"), "dpg", facts)
+    settings.res_path.write_text(text, encoding="utf-8")
+    return text
+
+
+def match_images(folder: Path, questions: Questions) -> tuple[list[Path], list[str]]:
+    """Images with questions, sorted, and the prompts that have no image. Warns of whatever has no counterpart.
+
+    Raises:
+        FileNotFoundError, ValueError: when there are no images, none with questions, or two of one prompt.
+    """
+    files = [path for path in find_images(folder) if path.parent == folder]
+    images = [path for path in files if path.stem in questions]
+    if not images:
+        names = ", ".join(list(questions)[:SHOWN])
+        raise ValueError(f"{folder} holds no image of a prompt; files must be named by prompt, such as {names}, and .png")
+    by_prompt: dict[str, Path] = {}
+    for path in images:
+        if path.stem in by_prompt:
+            raise ValueError(f"{by_prompt[path.stem]} and {path} belong to the same prompt; remove one")
+        by_prompt[path.stem] = path
+    stray = [path.name for path in files if path.stem not in questions]
+    if stray:
+        warnings.warn(f"{folder}: {some(stray)} of {len(files)} images without questions do not count", stacklevel=2)
+    missing = [prompt for prompt in questions if prompt not in by_prompt]
+    if missing:
+        warnings.warn(
+            f"{folder}: {some(missing)} of {len(questions)} prompts without an image; the score is over the others",
+            stacklevel=2,
+        )
+    return images, missing
+
+
+def ready_answers(settings: Settings) -> Found:
+    """The answers of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: when it cannot be read, or the results would overwrite it.
+    """
+    path = settings.answers
+    if path.absolute() == settings.details.absolute():
+        raise ValueError(f"--res-path {settings.res_path} would overwrite the results that {path} belongs to; choose another")
+    return Found(read_answers(path), str(path), {"judge": {"answers": str(path), "sha256": sha256(path)}})
+
+
+def ask_judge(names: Sequence[str], questions: Questions, side: int, settings: Settings, state: PartialState) -> Found | None:
+    """A judge's answers about the images of these names; None on other processes than the main.
+
+    Raises:
+        ValueError: when an image cannot be read or changes meanwhile, or earlier results are in the way.
+    """
+    parts, folder = settings.beside(".parts"), settings.folder
+    if settings.res_path.exists() and not parts.is_dir():
+        raise ValueError(f"{settings.res_path} is there already, from a run that this one cannot continue; delete or rename it")
+    with state.main_process_first():  # one process downloads
+        judge = load_judge(settings.vqa_model, state.device, settings.dtype, settings.batch_size)
+
+    def ask(name: str) -> dict[str, Any]:
+        began, stamped = time.perf_counter(), stamp(folder / name)
+        texts = [question.text for question in _of(name, questions)]
+        answers = [judge(crop, texts) for crop in cut_grid(open_rgb(folder / name), side)]
+        return {"image": name, "stamp": stamped, "answers": answers, "seconds": time.perf_counter() - began}
+
+    identity = {"judge": judge.identity, "csv": sha256(settings.csv), "pic_num": settings.pic_num}
+    records = map_items(names, lambda batch: [ask(name) for name in batch], parts, identity, state, desc="dpg")
+    if records is None:
+        return None
+    changed = [record["image"] for record in records if record["stamp"] != stamp(folder / record["image"])]
+    if changed:
+        raise ValueError(f"{folder}: {some(changed)} images have changed since they were judged; delete {parts}")
+    answers = {
+        (record["image"], crop, question.proposition): answer
+        for record in records
+        for crop, crop_answers in enumerate(record["answers"])
+        for question, answer in zip(_of(record["image"], questions), crop_answers, strict=True)
+    }
+    speed = len(records) / sum(record["seconds"] for record in records)
+    facts = {"judge": judge.identity, "images_per_second_and_process": speed}
+    return Found(answers, judge.name, facts, None if judge.is_official else judge.name)
+
+
+def _of(image: str, questions: Questions) -> Sequence[Question]:
+    return questions[Path(image).stem]

@@ -1,0 +1,173 @@
+"""Features of any number of images in constant memory: kept in chunks on disk, shared by processes, never computed twice."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from tim.evaluation.images import ImageArray, ImageFiles
+from tim.evaluation.record import write_json
+
+CACHE = Path("workdir/features")  # default folder of kept features
+BATCH = 64
+CHUNK_BATCHES = 16  # a chunk holds at most so many batches: what an interruption can lose
+
+Network = Callable[[Tensor], dict[str, Tensor]]
+
+
+class Features:
+    """Features of `count` images in chunk files, in the order of the images.
+
+    Attributes:
+        images_per_second: of the call that extracted them, None when all were there already.
+    """
+
+    def __init__(self, folder: Path, count: int, chunk: int, images_per_second: float | None = None) -> None:
+        self.folder, self.count, self.chunk, self.images_per_second = folder, count, chunk, images_per_second
+
+    def __len__(self) -> int:
+        return self.count
+
+    def path(self, index: int) -> Path:
+        """File of a chunk."""
+        return self.folder / f"{index:06d}.npz"
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-self.count // self.chunk)
+
+    def rows(self, index: int) -> range:
+        """Images of a chunk."""
+        return range(index * self.chunk, min((index + 1) * self.chunk, self.count))
+
+    def parts(self, name: str) -> Iterator[np.ndarray]:
+        """Feature `name` chunk after chunk, (rows, D) float32 each."""
+        for index in range(self.chunks):
+            with np.load(self.path(index)) as chunk:
+                yield chunk[name]
+
+    def array(self, name: str) -> np.ndarray:
+        """Feature `name` of all images, (N, D) float32."""
+        return np.concatenate(list(self.parts(name)))
+
+
+def extract(
+    images: ImageFiles | ImageArray,
+    network: Network,
+    identity: dict[str, Any],
+    state: PartialState,
+    cache: Path = CACHE,
+    batch_size: int = BATCH,
+    workers: int | None = None,
+    desc: str = "features",
+) -> Features:
+    """Features of all images, computed by all processes together.
+
+    A batch always holds the same images, so the numbers do not depend on the number of processes; chunks that an earlier
+    call has written, also an interrupted one, are taken as they are.
+
+    Args:
+        images: what to look at; their fingerprint is part of the cache's key.
+        network: a batch on the device to named features (B, D).
+        identity: what the features depend on besides the images: network, weights, resize, precision.
+        state: the processes that share the work.
+        cache: folder of kept features; one subfolder for each identity.
+        workers: processes that read images (default: up to 8, none for small sets).
+
+    Raises:
+        ValueError: names images that cannot be read; chunks written before stay.
+    """
+    key = json.dumps({**identity, "images": images.fingerprint}, sort_keys=True)
+    folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
+    # few images are spread over chunks too, so that every process has some
+    batches = -(-len(images) // batch_size)
+    features = Features(folder, len(images), batch_size * min(CHUNK_BATCHES, max(1, -(-batches // 64))))
+    if state.is_main_process:
+        layout = {**json.loads(key), "chunk": features.chunk}
+        _claim(folder, layout)
+    state.wait_for_everyone()
+    missing = [k for k in range(features.chunks) if not features.path(k).is_file()]
+    state.wait_for_everyone()  # all see the same missing chunks before the first is written
+    began = time.perf_counter()
+    own = missing[state.process_index :: state.num_processes]
+    if own:
+        _run(images, network, features, own, state, batch_size, workers, desc)
+    state.wait_for_everyone()
+    if missing:
+        features.images_per_second = sum(len(features.rows(k)) for k in missing) / (time.perf_counter() - began)
+    return features
+
+
+def _claim(folder: Path, layout: dict[str, Any]) -> None:
+    """Describe what the folder holds; chunks cut for another batch size are of no use and go."""
+    path = folder / "identity.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != layout:
+        for chunk in folder.glob("*.npz"):
+            chunk.unlink()
+    write_json(path, layout)
+
+
+@torch.inference_mode()
+def _run(
+    images: ImageFiles | ImageArray,
+    network: Network,
+    features: Features,
+    own: list[int],
+    state: PartialState,
+    batch_size: int,
+    workers: int | None,
+    desc: str,
+) -> None:
+    batches = [
+        list(features.rows(k))[start : start + batch_size] for k in own for start in range(0, len(features.rows(k)), batch_size)
+    ]
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=_workers(workers, len(batches), state.num_processes),
+        pin_memory=state.device.type == "cuda",
+    )
+    total = sum(map(len, batches))
+    rows: dict[str, list[np.ndarray]] = {}
+    place = 0
+    with tqdm(total=total, desc=desc, unit="img", disable=not state.is_main_process, dynamic_ncols=True) as bar:
+        for batch in loader:
+            if isinstance(batch, list):
+                raise ValueError("; ".join(batch))
+            for name, values in network(batch.to(state.device, non_blocking=True)).items():
+                rows.setdefault(name, []).append(values.float().cpu().numpy())
+            bar.update(len(batch))
+            if sum(map(len, next(iter(rows.values())))) == len(features.rows(own[place])):
+                _write(features.path(own[place]), {name: np.concatenate(parts) for name, parts in rows.items()})
+                rows, place = {}, place + 1
+
+
+def _collate(items: list[Tensor | str]) -> Tensor | list[str]:
+    """A batch, or what is wrong with some of its images."""
+    problems = [item for item in items if isinstance(item, str)]
+    return problems or torch.stack(items)
+
+
+def _workers(wanted: int | None, batches: int, processes: int) -> int:
+    if wanted is not None:
+        return wanted
+    cores = (os.cpu_count() or 1) // processes
+    return 0 if batches < 8 else max(0, min(8, cores - 1))
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    partial = path.with_name(f".{path.stem}.part.npz")
+    np.savez(partial, **arrays)
+    partial.replace(path)

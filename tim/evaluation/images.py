@@ -1,0 +1,153 @@
+"""Images to extract features from: a folder, or arr_0 of an `.npz` without reading it whole."""
+
+import os
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tim.data.images import read_png
+from tim.evaluation.files import check_one_size, find_images, fingerprint
+
+Transform = Callable[[np.ndarray], Tensor]
+LOCAL_HEADER = 30  # bytes of a zip member's fixed header; name and extra field follow
+
+
+def as_uint8_tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) to (3, H, W), a copy."""
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+class ImageFiles(Dataset):
+    """Images of files, each turned into a tensor by `transform` where it is read.
+
+    Args:
+        files: image files.
+        transform: uint8 (H, W, 3) to the tensor the feature network takes.
+
+    An image that cannot be read comes out as the text that says why, because exceptions lose their type on the way out
+    of a worker process.
+    """
+
+    def __init__(self, files: Sequence[Path], transform: Transform = as_uint8_tensor) -> None:
+        self.files, self.transform = list(files), transform
+        self.fingerprint = fingerprint(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        path = self.files[index]
+        try:
+            return self.transform(read_png(path))
+        except ValueError as error:
+            return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
+class ImageArray(Dataset):
+    """Images of an array (N, H, W, 3) uint8, such as a memory map."""
+
+    def __init__(self, array: np.ndarray, fingerprint: str, transform: Transform = as_uint8_tensor) -> None:
+        self.array, self.fingerprint, self.transform = array, fingerprint, transform
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(np.asarray(self.array[index]))
+
+
+def open_images(path: str | Path, scratch: Path, progress: bool = False) -> ImageFiles | ImageArray:
+    """The images of a folder, all of one size, or of an `.npz` in ADM's form.
+
+    Args:
+        path: folder, or .npz with arr_0 (N, H, W, 3) uint8.
+        scratch: folder where a compressed arr_0 is unpacked to.
+        progress: show a bar while sizes are checked.
+
+    Raises:
+        FileNotFoundError: when there is no such file or folder.
+        ValueError: for an empty folder, images of several sizes, a damaged file, or an npz without images.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = find_images(path)
+        check_one_size(files, progress)
+        return ImageFiles(files)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is neither a folder of images nor an .npz")
+    array = map_member(path, "arr_0", scratch)
+    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
+        raise ValueError(f"{path}: arr_0 must be uint8 images (N, H, W, 3), got {array.dtype} {array.shape}")
+    return ImageArray(array, fingerprint([path]))
+
+
+def npz_names(path: Path) -> list[str]:
+    """Names of the arrays of an `.npz`.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path} is damaged or no .npz: {error}") from error
+
+
+def npz_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of an `.npz` by name, read whole; nothing is unpickled.
+
+    Raises:
+        ValueError: when one is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: {', '.join(names)} cannot be read: {error}") from error
+
+
+def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
+    """Memory map of an array of an `.npz`; a compressed one is unpacked into `scratch` first.
+
+    Raises:
+        ValueError: when there is no such array, or the file is damaged.
+    """
+    if name not in npz_names(path):
+        raise ValueError(f"{path} holds no {name}, only {', '.join(npz_names(path))}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{name}.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                unpacked = scratch / f"{fingerprint([path])[:16]}-{name}.npy"
+                if not unpacked.is_file():
+                    _unpack(archive, info, unpacked)
+                return np.load(unpacked, mmap_mode="r")
+        with open(path, "rb") as f:
+            f.seek(info.header_offset)
+            name_length, extra_length = struct.unpack("<HH", f.read(LOCAL_HEADER)[26:30])
+            f.seek(info.header_offset + LOCAL_HEADER + name_length + extra_length)
+            version = np.lib.format.read_magic(f)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read_header(f)
+            if dtype.hasobject or fortran:
+                raise ValueError(f"{name} is no plain array")
+            return np.memmap(path, dtype=dtype, mode="r", offset=f.tell(), shape=shape)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, struct.error) as error:
+        raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+
+
+def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")  # processes may unpack side by side
+    with archive.open(info) as source, open(partial, "wb") as out:
+        shutil.copyfileobj(source, out, 1 << 22)
+    partial.replace(target)
