@@ -39,6 +39,15 @@ def test_bench_of_text_to_image_sampling_splits_the_time(tmp_path):
     assert result["random_weights"] == "network" and 20 < result["psnr_db"] < 80
 
 
+def test_bench_of_the_adm_suite_tells_the_share_of_the_network(inception_file, tmp_path):
+    flags = ("--inception", inception_file, "--images", 6, "--side", 32, "--batch-size", 3, "--warmup", 0)
+    command("tools/bench.py", "adm", *flags, "--json", tmp_path / "b.json")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["images_per_second"] == pytest.approx(6 / result["seconds"])
+    assert 0.3 < result["network_share"] < 1 and result["images"] == 6
+    assert command("tools/bench.py", "train", check=False).returncode == 2
+
+
 def test_bench_refuses_companions_it_does_not_know():
     config = ["--config", "configs/t2i/tim_xl_p1_t2i.yaml", "--steps", 1]
     done = command("tools/bench.py", "sample", *config, "model.text_encoder_dir=some/other", check=False)

@@ -124,7 +124,7 @@ def measure(
     matmul = matmul_rate(device, HALF.get(config.training.mixed_precision, torch.float32))
     return Measurement(
         what=what,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        device=device_name(device),
         precision=config.training.mixed_precision,
         compiled=compiled,
         batch_size=batch_size,
@@ -137,6 +137,11 @@ def measure(
         matmul_share=flops / seconds / 1e12 / matmul,
         nfe=nfe,
     )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the device type and number of threads."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

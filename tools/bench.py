@@ -1,7 +1,7 @@
-"""Measure step time, images/s and peak memory: bench.py train|sample --config FILE [a.b=c ...]
+"""Measure step time, images/s and peak memory: bench.py train|sample --config FILE [a.b=c ...], or bench.py adm
 
 `sample` with a text-to-image config times text encoder, network and decoder apart, at 1024x1024, 4 steps, guidance 2.5
-unless told otherwise.
+unless told otherwise. `adm` extracts Inception features of pictures and tells the network's share of the time.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from tim.cli import run_command
 
 if TYPE_CHECKING:
     from tim.benchmark import Measurement
+    from tim.benchmark_evaluation import EvaluationMeasurement
     from tim.benchmark_sampling import PhaseMeasurement
-    from tim.config import Config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "sample"))
-    parser.add_argument("--config", required=True)
+    parser.add_argument("what", choices=("train", "sample", "adm"))
+    parser.add_argument("--config", help="train, sample: YAML file")
     parser.add_argument("--batch-size", type=int, help="default: the config's; 1 for text-to-image sampling")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (or batches)")
     parser.add_argument("--warmup", type=int, default=3)
@@ -34,24 +34,35 @@ def main() -> None:
     parser.add_argument("--vae-dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--tile-vae", type=int, metavar="PIXELS", help="text-to-image sampling: decode in tiles above this")
     parser.add_argument("--psnr", action="store_true", help="text-to-image sampling: bfloat16 decoding against float32")
+    parser.add_argument("--inception", type=Path, help="adm: weights (default: in checkpoints/)")
+    parser.add_argument("--images", type=int, default=1000, help="adm: number of pictures")
+    parser.add_argument("--side", type=int, default=256, help="adm: pixels")
+    parser.add_argument("--workers", type=int, help="adm: processes that read images (default: up to 8)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     args = parser.parse_intermixed_args()
     if args.steps < 1 or args.warmup < 0:
         raise ValueError(f"--steps must be >= 1 and --warmup >= 0, got {args.steps} and {args.warmup}")
 
-    from tim.config import load_config
-
-    config = load_config(args.config, args.overrides)
-    result = measure(args, config)
+    result = measure(args)
     print(result.table())
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, config: "Config") -> "Measurement | PhaseMeasurement":
+def measure(args: argparse.Namespace) -> "Measurement | PhaseMeasurement | EvaluationMeasurement":
     """Call the benchmark that the arguments ask for."""
+    if args.what == "adm":
+        from tim.benchmark_evaluation import bench_adm
+
+        return bench_adm(args.inception, args.images, args.side, args.batch_size or 64, args.workers, args.warmup)
+    if args.config is None:
+        raise ValueError(f"{args.what} needs --config FILE")
+
+    from tim.config import load_config
+
+    config = load_config(args.config, args.overrides)
     t2i = config.data.data_type == "image_ms"
     guidance = (2.5 if t2i else 1.0) if args.cfg_scale is None else args.cfg_scale
     if args.what == "sample" and t2i:
