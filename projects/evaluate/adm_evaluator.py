@@ -18,9 +18,8 @@ def main() -> None:
     args = parser.parse_args()
     check_positive(args)
 
-    from tim.evaluation.inception import load_inception
-
     from tim.evaluation.adm import Extraction, evaluate, table
+    from tim.evaluation.inception import load_inception
     from tim.evaluation.record import write_result
 
     state = start()
