@@ -90,3 +90,13 @@ sample_c2i() {
       --global-seed "${SEED:-0}" --num-steps "$steps" "${guidance[@]}" --npz ${EXTRA:-} "$@"
   done
 }
+
+# preprocess PROGRAM NAME ARGS...: encode the images of configs/preprocess/NAME.yaml. CONFIG, PROJECT_DIR and OVERRIDES change the run.
+preprocess() {
+  local program="$1" name="$2"
+  shift 2
+  # OVERRIDES is a list of words
+  # shellcheck disable=SC2086
+  launch "projects/preprocess/$program.py" --config "${CONFIG:-configs/preprocess/$name.yaml}" \
+    --project_dir "${PROJECT_DIR:-workdir/preprocess/$name}" ${OVERRIDES:-} "$@"
+}

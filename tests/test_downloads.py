@@ -30,8 +30,9 @@ PROMPTS = b'{"prompt": "a photo of a bench"}\n' * 553
 # Needed paths that no download script can produce, and why.
 ELSEWHERE = {
     "datasets/imagenet1k/train": "ImageNet needs an account and a licence",
-    "datasets/imagenet1k/latents_sd_vae_256": "made from ImageNet",
-    "datasets/imagenet1k/latents_dc_ae_512": "made from ImageNet",
+    "datasets/imagenet1k/latents_sd_vae_256": "made from ImageNet by scripts/preprocess",
+    "datasets/imagenet1k/latents_dc_ae_512": "made from ImageNet by scripts/preprocess",
+    "datasets/imagenet1k/latents_dc_ae_native_512": "made from ImageNet by scripts/preprocess",
     "datasets/openmoji": "scripts/quickstart_t2i.sh",
     "datasets/openmoji_64": "scripts/quickstart_t2i.sh",
     "datasets/shapes": "scripts/quickstart_t2i.sh",

@@ -48,3 +48,30 @@ def train_command(description: str, task: str) -> None:
     from tim.training.loop import train
 
     train(config, args.project_dir, args.seed, getattr(tasks, task), dry_run=args.dry_run)
+
+
+def preprocess_command(description: str, kind: str) -> None:
+    """The command line of preprocessing.
+
+    Args:
+        kind: class of `tim.data.preprocess_config` that says how images are cut.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--project_dir", required=True, help="where reports go, and the latents unless latent_dir is set")
+    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    args = parser.parse_intermixed_args()
+
+    from tim.config import to_yaml
+    from tim.data import preprocess_config
+
+    settings = preprocess_config.load_settings(getattr(preprocess_config, kind), args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(settings))
+        return
+
+    from tim.data.preprocess import preprocess
+
+    preprocess(settings, args.project_dir, dry_run=args.dry_run)

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tim.schedulers.transition import TransitionSchedule
+from tim.training.signals import parse_walltime
 
 IGNORED_KEYS = {"training.proportion_empty_prompts", "training.validation_steps"}
 REQUIRED = dataclasses.MISSING
@@ -51,6 +52,8 @@ class Model:
 
     text_padding: `mask` hides padding from the image, `batch` shows it as the published code did.
     text_cache: keep the features of repeated captions in `memory` or in a folder (its path).
+    ckpt: weights to start from: a file, a checkpoint folder or a project folder. ckpt_allow_missing: patterns (`projector.*`)
+    of keys that it may lack.
     """
 
     transport: Target
@@ -69,17 +72,25 @@ class Model:
     use_ema: bool = True
     ema_decay: float = 0.9999
     ckpt: str | None = None
+    ckpt_allow_missing: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Dataset:
-    """Where the samples are. Which keys count depends on `data.data_type`."""
+    """Where the samples are. Which keys count depends on `data.data_type`.
+
+    features_dir: REPA features by tools/cache_radio_features.py, taken instead of running the encoder.
+    shard_dir: folder of tar shards. index_dir: where the places of their members are kept, default shard_dir.
+    """
 
     name: str | None = None
     latent_dir: str | None = None
     image_dir: str | None = None
     image_size: int | None = None
+    shard_dir: str | None = None
+    index_dir: str | None = None
     mirror: bool = True
+    features_dir: str | None = None
     root_dir: str | None = None
     jsonl_dir: str | None = None
     packed_json: str | None = None
@@ -96,7 +107,7 @@ class Dataloader:
 
 @dataclass
 class Data:
-    """`data_type`: latent, image or package (class-conditional); image_ms (text-to-image).
+    """`data_type`: latent, image, latent_tar, image_tar or package (class-conditional); image_ms (text-to-image).
 
     max_bad_samples: unreadable samples that are replaced before the run stops.
     """
@@ -109,7 +120,14 @@ class Data:
 
 @dataclass
 class Training:
-    """The optimisation and its bookkeeping."""
+    """The optimisation and its bookkeeping.
+
+    fsdp_config: shard over the processes (FSDP2); keywords of accelerate's FullyShardedDataParallelPlugin, `{}` for its
+    defaults. compile: torch.compile the blocks.
+    checkpoint_format: `full` (weights in safetensors files, gathered) or `sharded` (every process writes its part).
+    async_checkpoint: write checkpoints in a thread. walltime: seconds or `HH:MM:SS` by which the run stops with a checkpoint.
+    max_grad_norm_spike: skip a step whose gradient norm exceeds this many times the running median.
+    """
 
     max_train_steps: int
     tracker: str | None = None
@@ -131,6 +149,11 @@ class Training:
     dtype: str = "float32"
     allow_tf32: bool = True
     fsdp_config: dict[str, Any] | None = None
+    compile: bool = False
+    checkpoint_format: str = "full"
+    async_checkpoint: bool = False
+    walltime: str | int | float | None = None
+    max_grad_norm_spike: float | None = None
     log_steps: int = 1
     sample_steps: int | None = None
 
@@ -145,11 +168,12 @@ class Config:
 
 
 CHOICES = {
-    "data.data_type": ("latent", "image", "package", "image_ms"),
+    "data.data_type": ("latent", "image", "latent_tar", "image_tar", "package", "image_ms"),
     "data.dataset.resize": ("crop", "squash"),
     "model.text_padding": ("mask", "batch"),
     "training.tracker": (None, "none", "tensorboard", "wandb"),
     "training.mixed_precision": ("no", "fp16", "bf16"),
+    "training.checkpoint_format": ("full", "sharded"),
     "training.dtype": ("float32", "float64"),
 }
 POSITIVE = (
@@ -175,6 +199,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         FileNotFoundError: when there is no such file.
         ConfigError: for an unknown key, a wrong type or an impossible value.
     """
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: str | Path, overrides: typing.Sequence[str] = ()) -> Any:
+    """The nested dictionary of a YAML file and its `a.b=c` overrides, not yet validated.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ConfigError: when it is no YAML, or an override has another form.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path}")
     bad = [o for o in overrides if "=" not in o or o.startswith("=")]
@@ -182,12 +216,11 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise ConfigError(f"override {bad[0]!r} is not of the form a.b=c")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        tree = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # the YAML parser's own errors share no base class with the above
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    return parse_config(tree)
 
 
 def parse_config(tree: Any) -> Config:
@@ -203,6 +236,19 @@ def parse_config(tree: Any) -> Config:
     for path in ("model.transport", "model.network", "training.optimizer"):
         _check_target(_get(config, path), path)
     _check_params(TransitionSchedule, config.model.transition_loss, "model.transition_loss", given={"transport"})
+    if config.training.fsdp_config:
+        from accelerate import FullyShardedDataParallelPlugin
+
+        _check_params(FullyShardedDataParallelPlugin, config.training.fsdp_config, "training.fsdp_config", given=set())
+    if config.data.dataset.features_dir is not None and config.data.data_type not in ("latent", "image"):
+        raise ConfigError(f"data.dataset.features_dir is for data_type latent and image, not {config.data.data_type}")
+    spike = config.training.max_grad_norm_spike
+    if spike is not None and not spike > 1:
+        raise ConfigError(f"training.max_grad_norm_spike must be > 1 times the usual norm, got {spike}")
+    try:
+        parse_walltime(config.training.walltime)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not 0 <= config.model.ema_decay <= 1:
         raise ConfigError(f"model.ema_decay must lie in [0, 1], got {config.model.ema_decay}")
     try:  # the constructors hold the ranges and choices of their own arguments
@@ -212,9 +258,14 @@ def parse_config(tree: Any) -> Config:
     return config
 
 
-def to_yaml(config: Config) -> str:
-    """The complete configuration, defaults included."""
+def to_yaml(config: Any) -> str:
+    """A complete configuration (a dataclass), defaults included."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def build_typed(cls: type, tree: Any) -> Any:
+    """A dataclass from a nested dictionary; unknown keys and wrong types are a ConfigError that names them."""
+    return _build(cls, tree, "")
 
 
 def _get(config: Any, path: str) -> Any:
@@ -258,7 +309,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return None
-        hint = next(h for h in get_args(hint) if h is not type(None))
+        kinds = [h for h in get_args(hint) if h is not type(None)]
+        hint = next((h for h in kinds if isinstance(value, get_origin(h) or h)), kinds[0])
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
     if get_origin(hint) is list and isinstance(value, list):

@@ -17,9 +17,9 @@ def main() -> None:
 
     from tim.benchmark import best_device, conditions
     from tim.config import load_config
-    from tim.generation.engine import find_weights
     from tim.models.loading import load_strict, read_state_dict
     from tim.schedulers.transition import TransitionSchedule
+    from tim.training.weights import find_weights
 
     config, device = load_config(args.config, args.overrides), best_device()
     torch.manual_seed(0)

@@ -22,10 +22,11 @@ def main() -> None:
     from tim.generation import engine
     from tim.generation.c2i import class_conditions
     from tim.generation.jobs import ClassJob, pack_npz
+    from tim.training.weights import find_weights
 
     config = load_config(args.config)
     settings = settings_from(args)
-    weights = engine.find_weights(args.ckpt)
+    weights = find_weights(args.ckpt)
     state = PartialState(cpu=use_cpu())
     conditions = class_conditions(args.class_labels, args.num_classes, config.model.network, settings.global_seed, state.device)
     sampler = engine.load_sampler(config, weights, settings, lambda network: conditions, state.device)

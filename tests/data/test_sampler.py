@@ -39,11 +39,14 @@ def test_every_epoch_is_a_permutation_and_epochs_differ():
     assert epoch_order(1, 0, 37).tolist() != orders[0]
 
 
-@pytest.mark.parametrize("start", range(6))
-def test_resuming_at_any_step_continues_the_order(start):
-    whole = steps(37, 2, 1, 12)
-    rest = steps(37, 2, 1, 12, start=start, seen=24 * start)
-    assert rest == {s: v for s, v in whole.items() if s >= start}
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_every_step_of_37_samples_resumes_on_any_number_of_processes(world):
+    """40 steps of 24 are 26 epochs: every step sees the same set in the same places, also when the run starts there."""
+    whole = steps(37, 1, 1, 24, end=40)
+    assert [sorted(places) for places in whole.values()] == [list(range(24))] * 40
+    for start in range(40):
+        rest = steps(37, world, 1, 24 // world, start=start, end=40, seen=24 * start)
+        assert rest == {s: v for s, v in whole.items() if s >= start}
 
 
 def test_combs_share_the_mix_of_the_batch():
@@ -71,6 +74,15 @@ def packed_steps(world, accumulation, **kwargs):
             assert [k.position for k in keys] == sorted(k.position for k in keys)
             out.setdefault(keys[0].step, set()).update((k.position, k.index, k.total) for k in keys)
     return out
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_every_step_of_packed_batches_resumes_on_any_number_of_processes(world):
+    """24 batches a step, six epochs of the set."""
+    whole = packed_steps(1, 24, end=8)
+    for start in range(8):
+        rest = packed_steps(world, 24 // world, start=start, end=8, seen=24 * start)
+        assert rest == {s: v for s, v in whole.items() if s >= start}
 
 
 @pytest.mark.parametrize("world,accumulation", [(1, 4), (2, 2), (4, 1)])

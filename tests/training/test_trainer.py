@@ -54,21 +54,6 @@ def test_kill_9_and_the_same_command_again_change_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_process_count_and_accumulation_do_not_change_the_losses(tmp_path):
-    """One global batch of 32, split four ways, in float64: the unweighted losses agree to 1e-9 over 20 steps."""
-    base = ["training.max_train_steps=20", "training.dtype=float64", "model.use_dir_loss=false"]
-    runs = {"one": (1, 32, 1), "two": (2, 16, 1), "accumulated": (1, 8, 4), "both": (2, 8, 2)}
-    for name, (processes, batch, accumulation) in runs.items():
-        options = [f"data.dataloader.batch_size={batch}", f"training.gradient_accumulation_steps={accumulation}"]
-        train(tmp_path / name, *base, *options, processes=processes)
-    want = losses(tmp_path / "one")
-    assert len(want) == 20 and len(set(want)) == 20
-    for name in runs:
-        assert losses(tmp_path / name) == pytest.approx(want, rel=1e-9), name
-
-
-@pytest.mark.slow
-@pytest.mark.dist
 def test_two_processes_start_alike_in_float32(tmp_path):
     for name, processes, batch in (("one", 1, 32), ("two", 2, 16)):
         train(tmp_path / name, "training.max_train_steps=1", f"data.dataloader.batch_size={batch}", processes=processes)
@@ -234,9 +219,9 @@ def test_a_non_finite_gradient_is_skipped_and_three_in_a_row_stop(tmp_path, monk
     real, calls = loop.batch_loss, []
 
     def poisoned(run, batch):
-        loss, log = real(run, batch)
+        loss, *rest = real(run, batch)
         calls.append(1)
-        return (loss * float("nan") if len(calls) in bad else loss), log
+        return (loss * float("nan") if len(calls) in bad else loss), *rest
 
     monkeypatch.setattr(loop, "batch_loss", poisoned)
     options = ["training.max_train_steps=8", "training.checkpointing_steps=1", "training.checkpoints_total_limit=null"]

@@ -18,8 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tim.data.images import IMAGE_SUFFIXES
-from tim.data.t2i import UNREADABLE
+from tim.data.images import IMAGE_SUFFIXES, UNREADABLE
 
 EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 Size = tuple[int, int]  # (height, width) in pixels

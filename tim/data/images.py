@@ -1,27 +1,66 @@
 """Pixels: files to arrays, arrays to files."""
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What Pillow raises for files that are missing, cut short, not images or too large to be honest.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """Open an image file as RGB.
+    """An image file as RGB: see `decode`.
 
     Raises:
-        ValueError: when the file cannot be decoded; the message names it.
+        ValueError: when the file is missing or cannot be decoded; the message names it.
+    """
+    return decode(path, str(path))
+
+
+def open_on_white(path: str | Path) -> Image.Image:
+    """`open_rgb`, upright by its EXIF orientation."""
+    return decode(path, str(path), upright=True)
+
+
+def decode(source: str | Path | BinaryIO, name: str, upright: bool = False) -> Image.Image:
+    """An image as RGB: transparent parts on white, 16-bit grey scaled to 8, of an animation the first frame.
+
+    Args:
+        source: path or open file.
+        name: of the image, for the error.
+        upright: turn it by its EXIF orientation.
+
+    Raises:
+        ValueError: when it is missing or cannot be decoded; the message names it.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened) if upright else opened
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+                image = _eight_bits(image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no agreed range; convert the image to 8 bits")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper byte of 16-bit grey."""
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"its pixels lie in [{pixels.min()}, {pixels.max()}] instead of 16 bits; convert the image to 8 bits")
+    return Image.fromarray((pixels // 256).astype(np.uint8))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -6,21 +6,18 @@ second file packs line numbers into batches of one size each. `tools/build_t2i_b
 
 import json
 import re
-import struct
 from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tim.config import Config, Data
-from tim.data.images import to_tensor
+from tim.data.images import open_on_white, to_tensor
 
 BUCKET = re.compile(r"(?:.+-)?([0-9]+)x([0-9]+)")
 KEYS = ("image_file", "bucket", "captions")
-# What Pillow raises for files that are missing, cut short, not images or too large to be honest.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class CaptionedImages:
@@ -135,25 +132,6 @@ def prompts_by_size(dataset: CaptionedImages, limit: int | None = None) -> dict[
     for caption in captions:
         out.setdefault(first[caption], []).append(caption)
     return out
-
-
-def open_on_white(path: str | Path) -> Image.Image:
-    """An image file as RGB, upright by its EXIF orientation, transparent parts on white.
-
-    Raises:
-        ValueError: when the file is missing or cannot be decoded; the message names it.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def fit(image: Image.Image, height: int, width: int, resize: str) -> Image.Image:

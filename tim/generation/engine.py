@@ -29,7 +29,6 @@ from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict, sha256
 from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transports import Transport
-from tim.training.checkpoint import damage, latest_checkpoint
 
 OVERVIEW_IMAGES, OVERVIEW_SIDE = 64, 256
 
@@ -157,27 +156,6 @@ def load_sampler(
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
         vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
     return Sampler(settings, transport, network, vae, make_conditions(network), device).at(settings)
-
-
-def find_weights(ckpt: str) -> Path:
-    """The weights file of --ckpt: a file, a checkpoint folder (EMA when it has one), or a training project folder.
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when the checkpoint folder is damaged.
-    """
-    path = Path(ckpt)
-    if path.is_file():
-        return path
-    if (path / "checkpoints").is_dir():
-        path = latest_checkpoint(path / "checkpoints") or path
-    for name in ("ema.safetensors", "model.safetensors"):
-        if (path / name).is_file():
-            problem = damage(path)
-            if problem:
-                raise ValueError(f"--ckpt {path} is damaged: {problem}")
-            return path / name
-    raise FileNotFoundError(f"--ckpt {ckpt} is neither a weights file nor a folder with a checkpoint")
 
 
 def weights_stem(weights: Path) -> str:

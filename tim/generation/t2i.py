@@ -60,13 +60,14 @@ def draw(args: argparse.Namespace, job: PromptJob, runs: list[SampleSettings], p
     from tim.generation import engine
     from tim.generation.captions import CaptionConditions
     from tim.models.text_encoders import build_text_encoder
+    from tim.training.weights import find_weights
 
     config = load_config(args.config)
     if args.text_padding:
         config.model.text_padding = args.text_padding
     if config.model.text_padding == "batch":
         config.model.text_cache = None  # visible padding ties a caption's features to its batch
-    weights = engine.find_weights(args.ckpt)
+    weights = find_weights(args.ckpt)
     state = PartialState(cpu=use_cpu())
     encoder = build_text_encoder(config.model, engine.network_dtype(config, args.dtype, state.device), state.device)
     guided = any(s.cfg_scale > 1 for s in runs)

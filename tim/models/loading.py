@@ -12,8 +12,11 @@ from torch import Tensor, nn
 WRAPPERS = ("ema", "model", "state_dict", "module")  # keys under which training frameworks nest a state dict
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
     """Tensors of a .safetensors, .bin, .pt or .pth file, out of the usual wrapper keys and `module.` prefixes.
+
+    Args:
+        raw: of a file that holds both, take the trained weights instead of the moving average (`ema`).
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -29,7 +32,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or no safetensors/torch file: {error}") from error
     except Exception as error:  # pickle's refusals share no base class
         raise ValueError(f"{path} holds more than tensors and is not loaded: {str(error).splitlines()[0]}") from error
-    while isinstance(state, dict) and (inner := next((k for k in WRAPPERS if isinstance(state.get(k), dict)), None)):
+    wrappers = WRAPPERS[1:] if raw else WRAPPERS
+    while isinstance(state, dict) and (inner := next((k for k in wrappers if isinstance(state.get(k), dict)), None)):
         state = state[inner]
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors")
@@ -38,6 +42,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Load a state dict that must match the network key for key.
+
+    Raises:
+        ValueError: names the source and the first differing keys and shapes.
+    """
+    check_state(network, state, source)
+    network.load_state_dict(state, strict=True)
+
+
+def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Compare keys and shapes of a state dict with the network's, sharded or not.
 
     Raises:
         ValueError: names the source and the first differing keys and shapes.
@@ -61,7 +75,6 @@ def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path
     ]
     if problems:
         raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(problems)}")
-    network.load_state_dict(state, strict=True)
 
 
 def model_identity(name: str, config: Any = None) -> dict[str, Any]:

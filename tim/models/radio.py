@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
@@ -75,6 +76,12 @@ class Radio(nn.Module):
         prefix = self.prefix_tokens.expand(len(tokens), -1, -1)
         tokens = self.blocks(torch.cat([prefix.to(tokens.dtype), tokens], dim=1))
         return tokens[:, len(self.prefix_tokens) :]
+
+    def tokens(self, images: Tensor, grid: Sequence[int]) -> Tensor:
+        """Features (B, h * w, width) of images (B, 3, H, W) in [-1, 1], resized so that one patch meets one of h x w tokens."""
+        size = [self.patch_size * side for side in grid]
+        images = nnf.interpolate((images.float() + 1) / 2, size, mode="bicubic", antialias=True, align_corners=False)
+        return self(images.clamp(0, 1))
 
     def _position_grid(self, h: int, w: int) -> Tensor:
         """Position embedding (1, h*w, D): the stored square grid resized to the longer side, then cut."""

@@ -87,6 +87,8 @@ class TransitionSchedule:
         self.derivative_dtype = _as_dtype(derivative_dtype)
         if self.derivative_dtype is None and derivative_type == "dde":
             self.derivative_dtype = torch.float32
+        self.kept: Tensor | None = None  # (B,) bool of the last call: samples whose input, prediction and target are finite
+        self.lockstep = False  # True: every process evaluates dF/dt as often as the others, as sharded weights need
 
     # ---- step 1: times --------------------------------------------------------------------------
     def sample_t_and_r(
@@ -180,7 +182,7 @@ class TransitionSchedule:
         ).detach()
 
         residual_ok = finite_input & _finite_samples(F_pred.detach()) & _finite_samples(F_target)
-        kept = residual_ok.to(F_target.dtype)
+        self.kept, kept = residual_ok, residual_ok.to(F_target.dtype)
         loss = _denoising_loss(F_pred, F_target, residual_ok, use_dir_loss)
         weight = self.time_weight(t, r, n_diffusion) / (loss.detach() + 1e-5)
         count = kept.sum().clamp(min=1)
@@ -243,6 +245,8 @@ class TransitionSchedule:
         """
         dF_dt = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         n = n_diffusion
+        if n == x.shape[0] and self.lockstep and self.diffusion_ratio < 1:
+            n -= 1  # another process may have samples with t != r: run along, with one whose derivative is left out below
         if n == x.shape[0]:
             return dF_dt
         arguments = (model, self.transport, x[n:], z[n:], t[n:], r[n:], take_batch(model_kwargs, n, x.shape[0]))
@@ -251,7 +255,7 @@ class TransitionSchedule:
                 tail = difference_derivative(*arguments, self.differential_epsilon)
             else:
                 tail = jvp_derivative(*arguments)
-        dF_dt[n:] = tail
+        dF_dt[n_diffusion:] = tail[n_diffusion - n :]
         return dF_dt
 
     # ---- sampling -------------------------------------------------------------------------------

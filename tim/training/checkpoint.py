@@ -1,23 +1,36 @@
 """Checkpoints that are whole or absent.
 
 A checkpoint `checkpoints/step-0001000/` is written to a temporary folder, flushed to disk, closed with a manifest of
-sizes and sha256, and renamed into place. Old ones go only after the new one stands.
+sizes and sha256, read back against it, and renamed into place. Old ones go only after that.
 """
 
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from tim.models.loading import load_strict, read_state_dict, sha256
+from tim.models.loading import sha256
+from tim.training.checkpoint_formats import Snapshot, read_into, take_snapshot, write_full, write_sharded
 
 MANIFEST = "manifest.json"
+GROUP_TIMEOUT = timedelta(hours=2)  # the longest that one rank may have to write after another is done
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """A gloo group of all processes, None for a single one. Collective."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    return dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
 
 
 def save_checkpoint(
@@ -27,74 +40,108 @@ def save_checkpoint(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    scaler: Any = None,
+    scaler: torch.amp.GradScaler | None = None,
+    sharded: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write `root/step-N` with model.safetensors, ema.safetensors, optimizer.pt and state.json.
+    """Write `root/step-N` at once: a snapshot, then `write_checkpoint`. Collective.
 
     Args:
+        network, ema, optimizer: plain, DDP's or FSDP2's.
         state: what else the run needs to continue, JSON values only.
         scaler: the fp16 gradient scaler, when there is one.
+        sharded: every rank writes its own part.
+        group: of `cpu_group`.
+    """
+    return write_checkpoint(root, step, take_snapshot(network, ema, optimizer, scaler, sharded), state, group)
+
+
+def write_checkpoint(
+    root: Path, step: int, snapshot: Snapshot, state: dict[str, Any], group: dist.ProcessGroup | None = None
+) -> Path:
+    """Write a snapshot to `root/step-N`. Collective over `group`, on the CPU alone, so that it may run in a thread.
+
+    Args:
+        group: used by nothing else meanwhile.
+
+    Raises:
+        RuntimeError, OSError: when a rank could not write, or the files read back damaged; on all ranks.
     """
     final = root / f"step-{step:07d}"
     partial = root / f".{final.name}.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(_tensors(network), partial / "model.safetensors")
-    if ema is not None:
-        save_file(_tensors(ema), partial / "ema.safetensors")
-    torch.save(
-        {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}, partial / "optimizer.pt"
-    )
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(partial.iterdir())}
-    (partial / MANIFEST).write_text(json.dumps(files, indent=1))
-    for path in partial.iterdir():
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _flush(root)
+    rank = 0 if group is None else dist.get_rank(group)
+
+    def prepare() -> None:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> dict[str, dict[str, Any]]:
+        paths = write_sharded(partial, snapshot, rank, group) if snapshot.sharded else write_full(partial, snapshot, rank)
+        if rank == 0:
+            paths.append(partial / "state.json")
+            paths[-1].write_text(json.dumps({"step": step, "scaler": snapshot.scaler, **state}, indent=1))
+        for path in paths:
+            _flush(path)
+        return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+
+    def finish() -> None:
+        if rank == 0:
+            _put_in_place(partial, final, {name: entry for files in written for name, entry in files.items()})
+
+    on_all_ranks(group, prepare)
+    written = on_all_ranks(group, write)
+    on_all_ranks(group, finish)
     return final
 
 
 def load_checkpoint(
-    path: Path, network: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, scaler: Any = None
+    path: Path,
+    network: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+    group: dist.ProcessGroup | None = None,
+    verified: bool = False,
 ) -> dict[str, Any]:
-    """Load a checkpoint in place and return its `state`.
+    """Load a checkpoint of either format in place, on any number of processes, and return its `state`. Collective.
+
+    Args:
+        verified: `damage` has been asked already.
 
     Raises:
         ValueError: when a file is damaged or belongs to another network.
     """
-    problem = damage(path)
+    rank = 0 if group is None else dist.get_rank(group)
+    problem = on_all_ranks(group, lambda: damage(path) if rank == 0 and not verified else None)[0]
     if problem:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    load_strict(network, read_state_dict(path / "model.safetensors"), path / "model.safetensors")
-    if ema is not None:
-        if not (path / "ema.safetensors").is_file():
-            raise ValueError(f"checkpoint {path} has no EMA weights; set model.use_ema=false to go on without")
-        load_strict(ema, read_state_dict(path / "ema.safetensors"), path / "ema.safetensors")
-    extra = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(extra["optimizer"])
-    if scaler is not None and extra["scaler"]:
-        scaler.load_state_dict(extra["scaler"])
-    return json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text())
+    read_into(path, network, ema, optimizer, group)
+    saved_scaler = state.pop("scaler")
+    if scaler is not None and saved_scaler:
+        scaler.load_state_dict(saved_scaler)
+    return state
 
 
 def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None when every file has the size and sha256 of the manifest."""
     try:
-        files = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
+
+    def check(name: str) -> str | None:
+        size, digest = files[name]
+        if not (path / name).is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if sha256(file) != entry["sha256"]:
-            return f"{name} differs from its sha256"
-    return None
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
+        return None if sha256(path / name) == digest else f"{name} differs from its sha256"
+
+    with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
+        return next((problem for problem in pool.map(check, files) if problem), None)
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -112,18 +159,69 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
+def tidy_checkpoints(root: Path) -> None:
+    """Clear what an interrupted save left: half-written folders go, a checkpoint that was being replaced comes back."""
+    for aside in root.glob(".step-*.old"):
+        final = root / aside.name[1 : -len(".old")]
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
+    for partial in root.glob(".step-*.part"):
+        shutil.rmtree(partial)
+
+
 def prune_checkpoints(root: Path, limit: int | None, keep_steps: list[int]) -> None:
-    """Delete the oldest checkpoints beyond `limit`; those of `keep_steps` stay and do not count."""
-    if limit is None:
-        return
+    """Keep the newest `limit` undamaged checkpoints and those of `keep_steps`, which do not count; delete older ones.
+
+    Nothing is deleted before `limit` newer ones have been read and found undamaged.
+    """
     names = {f"step-{step:07d}" for step in keep_steps}
     candidates = [p for p in list_checkpoints(root) if p.name not in names]
-    for path in candidates[: max(0, len(candidates) - max(1, limit))]:
-        shutil.rmtree(path)
+    if limit is None or len(candidates) <= max(1, limit):
+        return
+    good = 0
+    while candidates and good < max(1, limit):
+        good += damage(candidates.pop()) is None
+    if good == max(1, limit):
+        for path in candidates:
+            shutil.rmtree(path)
 
 
-def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.detach().contiguous().cpu() for k, v in network.state_dict().items()}
+def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Manifest, validation, rename; a checkpoint of the same step is moved aside until the new one stands."""
+    (partial / MANIFEST).write_text(json.dumps(dict(sorted(files.items())), indent=1))
+    _flush(partial / MANIFEST)
+    _flush(partial)
+    problem = damage(partial)
+    if problem:
+        raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")
+    aside = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    partial.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], Any]) -> list[Any]:
+    """Run `action`, exchange the results; waits for the slowest rank. An error of one rank is raised on all."""
+    if group is None:
+        return [action()]
+    result, error = None, None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as problem:
+        error = problem
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, (result, error and f"{type(error).__name__}: {error}"), group=group)
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(outcomes):
+        if message:
+            raise RuntimeError(f"process {rank} failed: {message}")
+    return [value for value, _ in outcomes]
 
 
 def _flush(path: Path) -> None:

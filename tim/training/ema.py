@@ -3,11 +3,15 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from tim.training.sharding import local, reshard
 
 
 class EMA:
     """A frozen copy of the network that follows it: ema = decay * ema + (1 - decay) * weights.
+
+    Sharded like the network (`tim.training.sharding.shard`), it follows shard by shard, with the same bits.
 
     Args:
         network: the bare (unwrapped) network.
@@ -19,7 +23,17 @@ class EMA:
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """One step towards the network."""
-        mine = list(self.network.parameters())
-        torch._foreach_lerp_(mine, [p.detach() for p in network.parameters()], 1 - self.decay)
+    def update(self, network: nn.Module, skip: Tensor | None = None) -> None:
+        """One step towards the network.
+
+        Args:
+            skip: 0-dim on the device, 1 leaves every bit as it is (`tim.training.guards`).
+        """
+        reshard(self.network)  # model guidance and previews leave parts gathered, which would go stale
+        mine = [local(p) for p in self.network.parameters()]
+        theirs = [local(p.detach()) for p in network.parameters()]
+        if skip is None:
+            torch._foreach_lerp_(mine, theirs, 1 - self.decay)
+        else:
+            weight = {dtype: (1 - self.decay) * (1 - skip.to(dtype)) for dtype in {p.dtype for p in mine}}
+            torch._foreach_lerp_(mine, theirs, [weight[p.dtype] for p in mine])

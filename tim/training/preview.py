@@ -1,37 +1,42 @@
 """Sample grids while training."""
 
-from pathlib import Path
-
 import torch
 
 from tim import rng
 from tim.data.images import make_grid, save_png, to_uint8
 from tim.schedulers.sampling import sample
+from tim.training.compilation import eager_blocks
 from tim.training.setup import Run
+from tim.training.sharding import reshard
 
 PREVIEW_STEPS = 4
 COLUMNS = 10
 
 
 @torch.no_grad()
-def save_preview(run: Run, step: int) -> Path:
-    """Draw the task's preview pictures with the EMA (or raw) weights in 4 unguided steps to samples/step-N.png.
+def save_preview(run: Run, step: int) -> None:
+    """Draw the task's preview pictures with the EMA (or raw) weights in 4 unguided steps to samples/step-N.png on rank 0.
 
-    Seeds and conditions are the same every time; samples/contents.txt says what the pictures should show, row by row.
+    Every process of a sharded run must call it; of any other only rank 0 has work. Seeds and conditions are the same
+    every time; samples/contents.txt says what the pictures should show, row by row.
     """
+    if not (run.sharded or run.accelerator.is_main_process):
+        return
     network = run.ema.network if run.ema else run.network
     cond, (height, width), contents = run.task.preview(network)
     shape = run.vae.latent_shape(height, width) if run.vae else (network.in_channels, height, width)
     z = rng.normals(run.seed, "preview", 0, range(len(contents)), shape).to(run.accelerator.device)
     was_training = network.training
     network.eval()
-    with run.accelerator.autocast():
+    with run.accelerator.autocast(), eager_blocks(run.config.training.compile):
         x = sample(run.schedule.transport, network, z, cond, num_steps=PREVIEW_STEPS).x
     network.train(was_training)
+    reshard(network)
+    if not run.accelerator.is_main_process:
+        return
     images = to_uint8(x if run.vae is None else torch.cat([run.vae.decode(part) for part in x.split(4)]))
     path = run.project_dir / "samples" / f"step-{step:07d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [contents[k : k + COLUMNS] for k in range(0, len(contents), COLUMNS)]
     (path.parent / "contents.txt").write_text("".join(" | ".join(row) + "\n" for row in rows), encoding="utf-8")
     save_png(path, make_grid(images, columns=COLUMNS, scale=max(1, 64 // images.shape[1])))
-    return path

@@ -1,12 +1,13 @@
 """From a config to the parts of a training run."""
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 from torch.utils.data import DataLoader
@@ -15,10 +16,13 @@ from tim.config import Config
 from tim.data.keyed import KeyedDataset
 from tim.distributed import set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
-from tim.models.loading import load_strict, read_state_dict
 from tim.schedulers.transition import TransitionSchedule
+from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
+from tim.training.sharding import is_sharded, shard, sharding_plugin
+from tim.training.signals import ignore_signals
 from tim.training.tasks import Task
+from tim.training.weights import start_from
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Run:
     """Everything the loop turns.
 
     Attributes:
-        model: the network as it is trained (wrapped for several processes); network: the bare one.
+        model: the network as it is trained (wrapped for several processes); network: the bare one, the same when sharded.
         task: data and conditions. lr: learning rate after scaling.
         global_batch_size: data.dataloader.batch_size x accumulation x processes.
     """
@@ -52,12 +56,15 @@ class Run:
         """dtype of weights, latents and noise."""
         return getattr(torch, self.config.training.dtype)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the processes share one set of weights; then all of them must run the network together."""
+        return is_sharded(self.network)
+
 
 def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
-    """The accelerator of this process: DDP by torchrun or accelerate launch, on CPU when there is no GPU."""
+    """The accelerator of this process: one of torchrun or accelerate launch, on CPU when there is no GPU."""
     t = config.training
-    if t.fsdp_config:
-        raise ValueError("training.fsdp_config is set, but sharded training is not available; remove the key to train with DDP")
     set_tf32(t.allow_tf32)
     tracker = None if t.tracker in (None, "none") else t.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
@@ -80,6 +87,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     if seed < 0:
         raise ValueError(f"--seed must be >= 0, got {seed}")
     t, m = config.training, config.model
+    plugin = sharding_plugin(t.fsdp_config)
     accelerator = build_accelerator(config, project_dir)
     schedule = TransitionSchedule(m.transport.build(), **m.transition_loss)
     if schedule.transport.enhance_target and not m.use_ema:
@@ -88,19 +96,29 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)
     network = m.network.build().to(getattr(torch, t.dtype))
-    if m.ckpt:
-        load_strict(network, read_state_dict(m.ckpt), m.ckpt)
+    for note in start_from(network, m) if m.ckpt else []:
+        accelerator.print(note)
     encoder = None
-    if m.enc_dir:
+    if not m.enc_dir:
+        network.projector.requires_grad_(False)
+    elif config.data.dataset.features_dir is None:
         from tim.models.radio import Radio
 
         encoder = Radio.from_checkpoint(m.enc_dir).to(accelerator.device)
-    else:
-        network.projector.requires_grad_(False)
+        if encoder.width != network.projector[-1].out_features:
+            raise ValueError(
+                f"model.enc_dir={m.enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it"
+            )
     task.check(network)
 
-    network.to(accelerator.device)
     ema = EMA(network, m.ema_decay) if m.use_ema else None
+    schedule.lockstep = place(network, ema, plugin, accelerator)
+    if t.compile:
+        compile_blocks(network)
+        if schedule.derivative_type == "jvp":
+            accelerator.print("training.compile: jvp derivatives run eagerly, because compiled graphs carry no tangents")
+        if schedule.transport.enhance_target:
+            compile_blocks(ema.network)
     global_batch_size = config.data.dataloader.batch_size * t.gradient_accumulation_steps * accelerator.num_processes
     lr = t.learning_rate * (global_batch_size / t.learning_rate_base_batch_size if t.scale_lr else 1.0)
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -111,12 +129,27 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     lr_scheduler = get_scheduler(
         t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
     )
-    model, optimizer = accelerator.prepare(network, optimizer)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    alone = is_sharded(network) or accelerator.num_processes == 1  # no wrapper to synchronise gradients
+    model = network if alone else accelerator.prepare_model(network)
     network = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop alone says where autocast is on
     return Run(
         accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
         optimizer, lr_scheduler, lr, global_batch_size,
     )  # fmt: skip
+
+
+def place(network: nn.Module, ema: EMA | None, plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> bool:
+    """Move network and moving average to this process's device, sharded as the plugin says; returns whether they are."""
+    if plugin is not None and accelerator.num_processes == 1:
+        warnings.warn("training.fsdp_config has no effect with one process: nothing is sharded", stacklevel=2)
+        plugin = None
+    for module, trained in [(network, True), *([(ema.network, False)] if ema else [])]:
+        if plugin is None:
+            module.to(accelerator.device)
+        else:
+            shard(module, plugin, accelerator.device, trained)
+    return plugin is not None
 
 
 def build_loader(run: Run, start_step: int, visits: int) -> DataLoader:
@@ -136,4 +169,6 @@ def build_loader(run: Run, start_step: int, visits: int) -> DataLoader:
         batch_sampler=sampler,
         num_workers=run.config.data.dataloader.num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator().manual_seed(run.seed),  # else the workers' seeds come from the global state
     )

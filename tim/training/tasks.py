@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tim import rng
 from tim.config import Config
 from tim.data.c2i import build_c2i_dataset
-from tim.data.keyed import Samples
+from tim.data.features import CachedFeatures, check_features, has_features
+from tim.data.keyed import PROBED, Samples, first_readable
 from tim.data.sampler import PackedBatchSampler, StepBatchSampler
 from tim.data.t2i import build_t2i_dataset
 from tim.distributed import frozen_dtype
@@ -18,7 +18,6 @@ from tim.models.autoencoders import Autoencoder
 from tim.models.text_encoders import build_text_encoder
 
 PREVIEW_IMAGES = 40
-PROBED = 8  # images tried before a run starts
 
 
 class Task(Protocol):
@@ -57,16 +56,20 @@ class ClassTask:
     """Class labels; the null class is the last row of the label table."""
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
-        self.dataset = build_c2i_dataset(config.data, with_image=config.model.enc_dir is not None)
+        self.dataset = build_c2i_dataset(config.data, with_image=config.model.enc_dir is not None and not has_features(config))
+        if has_features(config):
+            self.dataset = CachedFeatures(self.dataset, config.data.dataset, config.model.enc_dir)
         self.vae, self.device = vae, device
         self.num_classes = config.model.network.params.get("num_classes", 1000)
         self.drop_prob = config.model.network.params.get("class_dropout_prob", 0.1)
 
     def check(self, network: nn.Module) -> None:
         """Latent shape, channels and number of classes of the first sample against the network."""
-        sample = self.dataset.load(0, rng.generator(0, "data"))
+        sample = first_readable(self.dataset, range(min(PROBED, len(self.dataset))))
         stored = "latent" in sample
-        check_latents(tuple(sample["latent" if stored else "image"].shape), network, None if stored else self.vae)
+        shape = check_latents(tuple(sample["latent" if stored else "image"].shape), network, None if stored else self.vae)
+        if "features" in sample:
+            check_features(sample["features"], shape, network)
         if self.dataset.num_labels > network.num_classes or sample["label"] >= network.num_classes:
             raise ValueError(
                 f"the dataset has {self.dataset.num_labels} classes, model.network.params.num_classes is {network.num_classes}"
@@ -110,19 +113,8 @@ class CaptionTask:
     def check(self, network: nn.Module) -> None:
         """Width of the text features and channels of the latents against the network."""
         network.check_caption_width(self.encoder.width)
-        self._probe()
+        first_readable(self.dataset, self.dataset.batches[0][:PROBED], "data.dataset.root_dir")
         check_latents((3, *self.dataset.size(int(self.dataset.batches[0][0]))), network, self.vae)
-
-    def _probe(self) -> None:
-        """Refuse a root_dir that holds none of the first few images, before anything is written."""
-        problems = []
-        for index in self.dataset.batches[0][:PROBED]:
-            try:
-                self.dataset.load(int(index), rng.generator(0, "data"))
-                return
-            except ValueError as error:
-                problems.append(str(error))
-        raise ValueError(f"none of the first {len(problems)} images can be read, check data.dataset.root_dir: {problems[0]}")
 
     def sampler(self, config: Config, **place: int) -> PackedBatchSampler:
         """The batches of packed_json."""
@@ -153,8 +145,12 @@ class CaptionTask:
         )
 
 
-def check_latents(shape: tuple[int, ...], network: nn.Module, vae: Autoencoder | None) -> None:
-    """Compare the latents of an image of this shape (C, H, W), or a latent's own shape without `vae`, with the network."""
+def check_latents(shape: tuple[int, ...], network: nn.Module, vae: Autoencoder | None) -> tuple[int, ...]:
+    """Compare the latents of an image of this shape (C, H, W), or a latent's own shape without `vae`, with the network.
+
+    Returns:
+        Their shape (C, h, w).
+    """
     if vae is not None:
         shape = vae.latent_shape(*shape[1:])
     if shape[0] != network.in_channels or shape[1] % network.patch_size or shape[2] % network.patch_size:
@@ -162,3 +158,4 @@ def check_latents(shape: tuple[int, ...], network: nn.Module, vae: Autoencoder |
             f"latents are {shape}, but the network takes {network.in_channels} channels and sides divisible by "
             f"patch_size={network.patch_size}; check data.dataset.image_size, model.vae_dir and model.network.params"
         )
+    return shape

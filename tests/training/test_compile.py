@@ -1,0 +1,128 @@
+"""Compiled blocks: the same numbers, no recompilation once every size was seen, eager where graphs do not reach."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conftest import ROOT, TINY, randomize
+from torch.autograd import forward_ad
+
+from tim.config import load_config
+from tim.models.t2i.tim_model import TiM
+from tim.schedulers.transition import TransitionSchedule
+from tim.schedulers.transports import OT_FM
+from tim.training.compilation import compile_blocks
+from tim.training.logging import read_log
+from tim.training.loop import train
+from tim.training.tasks import ClassTask
+
+BUCKETS = [(3, 8, 8, 5), (4, 6, 12, 7), (5, 12, 6, 4), (2, 16, 8, 6)]  # samples, height, width, caption tokens
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    """Graphs compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def objective(network, bucket) -> torch.Tensor:
+    """One training loss with its gradients: finite differences, REPA and masked captions."""
+    batch, height, width, tokens = bucket
+    g = torch.Generator().manual_seed(batch)
+    x, z = (torch.randn(batch, 4, height, width, generator=g) for _ in range(2))
+    mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (batch, 1), generator=g)
+    target = torch.randn(batch, height * width // 4, TINY["z_dim"], generator=g)
+    network.zero_grad()
+    conditions = {"y": torch.randn(batch, tokens, 20, generator=g), "y_mask": mask}
+    times = {"normal": torch.randn(batch, 2, generator=g)}
+    schedule = TransitionSchedule(OT_FM(), diffusion_ratio=0.3)
+    loss, projection, _ = schedule(
+        network, None, network, batch, x, z, conditions, use_dir_loss=True, h_target=target, time_kwargs=times
+    )
+    (loss + projection).backward()
+    return loss.detach()
+
+
+@pytest.fixture
+def pair():
+    """A text-to-image network, and a copy of it with compiled blocks."""
+    plain = randomize(TiM(cap_feat_dim=20, **TINY))
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, backend="aot_eager")
+    return plain, compiled
+
+
+@pytest.mark.slow
+def test_no_recompilation_once_all_buckets_were_seen(pair):
+    """Losses and gradients are the eager ones in every bucket; a second and third round compile nothing."""
+    plain, compiled = pair
+    for bucket in BUCKETS:
+        torch.testing.assert_close(objective(compiled, bucket), objective(plain, bucket), rtol=1e-4, atol=1e-5)
+        for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5)
+    warm = graphs()
+    assert 0 < warm <= 8
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for bucket in itertools.chain(reversed(BUCKETS), BUCKETS):
+            objective(compiled, bucket)
+    assert graphs() == warm
+
+
+def test_names_and_values_of_the_weights_stay(pair):
+    plain, compiled = pair
+    a, b = plain.state_dict(), compiled.state_dict()
+    assert list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_forward_mode_derivatives_run_eagerly(pair):
+    plain, compiled = pair
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.randn(2, 3, 20)
+
+    def tangent(network):
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            return forward_ad.unpack_dual(network(dual, t, t / 2, y, jvp=True)).tangent
+
+    torch.testing.assert_close(tangent(compiled), tangent(plain), rtol=0, atol=0)
+    assert graphs() == 0 and tangent(plain).abs().max() > 0
+
+
+def test_the_trainer_compiles_what_it_trains(tmp_path, monkeypatch):
+    """training.compile changes neither losses nor pictures, and pictures are not worth a graph."""
+    monkeypatch.setattr("tim.training.setup.compile_blocks", lambda network: compile_blocks(network, backend="aot_eager"))
+    small = ["model.network.params.hidden_size=24", "training.max_train_steps=4", "training.sample_steps=3"]
+    options = [*small, "data.dataloader.batch_size=8", "training.dtype=float64"]
+    losses, pictures, compiled = [], [], []
+    for switch in ("false", "true"):
+        config = load_config(ROOT / "configs/c2i/digits.yaml", [*options, f"training.compile={switch}"])
+        train(config, tmp_path / switch, 1, ClassTask)
+        losses.append([record["denoising_loss"] for record in read_log(tmp_path / switch / "log.jsonl")])
+        pictures.append((tmp_path / switch / "samples/step-0000004.png").read_bytes())
+        compiled.append(graphs())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9) and len(losses[0]) == 4
+    assert pictures[1] == pictures[0]
+    assert compiled[0] == 0 and 2 <= compiled[1] <= 4
+
+
+@pytest.mark.slow
+def test_the_default_compiler_agrees(tiny_c2i):
+    """One forward and backward pass of one block through the compiler that training.compile uses."""
+    compiled = copy.deepcopy(tiny_c2i)
+    compile_blocks(compiled)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8])
+    outputs = [network(x, t, t / 2, torch.tensor([1, 2])) for network in (tiny_c2i, compiled)]
+    for out in outputs:
+        out.square().mean().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-6)
+    for p, q in zip(tiny_c2i.parameters(), compiled.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6)
+    assert graphs() > 0

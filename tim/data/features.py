@@ -1,0 +1,170 @@
+"""REPA features made once: `features_dir/<class>/<name>.safetensors` with `features` (2, N, D), of an image and its mirror.
+
+features.json in features_dir says what they depend on; `tim.data.feature_cache` writes both.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tim.config import Config, Dataset
+from tim.data.c2i import C2IDataset, ImageFolderDataset, LatentDataset
+from tim.models.loading import sha256
+
+RECORD = "features.json"
+
+
+def has_features(config: Config) -> bool:
+    """Whether a run takes its REPA features from files; warns when it is given files and trains without REPA."""
+    if config.data.dataset.features_dir is None:
+        return False
+    if config.model.enc_dir is None:
+        warnings.warn("data.dataset.features_dir is not read: model.enc_dir=null trains without REPA", stacklevel=2)
+    return config.model.enc_dir is not None
+
+
+class CachedFeatures(C2IDataset):
+    """Samples of a dataset with `features` (N, D), those of the mirror where the sample is mirrored.
+
+    Args:
+        samples: class-conditional images or latents.
+        dataset: the configured keys; features_dir is read here.
+        enc_dir: the encoder's file, which must be the one that made the features.
+
+    Raises:
+        FileNotFoundError: when the folder, its record or the file of a sample is missing.
+        ValueError: when the features were made by another encoder or at another image_size, or samples are not in folders.
+    """
+
+    def __init__(self, samples: C2IDataset, dataset: Dataset, enc_dir: str) -> None:
+        if not isinstance(samples, ImageFolderDataset | LatentDataset):
+            raise ValueError("data.dataset.features_dir needs images or latents in class folders")
+        self.samples, self.num_labels = samples, samples.num_labels
+        root = Path(str(dataset.features_dir))
+        record = read_record(root)
+        wanted = {"encoder_sha256": sha256(_encoder_file(enc_dir))}
+        if dataset.image_size is not None:
+            wanted["image_size"] = dataset.image_size
+        compare_records(root, record, wanted)
+        self.shape = (2, record["tokens"], record["width"])
+        self.files = _matching_features(root, samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int, g: np.random.Generator) -> dict[str, Any]:
+        """The sample and its features.
+
+        Raises:
+            ValueError: when the file of features is damaged or has another shape; the message names it.
+        """
+        sample = self.samples.load(index, g)
+        return {**sample, "features": read_features(self.files[index], self.shape, int(sample["mirrored"]))}
+
+    def peers(self, index: int) -> np.ndarray:
+        """Those of the samples."""
+        return self.samples.peers(index)
+
+
+def check_features(features: Tensor, latent: Sequence[int], network: nn.Module) -> None:
+    """ValueError unless features (N, D) have one row per token of latents (C, h, w), of the projector's width."""
+    p = network.patch_size
+    wanted = (latent[1] // p * (latent[2] // p), network.projector[-1].out_features)
+    if tuple(features.shape) != wanted:
+        raise ValueError(
+            f"data.dataset.features_dir holds {features.shape[0]} features of width {features.shape[1]} for each image; "
+            f"latents {tuple(latent)}, patch_size={p} and z_dim={wanted[1]} need {wanted[0]} of width {wanted[1]}. Make them "
+            "anew with this config, or mend model.network.params.z_dim"
+        )
+
+
+def read_features(path: Path, shape: Sequence[int], mirror: int) -> Tensor:
+    """Features (N, D) of an image (mirror=0) or its mirror (1), in the stored dtype.
+
+    Raises:
+        ValueError: when the file is missing, damaged or of another shape than (2, N, D).
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            return _features(f, shape)[mirror]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of features: {error}") from error
+
+
+def damage(path: Path, shape: Sequence[int]) -> str | None:
+    """Why a file does not hold `features` of this shape, or None; the size of the file is compared with its header."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            _features(f, shape)
+    except (SafetensorError, OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def write_features(path: Path, features: Tensor) -> None:
+    """Write features (2, N, D) so that the file is either whole or absent.
+
+    Raises:
+        OSError: when what reached the disk is not what was written.
+    """
+    partial = path.with_name(f".{path.name}.part")
+    save_file({"features": features.contiguous()}, partial)
+    problem = damage(partial, features.shape)
+    if problem:
+        raise OSError(f"{partial} is damaged right after it was written ({problem}); is the disk full?")
+    partial.replace(path)
+
+
+def read_record(root: Path) -> dict[str, Any]:
+    """What the features of a folder depend on, and their `tokens` and `width`.
+
+    Raises:
+        FileNotFoundError: when the folder has no record.
+    """
+    path = root / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path} (data.dataset.features_dir); make the features with tools/cache_radio_features.py")
+    return json.loads(path.read_text())
+
+
+def compare_records(root: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ValueError that names the first value in which the features of a folder are not those wanted."""
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            found = there.get(key)
+            raise ValueError(f"{root} holds features of another {key} ({found!r}, not {value!r}); use another folder")
+
+
+def _features(f: Any, shape: Sequence[int]) -> Any:
+    """The features of an open file, not yet read; ValueError when they have another shape."""
+    features = f.get_slice("features")
+    if tuple(features.get_shape()) != tuple(shape):
+        raise ValueError(f"features are {tuple(features.get_shape())} instead of {tuple(shape)}")
+    return features
+
+
+def _encoder_file(enc_dir: str) -> Path:
+    if not Path(enc_dir).is_file():
+        raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {enc_dir}, which must be the one of features_dir")
+    return Path(enc_dir)
+
+
+def _matching_features(root: Path, samples: ImageFolderDataset | LatentDataset) -> list[Path]:
+    """The file of each sample: same class folder, same stem."""
+    paths = [entry[0] if isinstance(entry, tuple) else entry for entry in samples.files]
+    folders = {path.parent.name for path in paths}
+    there = {name: {p.name for p in (root / name).glob("*.safetensors")} for name in folders}
+    missing = [path for path in paths if f"{path.stem}.safetensors" not in there[path.parent.name]]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} samples have no file in {root}, the first is {missing[0]}; run "
+            "tools/cache_radio_features.py again, and leave out images that it cannot read"
+        )
+    return [root / path.parent.name / f"{path.stem}.safetensors" for path in paths]

@@ -1,0 +1,208 @@
+"""Files of preprocessed latents: `<class>/<name>.safetensors` with `latent` (2, C, h, w), image and mirror, and `label`."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tim.data.c2i import class_folders
+
+FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' words for the dtypes a latent may have
+
+
+def write_latent(path: Path, latent: Tensor, label: int) -> None:
+    """Write one file so that it is either whole or absent.
+
+    Args:
+        latent: image and mirror (2, C, h, w), shifted and scaled.
+
+    Raises:
+        OSError: when what reached the disk is not what was written.
+    """
+    partial = path.with_name(f".{path.name}.part")
+    save_file({"latent": latent.contiguous(), "label": torch.tensor(label)}, partial)
+    problem = damage(partial)
+    if problem:
+        raise OSError(f"{partial} is damaged right after it was written ({problem}); is the disk full?")
+    partial.replace(path)
+
+
+def damage(path: Path) -> str | None:
+    """Why a file is no latent file, or None; reads the header, and compares the size of the file with it."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            _header(f)
+    except (SafetensorError, OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def read_latent(path: Path) -> tuple[Tensor, int]:
+    """`latent` (2, C, h, w) as it is stored, and `label`.
+
+    Raises:
+        ValueError: when the file is damaged; the message says how.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            _header(f)
+            return f.get_tensor("latent"), int(f.get_tensor("label"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _header(f: Any) -> None:
+    """ValueError when the tensors of an open file are not those of a latent file."""
+    names = set(f.keys())
+    if not {"latent", "label"} <= names:
+        raise ValueError(f"holds {', '.join(sorted(names)) or 'nothing'} instead of latent and label")
+    latent, label = f.get_slice("latent"), f.get_slice("label")
+    shape, dtype = tuple(latent.get_shape()), latent.get_dtype()
+    if len(shape) != 4 or shape[0] != 2 or 0 in shape or dtype not in FLOATS:
+        raise ValueError(f"latent is {shape} {dtype} instead of (2, C, h, w) of floats")
+    if label.get_shape() not in ([], [1]) or label.get_dtype()[0] not in "IU":
+        raise ValueError(f"label is {label.get_shape()} {label.get_dtype()} instead of one integer")
+
+
+@dataclass
+class Moments:
+    """Mean and standard deviation per channel of latents of any size, summed in float64."""
+
+    count: int = 0
+    total: Any = 0.0
+    squares: Any = 0.0
+
+    def add(self, latent: Tensor) -> None:
+        """Count a latent (2, C, h, w)."""
+        values = latent.double()
+        self.count += values[:, 0].numel()
+        self.total = self.total + values.sum((0, 2, 3))
+        self.squares = self.squares + values.square().sum((0, 2, 3))
+
+    def merge(self, other: "Moments") -> None:
+        """Count all that `other` counted."""
+        self.count += other.count
+        self.total, self.squares = self.total + other.total, self.squares + other.squares
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        """Per channel; empty lists when nothing was counted."""
+        if not self.count:
+            return [], []
+        mean = self.total / self.count
+        return mean.tolist(), (self.squares / self.count - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+@dataclass
+class LatentReport:
+    """What a folder of latents holds.
+
+    Attributes:
+        labels: class folder -> label -> files. shapes: (C, h, w) -> files. moments: channels -> their statistics.
+        problems: a line for each damaged file or folder.
+        leftovers: unfinished files of an interrupted run, which nothing reads.
+    """
+
+    files: int = 0
+    bytes: int = 0
+    leftovers: int = 0
+    shapes: Counter = field(default_factory=Counter)
+    dtypes: Counter = field(default_factory=Counter)
+    labels: dict[str, Counter] = field(default_factory=dict)
+    moments: dict[int, Moments] = field(default_factory=lambda: defaultdict(Moments))
+    problems: list[str] = field(default_factory=list)
+
+    def merge(self, other: "LatentReport") -> None:
+        """Count all that `other` counted."""
+        self.files, self.bytes = self.files + other.files, self.bytes + other.bytes
+        self.leftovers += other.leftovers
+        self.shapes += other.shapes
+        self.dtypes += other.dtypes
+        self.labels |= other.labels
+        self.problems += other.problems
+        for channels, moments in other.moments.items():
+            self.moments[channels].merge(moments)
+
+    def text(self) -> str:
+        """The report for people."""
+        lines = [f"{self.files} whole files in {len(self.labels)} classes, {self.bytes / 1e9:.3g} GB"]
+        for title, counts in (("shape", self.shapes), ("dtype", self.dtypes)):
+            named = {key if title == "dtype" else "x".join(map(str, key)): n for key, n in counts.most_common(10)}
+            lines += [f"{title} {name}: {n} files" for name, n in named.items()]
+            if len(counts) > 10:
+                lines.append(f"... {len(counts) - 10} more {title}s")
+        if len(self.shapes) > 1:
+            lines.append("native resolution: the class-conditional trainer takes latents of one shape only")
+        own = [next(iter(counts)) for counts in self.labels.values() if counts]
+        order = "the order of the folder names" if own == list(range(len(own))) else "a numbering of their own"
+        lines.append(f"labels follow {order}")
+        for channels, moments in sorted(self.moments.items()):
+            mean, std = moments.mean_std()
+            for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+                lines.append(f"channel {c} of {channels}: mean {m:+.4f}, std {s:.4f}")
+        if self.leftovers:
+            lines.append(f"{self.leftovers} unfinished files of an interrupted run; preprocess again, or delete .*.part")
+        return "\n".join([*lines, f"{len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
+
+
+def check_latents(latent_dir: str | Path, workers: int = 4) -> LatentReport:
+    """Read every latent file under a folder.
+
+    Args:
+        workers: threads that read.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, or no class folder in it.
+    """
+    report = LatentReport()
+    folders = class_folders(str(latent_dir))
+    with ThreadPoolExecutor(workers) as pool:
+        for part in tqdm(pool.map(_check_class, folders), total=len(folders), unit=" classes", desc="reading", disable=None):
+            report.merge(part)
+    report.problems += _label_problems(report.labels)
+    if len(report.moments) > 1:
+        report.problems.append(f"channels differ between files: {', '.join(map(str, sorted(report.moments)))}")
+    return report
+
+
+def _check_class(folder: Path) -> LatentReport:
+    report = LatentReport(leftovers=len(list(folder.glob(".*.part"))), labels={folder.name: Counter()})
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            latent, label = read_latent(path)
+            if not torch.isfinite(latent).all():
+                raise ValueError("holds non-finite values")
+        except ValueError as error:
+            report.problems.append(f"{path}: {error}")
+            continue
+        report.files += 1
+        report.bytes += path.stat().st_size
+        report.shapes[tuple(latent.shape[1:])] += 1
+        report.dtypes[str(latent.dtype).removeprefix("torch.")] += 1
+        report.labels[folder.name][label] += 1
+        report.moments[latent.shape[1]].add(latent)
+    if not report.files:
+        report.problems.append(f"{folder}: no whole latent file in this class")
+    return report
+
+
+def _label_problems(labels: dict[str, Counter]) -> Sequence[str]:
+    """Folders whose files disagree on the label, and labels that two folders share."""
+    problems, owner = [], {}
+    for name, counts in labels.items():
+        if len(counts) > 1:
+            seen = ", ".join(f"{label} ({n} files)" for label, n in counts.most_common(5))
+            problems.append(f"{name}: {len(counts)} different labels: {seen}")
+        for label in counts:
+            if label < 0:
+                problems.append(f"{name}: label {label} is negative")
+            if owner.setdefault(label, name) != name:
+                problems.append(f"{name}: label {label} also belongs to {owner[label]}")
+    return problems

@@ -1,0 +1,82 @@
+"""The next micro-batch is read, and copied to the GPU, while the present one is computed."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+ON_DEVICE = ("latent", "image", "features")  # the large tensors; whatever decides something is read on the host
+
+
+class Prefetcher:
+    """Iterates over batches, one ahead: a thread takes the next from the loader and copies it on a stream of its own.
+
+    On a CPU nothing is copied. The order of batches is the loader's; its errors are raised where the batch is due.
+
+    Args:
+        loader: yields dictionaries of tensors and lists, the tensors in pinned memory when `device` is a GPU.
+        device: where the tensors of `ON_DEVICE` go.
+    """
+
+    def __init__(self, loader: Iterable[dict[str, Any]], device: torch.device) -> None:
+        self._batches = iter(loader)  # here, since workers should be started by the main thread
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._waited, self._marks = 0.0, deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._next = self._thread.submit(self._fetch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        began, before = time.perf_counter(), self._mark()
+        fetched = self._next.result()
+        if fetched is None:
+            raise StopIteration
+        batch, copied = fetched
+        self._next = self._thread.submit(self._fetch)
+        if self._stream is None:
+            self._waited += time.perf_counter() - began
+            return batch
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(copied)
+        for key in ON_DEVICE:
+            if key in batch:
+                batch[key].record_stream(current)  # else its memory could be reused before the step has read it
+        self._marks.append((before, self._mark()))
+        return batch
+
+    def waited(self) -> float:
+        """Seconds since the last call in which the device had nothing to compute because data was missing.
+
+        On a GPU this is the time between the end of the work that was queued when a batch was asked for and the arrival of
+        the batch, by the device's own clock. Nothing waits for the clock: what it has not told yet is counted next time.
+        """
+        while self._marks and self._marks[0][1].query():
+            before, after = self._marks.popleft()
+            self._waited += before.elapsed_time(after) / 1000
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A place in the work that the device has been given."""
+        if self._stream is None:
+            return None
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
+
+    def _fetch(self) -> tuple[dict[str, Any], torch.cuda.Event | None] | None:
+        """In the thread: the next batch and the event of its copy; None at the end."""
+        batch = next(self._batches, None)
+        if batch is None or self._stream is None:
+            return None if batch is None else (batch, None)
+        with torch.cuda.stream(self._stream):
+            moved = {key: batch[key].to(self._device, non_blocking=True) for key in ON_DEVICE if key in batch}
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return {**batch, **moved}, copied

@@ -1,0 +1,261 @@
+"""Tar shards: many samples in few files, each read by its place.
+
+The members of a shard that differ in their last suffix alone are one sample: `<class>/<name>.safetensors` (a latent file),
+`<class>/<name>.jpg` or another image, `<class>/<name>.cls` (the label as text). Other members are ignored. Where each member
+lies is looked up once per shard and kept in `<shard>.index.npz`, so samples are numbered as in a folder and read in any order.
+"""
+
+import contextlib
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+from tim.data.images import IMAGE_SUFFIXES
+
+VERSION = 1  # of the index files
+BLOCK = 512  # bytes; tar pads everything to this
+MAX_OPEN = 64  # shards a process keeps open
+KINDS = ("latent", "image")
+PART_OF = re.compile(r"(.+)-(\d+)-of-(\d+)\.tar")
+Stamp = tuple[int, int]  # size in bytes and time of the last change in nanoseconds
+
+
+@dataclass
+class ShardIndex:
+    """Where the n samples of one or more shards lie.
+
+    Attributes:
+        keys: (n,) bytes, `<class>/<name>` in UTF-8. labels: (n,) int64, -1 without a .cls member.
+        spans: kind -> (n, 2) int64, offset and size in bytes, -1 where a sample has no such member.
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    spans: dict[str, np.ndarray]
+
+    def save(self, path: Path, stamp: Stamp) -> None:
+        """Write an index file so that it is either whole or absent, also when several processes write it."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+        with open(partial, "wb") as f:
+            np.savez(f, version=VERSION, stamp=np.array(stamp), keys=self.keys, labels=self.labels, **self.spans)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, stamp: Stamp) -> "ShardIndex | None":
+        """An index file, or None when it is missing, damaged or of a shard with another size or time."""
+        try:
+            with np.load(path, allow_pickle=False) as f:
+                if f["version"] != VERSION or tuple(f["stamp"].tolist()) != stamp:
+                    return None
+                return cls(f["keys"], f["labels"], {kind: f[kind] for kind in KINDS})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+class Shards:
+    """The samples of all shards of a folder, in the order of shard names and of places within.
+
+    Args:
+        folder: holds `*.tar`. Names like `train-00000-of-00010.tar` promise how many there are.
+        index_dir: where index files are kept, default `folder`. Missing ones are made.
+
+    Attributes:
+        index: of all samples.
+
+    Raises:
+        FileNotFoundError: when the folder, its shards or some of them are missing.
+        ValueError: when a shard is cut short or damaged, or an index cannot be written; the message names it.
+    """
+
+    def __init__(self, folder: str | Path, index_dir: str | Path | None = None) -> None:
+        self.paths = list_shards(folder)
+        self.stamps = [stamp_of(path) for path in self.paths]
+        parts = load_indices(self.paths, self.stamps, Path(index_dir or folder))
+        self.shard = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
+        self.index = ShardIndex(
+            np.concatenate([part.keys for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            {kind: np.concatenate([part.spans[kind] for part in parts]) for kind in KINDS},
+        )
+        self._open: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.index.keys)
+
+    def __getstate__(self) -> dict:
+        """Without the open files, which belong to this process."""
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def name(self, index: int) -> str:
+        """Shard and sample, for messages."""
+        return f"{self.paths[self.shard[index]]}: {self.index.keys[index].decode()}"
+
+    def need(self, *kinds: str) -> "Shards":
+        """These shards, every sample of which has a latent, an image or a label.
+
+        Raises:
+            ValueError: with the first sample that lacks one.
+        """
+        for kind in kinds:
+            absent = self.index.labels < 0 if kind == "label" else self.index.spans[kind][:, 0] < 0
+            if absent.any():
+                member = {"latent": "latent (.safetensors)", "image": "image", "label": "label (.cls)"}[kind]
+                raise ValueError(f"{self.name(int(absent.argmax()))} has no {member}; pack it with tools/build_shards.py")
+        return self
+
+    def read(self, index: int, kind: str) -> bytes:
+        """The latent file or image file of a sample.
+
+        Raises:
+            ValueError: when the shard is missing, was changed since the start or ends too early; the message names it.
+        """
+        offset, size = self.index.spans[kind][index].tolist()
+        try:
+            data = os.pread(self._descriptor(int(self.shard[index])), size, offset)
+        except OSError as error:
+            raise ValueError(f"{self.name(index)} cannot be read: {error}") from error
+        if len(data) != size:
+            raise ValueError(f"{self.name(index)} ends after {len(data)} of {size} bytes; the shard was cut short")
+        return data
+
+    def _descriptor(self, shard: int) -> int:
+        """The open shard. Positioned reads share no file position, so forked workers may inherit it."""
+        if shard not in self._open:
+            if len(self._open) >= MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            descriptor = os.open(self.paths[shard], os.O_RDONLY)
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != self.stamps[shard]:
+                os.close(descriptor)
+                raise OSError("the shard was changed since it was indexed; start again")
+            self._open[shard] = descriptor
+        return self._open[shard]
+
+
+def list_shards(folder: str | Path) -> list[Path]:
+    """The shards of a folder, sorted by name.
+
+    Raises:
+        FileNotFoundError: when there is no such folder, no shard in it, or one that the others' names promise is missing.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no shard folder {folder}")
+    paths = sorted(Path(folder).glob("*.tar"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no *.tar; pack a dataset with tools/build_shards.py")
+    promised = {(m[1], len(m[2]), int(m[3])) for path in paths if (m := PART_OF.fullmatch(path.name))}
+    for stem, digits, total in sorted(promised):
+        names = [shard_name(stem, k, total, digits) for k in range(total)]
+        absent = [name for name in names if not (Path(folder) / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"{folder} lacks {len(absent)} of {total} shards, first {absent[0]}; pack them again")
+    return paths
+
+
+def shard_name(stem: str, number: int, total: int, digits: int = 5) -> str:
+    """`<stem>-00003-of-00010.tar`."""
+    return f"{stem}-{number:0{digits}d}-of-{total:0{digits}d}.tar"
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Size and time of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def load_indices(paths: Sequence[Path], stamps: Sequence[Stamp], index_dir: Path) -> list[ShardIndex]:
+    """The index of every shard; missing and outdated ones are made, shared out between the processes that ask at once."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    files = [index_dir / f"{path.name}.index.npz" for path in paths]
+    found: list[ShardIndex | None] = [None] * len(paths)
+    first = len(paths) * rank // world
+    order = [*range(first, len(paths)), *range(first)]
+    for k in tqdm(order, desc="opening shards", unit="shard", delay=1, leave=False, disable=rank > 0 or None):
+        found[k] = ShardIndex.load(files[k], stamps[k])
+        if found[k] is None:
+            found[k] = scan_shard(paths[k])
+            save_index(found[k], files[k], stamps[k])
+    return found
+
+
+def save_index(index: ShardIndex, path: Path, stamp: Stamp) -> None:
+    """Write an index file; ValueError with the way out when that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        index.save(path, stamp)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the index {path}: {error}; set data.dataset.index_dir to a folder that can be written"
+        ) from error
+
+
+def scan_shard(path: Path) -> ShardIndex:
+    """Find all members of a shard, reading their headers alone.
+
+    Raises:
+        ValueError: when the shard is cut short, damaged, compressed or empty, or holds two members for one thing.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            end = _scan_members(tar, samples)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"shard {path} is cut short, damaged or compressed: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"shard {path}: {error}") from error
+    with open(path, "rb") as f:
+        f.seek(end)
+        if f.read(2 * BLOCK) != bytes(2 * BLOCK):
+            raise ValueError(f"shard {path} is cut short or damaged: it has no end mark at byte {end}; pack or copy it again")
+    if not samples:
+        raise ValueError(f"shard {path} holds no sample; expected <class>/<name>.safetensors or <class>/<name>.jpg")
+    nothing = (-1, -1)
+    return ShardIndex(
+        np.array([key.encode() for key in samples]),
+        np.array([s.get("label", nothing)[0] for s in samples.values()], dtype=np.int64),
+        {kind: np.array([s.get(kind, nothing) for s in samples.values()], dtype=np.int64) for kind in KINDS},
+    )
+
+
+def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, tuple[int, int]]]) -> int:
+    """Enter the spans of all members (a label in place of an offset) into `samples`; returns where the last one ends."""
+    end = 0
+    for member in tar:
+        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{member.name} is no plain file; pack the files that links point to (tar -h)")
+        name = PurePosixPath(member.name)
+        kind = _kind(name.suffix.lower())
+        if kind is None:
+            continue
+        sample = samples.setdefault(str(name.with_suffix("")), {})
+        if kind in sample:
+            raise ValueError(f"{member.name} is the second {kind} of its sample")
+        sample[kind] = (_label(tar, member), 0) if kind == "label" else (member.offset_data, member.size)
+    return end
+
+
+def _kind(suffix: str) -> str | None:
+    return "image" if suffix in IMAGE_SUFFIXES else {".safetensors": "latent", ".cls": "label"}.get(suffix)
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    text = tar.extractfile(member).read()
+    if not text.strip().isdigit():
+        raise ValueError(f"{member.name} holds {text[:20]!r} instead of a label")
+    return int(text)

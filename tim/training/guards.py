@@ -1,0 +1,188 @@
+"""Steps that must not count: not finite, or with a gradient far above the usual. Decided on the device.
+
+Nothing here waits for the device inside a step. The decision reaches optimiser and EMA as a tensor; its copy on the host
+is read in the step after, when the device has long finished with it.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tim.training.logging import read_log
+
+MAX_BAD_STEPS = 3  # steps in a row that cannot be used before the run stops
+NORMS, FEWEST_NORMS = 64, 16  # window of the running median, and how full it must be to judge by
+LATENT, LOSS = 1, 2  # codes of a sample: its latent, or its prediction or target, is not finite
+CAUSES = {LATENT: "latent", LOSS: "prediction or target"}
+
+
+@dataclass
+class Verdict:
+    """What the device found in one step, read on the host.
+
+    Attributes:
+        bad_steps: steps in a row that could not be used, this one included.
+        skipped, spikes: totals of the run.
+        problem: why this step was skipped, empty when it was not.
+    """
+
+    step: int
+    bad_steps: int
+    skipped: int
+    spikes: int
+    grad_norm: float
+    problem: str = ""
+
+
+@dataclass
+class _Posted:
+    """Numbers of a step on their way to the host."""
+
+    step: int
+    numbers: Tensor
+    arrived: Any
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class StepGuard:
+    """Judges every step by its gradient norm and writes down the samples behind a problem.
+
+    A step is skipped when its norm is not finite; when it is exactly 0, which is what remains if no sample of the global
+    batch is finite; or when it exceeds `spike` times the median of the last 64 finite norms (16 at least). Under fp16
+    an overflow is the scaler's business and counts as bad only once the loss scale has fallen to 1.
+
+    Args:
+        device: where the norm lives.
+        folder: of the run; nonfinite.jsonl is written there (nonfinite-rank1.jsonl by rank 1 and so on).
+        rank: of this process.
+        start_step: lines of later steps, of an attempt that was cut off, go.
+        spike: `training.max_grad_norm_spike`; None skips no finite step.
+    """
+
+    def __init__(self, device: torch.device, folder: Path, rank: int, start_step: int = 0, spike: float | None = None) -> None:
+        self.device, self.spike = device, spike
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # bad in a row, skipped, spikes
+        self.norms = torch.full((NORMS,), math.nan, device=device)
+        self.skipped = self.spikes = 0
+        self.posted: _Posted | None = None
+        self.path = folder / ("nonfinite.jsonl" if rank == 0 else f"nonfinite-rank{rank}.jsonl")
+        known = [record for record in read_log(self.path) if record["step"] <= start_step]
+        if self.path.is_file():
+            partial = self.path.with_suffix(".part")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in known))
+            partial.replace(self.path)
+        self.written = {(record["index"], record["cause"]) for record in known if "index" in record}
+
+    def judge(self, grad_norm: Tensor, loss_scale: Tensor | None = None) -> Tensor:
+        """Whether to skip the step, 0-dim float32 on the device: 1 to skip, 0 to take it.
+
+        Args:
+            grad_norm: 0-dim, before clipping, the same on all ranks.
+            loss_scale: 0-dim, of the fp16 scaler.
+        """
+        norm = grad_norm.detach()
+        finite = torch.isfinite(norm)
+        bad = counted = ~finite | (norm == 0)
+        if loss_scale is not None:
+            counted = (~finite & (loss_scale <= 1)) | (norm == 0)
+        spike = torch.zeros_like(bad)
+        if self.spike is not None:
+            usual = torch.nanmedian(self.norms, dim=0).values  # with dim: without, it waits for the device
+            enough = torch.isfinite(self.norms).sum() >= FEWEST_NORMS
+            spike = finite & enough & (norm > self.spike * usual)
+            moved = torch.cat([self.norms[1:], norm.to(self.norms.dtype)[None]])
+            self.norms = torch.where(finite, moved, self.norms)
+        skip = bad | spike
+        in_a_row = torch.where(counted, self.counts[0] + 1, 0)
+        self.counts = torch.stack([in_a_row, self.counts[1] + skip, self.counts[2] + spike])
+        return skip.float()
+
+    def post(self, step: int, grad_norm: Tensor, micro_batches: list[tuple[dict[str, Any], Tensor]]) -> None:
+        """Send the numbers of a finished step to the host, without waiting for them.
+
+        Args:
+            micro_batches: (batch, codes (B,) of its samples on the device) of this rank.
+        """
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        parts = [self.counts, grad_norm.detach().reshape(1), *(codes for _, codes in micro_batches)]
+        packed, arrived = torch.cat([part.to(wide) for part in parts]), None
+        if self.device.type == "cuda":
+            numbers = torch.empty(packed.shape, dtype=wide, pin_memory=True).copy_(packed, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        else:
+            numbers = packed.cpu()
+        self.posted = _Posted(step, numbers, arrived, [batch for batch, _ in micro_batches])
+
+    def poll(self) -> Verdict | None:
+        """The numbers of the step posted last, once; waits for that step alone. Writes nonfinite.jsonl."""
+        posted, self.posted = self.posted, None
+        if posted is None:
+            return None
+        if posted.arrived is not None:
+            posted.arrived.synchronize()
+        bad_steps, skipped, spikes, norm, *codes = posted.numbers.tolist()
+        verdict = Verdict(posted.step, int(bad_steps), int(skipped), int(spikes), norm)
+        if verdict.skipped > self.skipped:
+            is_spike = verdict.spikes > self.spikes
+            verdict.problem = f"gradient norm {norm:.4g}" + (" is a spike" if is_spike else "")
+        self.skipped, self.spikes = verdict.skipped, verdict.spikes
+        self._write(posted, verdict, codes)
+        return verdict
+
+    def _write(self, posted: _Posted, verdict: Verdict, codes: list[float]) -> None:
+        """A line for each new non-finite sample; one with all samples of this rank for a skipped step."""
+        if not verdict.problem and not any(codes):
+            return
+        indices, positions = ([i for batch in posted.samples for i in batch[key].tolist()] for key in ("index", "position"))
+        lines = []
+        for index, position, code in zip(indices, positions, codes, strict=True):
+            cause = CAUSES.get(int(code))
+            if cause and (index, cause) not in self.written:
+                self.written.add((index, cause))
+                lines.append({"step": posted.step, "index": index, "position": position, "cause": cause})
+        if verdict.problem:
+            lines.append({"step": posted.step, "cause": verdict.problem, "indices": indices})
+        if lines:
+            with open(self.path, "a") as f:
+                f.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to judge alike, JSON values."""
+        return {"counts": self.counts.tolist(), "norms": [n for n in self.norms.tolist() if math.isfinite(n)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over `state_dict()`. A run that stopped for its bad steps starts to count anew."""
+        in_a_row, self.skipped, self.spikes = state["counts"]
+        in_a_row = 0 if in_a_row >= MAX_BAD_STEPS else in_a_row
+        self.counts = torch.tensor([in_a_row, self.skipped, self.spikes], device=self.device)
+        padded = [math.nan] * (NORMS - len(state["norms"])) + state["norms"]
+        self.norms = torch.tensor(padded, device=self.device)
+
+
+def take_step(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+    """One optimiser step unless `skip` is 1, in which case weights and moments stay as they are.
+
+    A fused optimiser reads `skip` on the device, by the mechanism that gradient scalers use. Any other has to be told by
+    the host, which waits for the device once per step.
+
+    Args:
+        optimizer: the bare one; its gradients are unscaled.
+        skip: see `StepGuard.judge`.
+        scaler: has unscaled the gradients, and adapts its scale now.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, skip
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+    elif not bool(skip):
+        optimizer.step()
+    if scaler is not None:
+        scaler.update()

@@ -1,0 +1,153 @@
+"""Sharded training (FSDP2): every process keeps its part of weights, gradients, optimiser state and moving average.
+
+Every transformer block is a unit and the rest of the network another; a unit is gathered while it runs. All processes
+gather together, so each must run the network as often as the others.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+NO_EFFECT = {
+    "backward_prefetch", "cpu_ram_efficient_loading", "forward_prefetch", "limit_all_gathers", "min_num_params",
+    "state_dict_type", "sync_module_states", "use_orig_params",
+}  # fmt: skip
+REFUSED = {
+    "mixed_precision_policy": "it would round the times to half precision; training.mixed_precision says what runs in half",
+    "ignored_modules": "all of the network is sharded",
+    "param_init_fn": "the network initialises itself",
+    "state_dict_config": "checkpoints have one format",
+    "optim_state_dict_config": "checkpoints have one format",
+}
+RESHARD = {"FULL_SHARD": True, "SHARD_GRAD_OP": False}  # sharding_strategy of FSDP1 in the words of FSDP2
+
+
+def sharding_plugin(fsdp_config: dict[str, Any] | None) -> FullyShardedDataParallelPlugin | None:
+    """accelerate's plugin that says how to shard, None to train with whole copies (DDP).
+
+    Args:
+        fsdp_config: `training.fsdp_config`, keywords of the plugin. None shards only when `accelerate launch` was told to;
+            its settings hold for every keyword that is not given here.
+
+    Raises:
+        ValueError: for a setting that cannot be honoured.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp_config is None and not launched:
+        return None
+    given = {key: value for key, value in (fsdp_config or {}).items() if value is not None}
+    for key in REFUSED.keys() & given.keys():
+        raise ValueError(f"training.fsdp_config.{key}={given[key]!r} cannot be set: {REFUSED[key]}; remove it")
+    idle = sorted(NO_EFFECT & given.keys())
+    if idle:
+        warnings.warn(f"no effect under FSDP2 and ignored, in training.fsdp_config: {', '.join(idle)}", stacklevel=2)
+    values = {key: value for key, value in given.items() if key not in NO_EFFECT}
+    strategy = values.pop("sharding_strategy", None)
+    if strategy is not None:
+        if strategy not in RESHARD:
+            raise ValueError(f"training.fsdp_config.sharding_strategy={strategy!r} is not one of {', '.join(RESHARD)}")
+        values.setdefault("reshard_after_forward", RESHARD[strategy])
+    if fsdp_config is not None:
+        values.setdefault("fsdp_version", 2)
+    if "FSDP_AUTO_WRAP_POLICY" not in os.environ:
+        values.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
+    return _checked(FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(), **_versioned(values)))
+
+
+def _versioned(values: dict[str, Any]) -> dict[str, Any]:
+    version = values.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
+    if str(version) != "2":
+        raise ValueError(
+            f"fsdp_version={version} is not supported: set fsdp_version: 2 (fsdp_config of the accelerate file too)"
+        )
+    reshard = values.get("reshard_after_forward", True)
+    if not isinstance(reshard, bool):
+        raise ValueError(f"training.fsdp_config.reshard_after_forward must be true or false, got {reshard!r}")
+    return values
+
+
+def _checked(plugin: FullyShardedDataParallelPlugin) -> FullyShardedDataParallelPlugin:
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError("fsdp_config: cpu_offload (fsdp_offload_params) is not supported; set it to false")
+    if plugin.auto_wrap_policy not in (None, transformer_auto_wrap_policy):
+        raise ValueError("fsdp_config: auto_wrap_policy must be TRANSFORMER_BASED_WRAP or NO_WRAP, got SIZE_BASED_WRAP")
+    return plugin
+
+
+def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device, trained: bool = True) -> None:
+    """Shard a network in place over all processes; it moves to `device` unit by unit, never whole.
+
+    Args:
+        network: with the same weights in every process.
+        trained: False gathers each unit anew for every forward pass, because no backward pass gives it back.
+
+    Raises:
+        ValueError: when `transformer_cls_names_to_wrap` names a class that the network does not have.
+    """
+    names = (plugin.transformer_cls_names_to_wrap or ["Block"]) if plugin.auto_wrap_policy else []
+    units = [m for m in network.modules() if type(m).__name__ in names]
+    missing = set(names) - {type(m).__name__ for m in units}
+    if missing:
+        raise ValueError(
+            f"fsdp_config: transformer_cls_names_to_wrap={names}, but the network has no {missing.pop()}; use Block"
+        )
+    if plugin.activation_checkpointing:
+        network.use_checkpoint = True
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for unit in reversed(units):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward or not trained)
+    fully_shard(network, mesh=mesh)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether `shard` has been here."""
+    return isinstance(network, FSDPModule)
+
+
+def reshard(network: nn.Module) -> None:
+    """Free what forward passes without a backward pass left gathered; an unsharded network stays as it is."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside keep their gradients to this process; the first one outside sums them up."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            yield
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients to at most `max_norm`, the norm taken over all parameters of all processes.
+
+    Returns:
+        The norm before clipping (scalar), the same in every process.
+    """
+    accelerator.unscale_gradients()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter; all of it when it is not sharded."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

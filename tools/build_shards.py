@@ -1,0 +1,35 @@
+"""Pack class folders of latents or images into tar shards, which data_type latent_tar and image_tar read.
+
+build_shards.py --latent-dir DIR --out SHARDS packs latents; with --image-dir each latent gets its image beside it (REPA).
+build_shards.py --image-dir DIR --out SHARDS packs images with their labels. Run it again to continue or to check.
+"""
+
+import argparse
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latent-dir", help="DIR/<class>/<name>.safetensors")
+    parser.add_argument("--image-dir", help="DIR/<class>/<name>.*")
+    parser.add_argument("--out", required=True, help="folder of the shards")
+    parser.add_argument("--index-dir", help="folder of the index files (default: that of the shards)")
+    parser.add_argument("--samples-per-shard", type=int, default=10000, help="default: 10000")
+    parser.add_argument("--name", default="shard", help="shards are called NAME-00000-of-00010.tar (default: shard)")
+    parser.add_argument("--workers", type=int, default=4, help="shards packed at once (default: 4)")
+    args = parser.parse_args()
+    if args.workers < 1:
+        raise ValueError(f"--workers must be >= 1, got {args.workers}")
+
+    from tim.data.packing import build_shards, list_sources
+
+    samples = list_sources(args.latent_dir, args.image_dir)
+    paths, made = build_shards(samples, args.out, args.samples_per_shard, args.name, args.index_dir, args.workers)
+    print(f"{len(samples)} samples in {len(paths)} shards, {made} packed now, {len(paths) - made} were there")
+    index = f" data.dataset.index_dir={args.index_dir}" if args.index_dir else ""
+    print(f"data.data_type={'image' if args.latent_dir is None else 'latent'}_tar data.dataset.shard_dir={args.out}{index}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,36 @@
+"""Make the REPA features of all training images and their mirrors once: cache_radio_features.py --config FILE [a.b=c ...]
+
+FILE is the training config. The features of N tokens of width D take 4 N D bytes an image in half precision. Run the same
+command again to continue; torchrun spreads it over several processes.
+"""
+
+import argparse
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the training")
+    parser.add_argument("--features-dir", help="where the files go (default: data.dataset.features_dir)")
+    parser.add_argument("--dtype", default="float16", help="of the files: float16, bfloat16 or float32 (default: float16)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images encoded together, with their mirrors (default: 64)")
+    parser.add_argument("--num-workers", type=int, default=4, help="processes that read images (default: 4)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    args = parser.parse_intermixed_args()
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
+
+    from tim.config import load_config
+    from tim.data.feature_cache import cache_features
+
+    config = load_config(args.config, args.overrides)
+    folder = args.features_dir or config.data.dataset.features_dir
+    if folder is None:
+        raise ValueError("say where the features go: --features-dir, or data.dataset.features_dir in the config")
+    cache_features(config, folder, args.dtype, args.batch_size, args.num_workers, args.dry_run)
+
+
+if __name__ == "__main__":
+    run_command(main)

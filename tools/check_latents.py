@@ -1,0 +1,26 @@
+"""Read every preprocessed latent under a folder and report: check_latents.py DIR. Exit code 1 when anything is damaged."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("latent_dir", type=Path, metavar="DIR", help="DIR/<class>/<name>.safetensors")
+    parser.add_argument("--workers", type=int, default=4, help="threads that read (default: 4)")
+    args = parser.parse_args()
+    if args.workers < 1:
+        raise ValueError(f"--workers must be >= 1, got {args.workers}")
+
+    from tim.data.latents import check_latents
+
+    report = check_latents(args.latent_dir, args.workers)
+    print(report.text())
+    sys.exit(1 if report.problems else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,27 @@
+"""Say what a weights file, checkpoint or training project holds; exit code 1 when anything in it is damaged."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tim.cli import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="weights file, checkpoint folder or project folder")
+    parser.add_argument("--config", type=Path, action="append", help="config to compare with (default: all under configs/)")
+    args = parser.parse_args()
+
+    from tim.training.inspection import inspect
+
+    configs = Path(__file__).resolve().parent.parent / "configs"
+    lines, damaged = inspect(
+        args.source, args.config or sorted(p for kind in ("c2i", "t2i") for p in (configs / kind).glob("*.yaml"))
+    )
+    print("\n".join(lines))
+    sys.exit(1 if damaged else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)
