@@ -349,3 +349,12 @@ def test_unusable_toy_set(home, site):
     shutil.rmtree(home / "datasets")
     done = bash(home, "download_toy_t2i_dataset.sh", site=site)
     assert done.returncode == 2 and "error: data set Good-Fellow/TiM-Toy-T2I-Dataset cannot be fetched" in done.stderr
+
+
+def test_the_download_commands_of_the_documentation_are_understood():
+    text = "".join(p.read_text() for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    commands = set(re.findall(r"^    bash (tools/download_\w+\.sh[^#\n]*)", text, re.MULTILINE))
+    assert any("--only" in words for words in commands)
+    for words in commands:
+        done = subprocess.run(["bash", *words.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and " -> " in done.stdout, f"{words}: {done.stderr}"

@@ -15,7 +15,6 @@ from torchvision.transforms import InterpolationMode, functional
 from tim.config import nearest
 from tim.models.loading import model_identity, sha256
 
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 OPEN_CLIP = "open_clip:"
 BICUBIC = InterpolationMode.BICUBIC
 

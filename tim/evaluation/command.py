@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
-CACHE = "workdir/features"
+CACHE = Path("workdir/features")  # default folder of kept features
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
 def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of feature extraction."""
     parser.add_argument("--batch-size", type=int, default=64, help="images a batch (default: %(default)s)")
     parser.add_argument("--workers", type=int, help="processes that read images (default: up to 8)")
-    parser.add_argument("--cache", type=Path, default=Path(CACHE), help="folder of kept features (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of kept features (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="result file (default: beside the samples)")
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from tim.evaluation.command import CACHE
 from tim.evaluation.images import ImageArray, ImageFiles
 from tim.evaluation.record import write_json
 
-CACHE = Path("workdir/features")  # default folder of kept features
 BATCH = 64
 CHUNK_BATCHES = 16  # a chunk holds at most so many batches: what an interruption can lose
 

@@ -7,9 +7,7 @@ import argparse
 from pathlib import Path
 
 from tim.cli import run_command
-from tim.evaluation.command import add_extract_arguments, check_positive, result_path, start
-
-CLIP = "openai/clip-vit-large-patch14"
+from tim.evaluation.command import DEFAULT_CLIP, add_extract_arguments, check_positive, result_path, start
 
 
 def main() -> None:
@@ -17,7 +15,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, metavar="META.json|F.safetensors")
     parser.add_argument("target", type=Path, metavar="F.safetensors|DIR")
     parser.add_argument("--save-stats", action="store_true", help="write text features and stop")
-    parser.add_argument("--clip-model", default=CLIP, help="transformers folder or hub id, or open_clip:ARCHITECTURE:TAG")
+    parser.add_argument(
+        "--clip-model", default=DEFAULT_CLIP, help="transformers folder or hub id, or open_clip:ARCHITECTURE:TAG"
+    )
     add_extract_arguments(parser)
     args = parser.parse_args()
     check_positive(args)

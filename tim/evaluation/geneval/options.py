@@ -9,7 +9,7 @@ from typing import Any
 from PIL import ImageColor
 
 from tim.config import nearest
-from tim.evaluation.clip import DEFAULT_CLIP
+from tim.evaluation.command import DEFAULT_CLIP
 
 ORIGINAL = "original"  # bgcolor that leaves the background as it is
 RANGES = {
