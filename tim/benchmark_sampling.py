@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tim.benchmark import best_device, peak_memory, timed
+from tim.benchmark import best_device, device_name, peak_memory, timed
 from tim.config import Config
 from tim.distributed import set_tf32
 from tim.generation.captions import CaptionConditions
@@ -108,14 +108,6 @@ def bench_phases(
             p.normal_(std=0.02)
     if vae is not None:
         vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
-    network = config.model.network.build().to(device, dtype).eval().requires_grad_(False)
-    with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
-        for p in network.parameters():
-            p.normal_(std=0.02)
-    if vae is not None and settings.tile_vae:
-        vae.set_tiling(settings.tile_vae)
-    if vae is not None and settings.compile_vae:
-        vae.compile_decode()
     prompts = [f"prompt {k}" for k in range(batch_size)]
     indices = range(batch_size)
     conditions = CaptionConditions(prompts, encoder, network, guided=settings.cfg_scale > 1)
@@ -133,7 +125,7 @@ def bench_phases(
     calls = call_seconds(sampler, x, cond, uncond, repeats, warmup)
     total = text_seconds + network_seconds + decode_seconds
     return PhaseMeasurement(
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        device=device_name(device),
         network_dtype=str(dtype).removeprefix("torch."),
         vae_dtype=settings.vae_dtype,
         height=sampler.settings.height,

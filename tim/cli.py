@@ -10,16 +10,32 @@ from collections.abc import Callable
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`; ValueError and FileNotFoundError become `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
 
-    Warnings are printed as `warning: ...`, without the line of code that raised them.
+    Warnings are printed as `warning: ...`, without the line of code that raised them. In the end the process group is left,
+    if `main` started one.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    failed = True
     try:
         main()
+        failed = False
+    except SystemExit:  # of all processes alike, such as a trainer's on a signal
+        failed = False
+        raise
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("TIM_DEBUG") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        _leave_process_group(failed)
+
+
+def _leave_process_group(failed: bool) -> None:
+    """`tim.distributed.leave_process_group`, where there can be a group: commands without torch end sooner."""
+    if "torch" in sys.modules:
+        from tim.distributed import leave_process_group
+
+        leave_process_group(failed)
 
 
 def train_command(description: str, task: str) -> None:

@@ -145,6 +145,7 @@ SHARED = """
 import sys, torch, json
 from pathlib import Path
 from accelerate import PartialState
+from tim.distributed import leave_process_group
 from tim.evaluation.extract import extract
 from tim.evaluation.files import find_images
 from tim.evaluation.images import ImageFiles
@@ -159,6 +160,7 @@ if state.is_main_process:
     import numpy as np
     np.save(out / "f.npy", found.array("f"))
     (out / "records.json").write_text(json.dumps(records))
+leave_process_group()
 """
 
 

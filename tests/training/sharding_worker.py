@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
 from tim.config import load_config
+from tim.distributed import leave_process_group
 from tim.training import loop, setup
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
@@ -59,10 +60,9 @@ def train(config: str, overrides: list[str], folder: Path) -> dict:
 
 if __name__ == "__main__":
     runs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    end, Accelerator.end_training = Accelerator.end_training, lambda self: None  # it would close the process group
     for name, (config, overrides) in runs.items():
         AcceleratorState._reset_state()  # each run has its own mixed precision
         seen = train(config, overrides, out / name)
         if Accelerator().is_main_process:
             torch.save(seen, out / f"{name}.pt")
-    end(Accelerator())
+    leave_process_group()

@@ -65,7 +65,8 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
         finally:
             logger.close()
             session.close()
-            run.accelerator.end_training()
+            for tracker in run.accelerator.trackers:
+                tracker.finish()
 
 
 def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, visits: int) -> None:
