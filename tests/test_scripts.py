@@ -80,6 +80,41 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.parametrize(("size", "patch"), [(256, 2), (512, 1)])
+def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patch):
+    """From class folders to latents by the published command, then both XL trainers of that size on them."""
+    if size == 512:  # a stand-in of DC-AE divides by 4, not 32
+        save_tiny_dc(tmp_path / "vae", scaling_factor=0.5)
+    vae = stand_in / "vae" if size == 256 else tmp_path / "vae"
+    pixels = 256 if size == 256 else 64
+    places = [f"image_dir={stand_in}/train", f"latent_dir={tmp_path}/latents", f"image_size={pixels}"]
+    made = [*places, f"vae_dir={vae}", "num_workers=1", "batch_size=2"]
+    bash(f"scripts/preprocess/preprocess_imagenet_{size}.sh", PROJECT_DIR=tmp_path / "made", OVERRIDES=" ".join(made), GPUS=2)
+    overrides = [
+        *(f"model.network.params.{s}" for s in (*SHRINK, *(["in_channels=8"] if size == 512 else []))),
+        *(f"data.dataset.{place}" for place in places),
+        f"model.vae_dir={vae}",
+        f"model.enc_dir={GOLDENS}/radio_tiny/radio_tiny_half.pth.tar",
+        "data.dataloader.batch_size=2",
+        "data.dataloader.num_workers=1",
+        "training.mixed_precision=no",
+        "training.max_train_steps=2",
+        "training.sample_steps=2",
+        "training.log_steps=1",
+    ]
+    for guidance in ("", "_mg"):
+        project = tmp_path / f"project{guidance}"
+        script = f"scripts/train/c2i/train_tim_c2i_xl_{size}{guidance}.sh"
+        bash(script, PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
+        records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
+        assert f"patch_size: {patch}" in (project / "config.yaml").read_text()
+        assert (project / "samples" / "step-0000002.png").is_file()
+        assert (project / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
 def test_train_and_sample_t2i_on_two_processes(tmp_path):
     """The published shell commands in small: DC-AE latents, a text encoder, REPA, then the three benchmarks."""
     save_captioned_images(tmp_path / "data")
