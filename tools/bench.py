@@ -1,4 +1,7 @@
-"""Measure step time, images/s and peak memory: bench.py train|sample --config FILE [a.b=c ...], or bench.py adm
+"""Measure step time, images/s and peak memory: bench.py train|overhead|sample --config FILE [a.b=c ...], or bench.py adm
+
+`train` times the optimiser step on latents in memory. `overhead` runs the trainer itself and tells what it spends beside:
+waiting for data, guards against non-finite steps, checkpoints.
 
 `sample` with a text-to-image config times text encoder, network and decoder apart, at 1024x1024, 4 steps, guidance 2.5
 unless told otherwise. `adm` extracts Inception features of pictures and tells the network's share of the time.
@@ -16,16 +19,20 @@ if TYPE_CHECKING:
     from tim.benchmark import Measurement
     from tim.benchmark_evaluation import EvaluationMeasurement
     from tim.benchmark_sampling import PhaseMeasurement
+    from tim.benchmark_training import OverheadMeasurement
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "sample", "adm"))
-    parser.add_argument("--config", help="train, sample: YAML file")
+    parser.add_argument("what", choices=("train", "overhead", "sample", "adm"))
+    parser.add_argument("--config", help="train, overhead, sample: YAML file")
     parser.add_argument("--batch-size", type=int, help="default: the config's; 1 for text-to-image sampling")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (or batches)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps; overhead: steps between checkpoints")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (text-to-image: the decoder)")
+    parser.add_argument(
+        "--random-latents", type=int, metavar="N", help="overhead: train on N random files, not the config's data"
+    )
     parser.add_argument("--num-steps", type=int, default=4, help="sample: transitions")
     parser.add_argument("--cfg-scale", type=float, help="sample: guidance (default 1, text-to-image 2.5)")
     parser.add_argument("--height", type=int, default=1024, help="text-to-image sampling: pixels")
@@ -51,7 +58,7 @@ def main() -> None:
         args.json.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace) -> "Measurement | PhaseMeasurement | EvaluationMeasurement":
+def measure(args: argparse.Namespace) -> "Measurement | OverheadMeasurement | PhaseMeasurement | EvaluationMeasurement":
     """Call the benchmark that the arguments ask for."""
     if args.what == "adm":
         from tim.benchmark_evaluation import bench_adm
@@ -74,6 +81,13 @@ def measure(args: argparse.Namespace) -> "Measurement | PhaseMeasurement | Evalu
             vae_dtype=args.vae_dtype, tile_vae=args.tile_vae, compile_vae=args.compile, tf32=config.training.allow_tf32,
         )  # fmt: skip
         return bench_phases(config, settings, args.batch_size or 1, args.steps, args.warmup, args.tokens, args.psnr)
+
+    if args.what == "overhead":
+        from tim.benchmark_training import bench_overhead
+
+        config.training.compile = config.training.compile or args.compile
+        batch_size = args.batch_size or config.data.dataloader.batch_size
+        return bench_overhead(config, batch_size, args.steps, args.warmup, args.random_latents)
 
     from tim.benchmark import bench_sample, bench_train
 

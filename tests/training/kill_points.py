@@ -77,7 +77,8 @@ def save(root: Path, target: int, sharded: bool, threaded: bool) -> None:
     """Save step 2 and retire step 1, in this process."""
     network, ema, optimizer = build(2.0)
     saver = Saver(threaded)
-    snapshot = checkpoint_formats.take_snapshot(network, ema, optimizer, None, sharded, own=threaded)
+    stager = checkpoint_formats.build_stager(torch.device("cpu")) if threaded else None
+    snapshot = checkpoint_formats.take_snapshot(network, ema, optimizer, None, sharded, stager)
     Killer(root, target)
 
     def write() -> None:

@@ -20,7 +20,7 @@ from tim.training.checkpoint import (
     save_checkpoint,
     tidy_checkpoints,
 )
-from tim.training.checkpoint_formats import checkpoint_weights, take_snapshot
+from tim.training.checkpoint_formats import build_stager, checkpoint_weights, take_snapshot
 
 FORMATS = pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
 
@@ -152,15 +152,37 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(trained, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000003"] and damage(tmp_path / "step-0000003") is None
 
 
-def test_a_snapshot_of_its_own_does_not_follow_the_run(trained):
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_staged_snapshot_does_not_follow_the_run(trained, cached, monkeypatch):
+    """With memory that is kept from one snapshot to the next, as beside a GPU, and without."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # there is no GPU to lock pages for
     network, ema, optimizer = trained
-    snapshot = take_snapshot(network, ema, optimizer, own=True)
-    before = {k: v.clone() for k, v in snapshot.parts["model"].items()}
-    moment = snapshot.parts["optimizer"]["state"]["0.weight"]["step"].clone()
-    network[0](torch.randn(5, 4)).square().sum().backward()
-    optimizer.step()
-    assert all(torch.equal(v, snapshot.parts["model"][k]) for k, v in before.items())
-    assert torch.equal(moment, snapshot.parts["optimizer"]["state"]["0.weight"]["step"])
+    stager = build_stager(torch.device("cuda" if cached else "cpu"))
+    for _ in range(2):
+        snapshot = take_snapshot(network, ema, optimizer, stager=stager)
+        wanted = take_snapshot(network, ema, optimizer).parts["model"]
+        before = {k: v.clone() for k, v in snapshot.parts["model"].items()}
+        moment = snapshot.parts["optimizer"]["state"]["0.weight"]["step"].clone()
+        assert all(torch.equal(v, before[k]) for k, v in wanted.items())
+        network[0](torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        assert all(torch.equal(v, snapshot.parts["model"][k]) for k, v in before.items())
+        assert torch.equal(moment, snapshot.parts["optimizer"]["state"]["0.weight"]["step"])
+
+
+def test_kept_memory_makes_room_for_new_moments(monkeypatch):
+    """A parameter whose first gradient comes between two snapshots."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    network = torch.nn.ModuleList([torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)])
+    optimizer, stager = torch.optim.AdamW(network.parameters()), build_stager(torch.device("cuda"))
+    for layer in network:
+        layer(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        snapshot = take_snapshot(network, None, optimizer, stager=stager)
+    for name, parameter in network.named_parameters():
+        moments = snapshot.parts["optimizer"]["state"][name]
+        assert torch.equal(moments["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -5,7 +5,7 @@ torch.distributed.checkpoint's format, every rank writing its own part. Both can
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from tim.models.loading import check_state, read_state_dict
+from tim.training.sharding import is_sharded as is_fsdp
 
 SHARDED = ".metadata"  # the file by which a sharded checkpoint is known
 
@@ -50,22 +52,33 @@ def take_snapshot(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None = None,
     sharded: bool = False,
-    own: bool = False,
+    stager: BlockingAsyncStager | None = None,
 ) -> Snapshot:
     """Copy the state to the CPU. Collective.
 
     Args:
-        own: share no memory with the run, so that it can go on while the snapshot is written.
+        stager: of `build_stager`; makes copies that share no memory with the run, so that it can go on while they are
+            written. They are good until the next snapshot.
     """
-    options = StateDictOptions(full_state_dict=not sharded, cpu_offload=True)
+    gathered = not sharded and is_fsdp(network)  # through the CPU: no GPU has room for the whole state
+    options = StateDictOptions(full_state_dict=not sharded, cpu_offload=gathered or stager is None)
     parts = {"model": get_model_state_dict(network, options=options)}
     if ema is not None:
         parts["ema"] = get_model_state_dict(ema, options=options)
     parts["optimizer"] = get_optimizer_state_dict(network, optimizer, options=options)
-    if own:  # from a GPU everything is a copy already, but for the step counts that some optimisers keep on the CPU
-        on_cpu = next(network.parameters()).device.type == "cpu"
-        parts = _map_tensors(parts, lambda v: v.detach().clone() if on_cpu or v.dim() == 0 else v)
+    if stager is not None:
+        if not sharded and dist.is_initialized() and dist.get_rank() != 0:
+            parts = {name: {} for name in parts}
+        known = stager.state_dict_cache
+        if known and known["optimizer"].get("state", {}).keys() != parts["optimizer"].get("state", {}).keys():
+            stager.state_dict_cache = None  # a parameter got its first gradient
+        parts = stager.stage(parts)
     return Snapshot(parts, scaler.state_dict() if scaler else None, sharded)
+
+
+def build_stager(device: torch.device) -> BlockingAsyncStager:
+    """Makes the copies of asynchronous checkpoints; beside a GPU it keeps their memory, page-locked, which copies fastest."""
+    return BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
 
 
 def write_full(folder: Path, snapshot: Snapshot, rank: int) -> list[Path]:
@@ -177,13 +190,6 @@ def _stored_part(path: Path, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         if all(f"optimizer.state.{name}.{key}" in stored for key in values)
     }
     return {**optimizer_state, "state": moments}
-
-
-def _map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A nested dictionary with every tensor changed."""
-    if isinstance(tree, dict):
-        return {k: _map_tensors(v, change) for k, v in tree.items()}
-    return change(tree) if torch.is_tensor(tree) else tree
 
 
 @contextmanager

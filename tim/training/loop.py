@@ -13,7 +13,7 @@ from tim.config import Config, to_yaml
 from tim.data.prefetch import Prefetcher
 from tim.training.bad_samples import BadSamples
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
-from tim.training.logging import RunLogger, plot_curves
+from tim.training.logging import RunLogger
 from tim.training.preview import save_preview
 from tim.training.session import Session
 from tim.training.setup import Run, build_loader, build_run
@@ -121,7 +121,7 @@ def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, vi
         reason = stop.end_step()
         if reason or done or too_many or step % t.checkpointing_steps == 0 or step in t.checkpoint_list:
             check(run, session, guard.poll(), visits)
-            save(run, session, step, visits)
+            session.save(step, visits)
         if t.sample_steps and (step % t.sample_steps == 0 or done) and not reason:
             save_preview(run, step)
         if too_many:
@@ -148,19 +148,12 @@ def check(run: Run, session: Session, verdict: Verdict | None, visits: int) -> N
     run.accelerator.print(f"step {verdict.step}: {verdict.problem}, step skipped{in_a_row}; see {session.guard.path.name}")
     if verdict.bad_steps >= MAX_BAD_STEPS:
         run.optimizer.zero_grad(set_to_none=True)
-        save(run, session, verdict.step, visits)
+        session.save(verdict.step, visits)
         raise RuntimeError(
             f"{MAX_BAD_STEPS} steps in a row without a finite gradient, stopped at step {verdict.step} with the last good "
             "weights saved; lower training.learning_rate, or use training.mixed_precision=bf16, and run again. "
             f"{session.guard.path.name} names the samples"
         )
-
-
-def save(run: Run, session: Session, step: int, visits: int) -> None:
-    """Write a checkpoint, and the curves on rank 0."""
-    session.save(step, visits)
-    if run.accelerator.is_main_process:
-        plot_curves(run.project_dir / "log.jsonl", run.project_dir / "curves.png")
 
 
 def loss_scale(accelerator: Accelerator) -> Tensor | None:

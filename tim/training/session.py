@@ -17,8 +17,9 @@ from tim.training.checkpoint import (
     tidy_checkpoints,
     write_checkpoint,
 )
-from tim.training.checkpoint_formats import Snapshot, take_snapshot
+from tim.training.checkpoint_formats import Snapshot, build_stager, take_snapshot
 from tim.training.guards import StepGuard
+from tim.training.logging import plot_curves
 from tim.training.setup import Run
 from tim.training.signals import StopRequest, parse_walltime
 
@@ -37,6 +38,7 @@ class Session:
         self.group = cpu_group()  # of whoever writes, possibly a thread; the steps have their own
         self.stop = StopRequest(cpu_group(), parse_walltime(t.walltime))
         self.saver = Saver(t.async_checkpoint)
+        self.stager = build_stager(run.accelerator.device) if t.async_checkpoint else None
         self.guard: StepGuard | None = None
 
     def resume(self) -> tuple[int, int]:
@@ -63,13 +65,13 @@ class Session:
         return state["step"], state["visits"]
 
     def save(self, step: int, visits: int) -> None:
-        """Checkpoint the state after `step`, then retire old ones; at once or, once it is copied, in a thread."""
+        """Checkpoint the state after `step`, retire old ones, draw the curves; at once or, once it is copied, in a thread."""
         began, run = time.monotonic(), self.run
         self.saver.wait()
         ema = run.ema.network if run.ema else None
         t, scaler = run.config.training, run.accelerator.scaler
         sharded = t.checkpoint_format == "sharded"
-        snapshot = take_snapshot(run.network, ema, run.optimizer.optimizer, scaler, sharded, own=t.async_checkpoint)
+        snapshot = take_snapshot(run.network, ema, run.optimizer.optimizer, scaler, sharded, self.stager)
         batch = {**self.batch, "processes": run.accelerator.num_processes, "global": run.global_batch_size}
         state = {
             "seed": run.seed,
@@ -90,6 +92,7 @@ class Session:
         write_checkpoint(self.root, step, snapshot, state, self.group)
         if self.run.accelerator.is_main_process:
             prune_checkpoints(self.root, t.checkpoints_total_limit, t.checkpoint_list)
+            plot_curves(self.run.project_dir / "log.jsonl", self.run.project_dir / "curves.png")
         self.stop.saved(time.monotonic() - began)
 
     def _wanted_checkpoint(self) -> tuple[Path | None, bool]:
