@@ -39,6 +39,25 @@ def test_bench_of_text_to_image_sampling_splits_the_time(tmp_path):
     assert result["random_weights"] == "network" and 20 < result["psnr_db"] < 80
 
 
+def test_bench_of_the_overhead_runs_the_trainer_on_the_data_asked_for(tmp_path):
+    flags = ("--config", "configs/c2i/digits.yaml", "--batch-size", 8, "--steps", 5, "--random-latents", 20)
+    done = command("tools/bench.py", "overhead", *flags, "--json", tmp_path / "b.json", "data.dataset.name=absent")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result["images_per_second"] == pytest.approx(8 / result["step_seconds"])
+    assert result["guard_share"] == pytest.approx(result["guard_seconds"] / result["step_seconds"])
+    assert 0 <= result["data_wait_share"] < 1 and result["async_steps"] >= 3
+    assert 0 < result["async_blocked_seconds"] < result["async_write_seconds"]
+    bytes_a_parameter = result["checkpoint_gib"] * 2**30 / result["trained_parameters"]
+    assert 16 < bytes_a_parameter < 18  # weights, moving average, two moments; names and frozen parts
+    assert "async_blocked_seconds" in done.stdout
+
+
+def test_bench_of_the_overhead_refuses_what_it_cannot_measure():
+    t2i = ("--config", "configs/t2i/tim_xl_p1_t2i.yaml", "--random-latents", 20)
+    done = command("tools/bench.py", "overhead", *t2i, check=False)
+    assert done.returncode == 2 and "--random-latents" in done.stderr
+
+
 def test_bench_of_the_adm_suite_tells_the_share_of_the_network(inception_file, tmp_path):
     flags = ("--inception", inception_file, "--images", 6, "--side", 32, "--batch-size", 3, "--warmup", 0)
     command("tools/bench.py", "adm", *flags, "--json", tmp_path / "b.json")

@@ -9,7 +9,6 @@ import math
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from tim.benchmark import device_name, timed
-from tim.config import Config
+from tim.config import Config, Training
 from tim.data.latents import write_latent
 from tim.training.guards import StepGuard
 from tim.training.loop import run_steps
@@ -25,6 +24,7 @@ from tim.training.session import Session
 from tim.training.setup import Run, build_run
 from tim.training.tasks import CaptionTask, ClassTask
 
+ENDLESS = 10**9  # steps
 SAVES = 3  # checkpoints that are timed, after a first one that is not: it makes the copy's memory
 
 
@@ -87,51 +87,61 @@ class TimedSession(Session):
 
 
 class Stopwatch:
-    """Stands in for the trainer's logger: the time at the end of every step, until `saves` checkpoints are written."""
+    """Stands in for the trainer's logger: notes the end of every step, and orders a checkpoint `pause` steps after the last.
 
-    def __init__(self, session: TimedSession, saves: int) -> None:
-        self.session, self.saves = session, saves
-        self.ends, self.waited = [time.perf_counter()], []
+    Args:
+        training: of the run's config; the trainer saves after every step that `checkpointing_steps` divides.
+        saves: checkpoints on the disk before the run ends.
+    """
+
+    def __init__(self, session: TimedSession, training: Training, pause: int, saves: int) -> None:
+        self.session, self.training, self.pause, self.saves = session, training, pause, saves
+        self.ends, self.waited, self.orders = [time.perf_counter()], [], 1
+        training.checkpointing_steps = pause
 
     def step(self, waited: float, images: int) -> None:
         """Note the end of a step and the seconds it waited for data."""
         self.ends.append(time.perf_counter())
         self.waited.append(waited)
-        if len(self.session.ended) == self.saves:
+        written = len(self.session.ended)
+        if written == self.saves:
             raise Enough
+        if written == self.orders:
+            self.orders += 1
+            self.training.checkpointing_steps = len(self.waited) + self.pause
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Nothing is logged."""
 
 
 def bench_overhead(config: Config, batch_size: int, steps: int, warmup: int, random_latents: int | None) -> OverheadMeasurement:
-    """Train with a checkpoint every `steps` steps, asynchronous ones first, then one synchronous.
+    """Train, with `steps` undisturbed steps between checkpoints: asynchronous ones first, then synchronous ones.
 
     Args:
         config: a trainer's. Its data are read, unless random_latents is given.
         random_latents: number of latent files of the network's shape to write and train on, without REPA and autoencoder.
 
     Raises:
-        ValueError: when `steps` steps are over before a checkpoint is written, or captions are to be random.
+        ValueError: when captions are to be random, or warm-up takes all undisturbed steps.
     """
+    if warmup >= SAVES * steps:
+        raise ValueError(f"--warmup {warmup} leaves nothing to measure of --steps {steps}")
     with tempfile.TemporaryDirectory() as folder:
         config = copy.deepcopy(config)
         config.data.dataloader.batch_size = batch_size
         if random_latents is not None:
             _use_random_latents(config, Path(folder) / "latents", random_latents)
         t = config.training
-        t.checkpointing_steps, t.checkpoint_list, t.checkpoints_total_limit = steps, [], 1
-        t.max_train_steps, t.log_steps, t.sample_steps, t.resume_from_checkpoint = 1000 * steps, 1000 * steps, None, "latest"
+        t.max_train_steps = t.log_steps = ENDLESS
+        t.checkpoint_list, t.checkpoints_total_limit, t.sample_steps, t.resume_from_checkpoint = [], 1, None, "latest"
         t.async_checkpoint = True
-        background, run = _watch(config, Path(folder) / "async", SAVES + 1)
+        background, run = _watch(config, Path(folder) / "async", steps, SAVES + 1)
         t.async_checkpoint = False
-        direct, _ = _watch(config, Path(folder) / "sync", 2)
+        direct, _ = _watch(config, Path(folder) / "sync", steps, 2)
         size = sum(file.stat().st_size for file in (Path(folder) / "sync").rglob("step-*/*")) / 2**30
         guard_seconds = _time_guard(run, Path(folder))
 
     saves = list(zip(background.session.began, background.session.resumed, background.session.ended, strict=True))
-    if any(written > begun for (_, _, written), (begun, _, _) in pairwise(saves)):
-        raise ValueError(f"{steps} steps are over before a checkpoint is written; give more --steps")
     first, timed_saves = saves[0], saves[1:]
     all_steps = list(zip(background.ends[:-1], background.ends[1:], background.waited, strict=True))[warmup:]
     disturbed = [any(begun <= end and begin <= written for begun, _, written in saves) for begin, end, _ in all_steps]
@@ -157,12 +167,12 @@ def bench_overhead(config: Config, batch_size: int, steps: int, warmup: int, ran
     )
 
 
-def _watch(config: Config, folder: Path, saves: int) -> tuple[Stopwatch, Run]:
-    """Train until `saves` checkpoints are written."""
+def _watch(config: Config, folder: Path, pause: int, saves: int) -> tuple[Stopwatch, Run]:
+    """Train until `saves` checkpoints are written, `pause` steps apart."""
     run = build_run(config, folder, 0, CaptionTask if config.data.data_type == "image_ms" else ClassTask)
     session = TimedSession(run)
     with session.stop:
-        watch = Stopwatch(session, saves)
+        watch = Stopwatch(session, config.training, pause, saves)
         start, visits = session.resume()
         try:
             run_steps(run, session, watch, start, visits)

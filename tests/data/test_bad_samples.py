@@ -17,6 +17,7 @@ from tim.data.c2i import build_c2i_dataset
 from tim.data.images import open_rgb
 from tim.data.keyed import KeyedDataset
 from tim.data.sampler import StepBatchSampler
+from tim.training.bad_samples import BadSamples
 from tim.training.loop import train
 from tim.training.tasks import ClassTask
 
@@ -159,6 +160,19 @@ def test_over_budget_the_run_stops_with_a_checkpoint_and_the_count_goes_on(laten
             path.unlink()
     run(root / "run", *over)
     assert not (root / "run" / "bad_samples.jsonl").exists()
+
+
+def test_what_any_number_of_processes_could_not_read_counts_on_any_other(tmp_path):
+    def batch(*causes):
+        return {"position": torch.arange(len(causes)), "problem": causes, "step": torch.zeros(1)}
+
+    with pytest.warns(UserWarning, match="replaced by another"):
+        for rank, causes in enumerate([("a", None, "b"), ("c", "d", "d")]):
+            BadSamples(tmp_path, rank).record(batch(*causes))
+        assert [len(BadSamples(tmp_path, rank)) for rank in range(3)] == [4, 0, 0]
+        alone = BadSamples(tmp_path, 0)
+        alone.record(batch("d", "e"))
+    assert len(alone) == 5 and len(records(tmp_path)) == 3
 
 
 def test_a_folder_without_any_readable_file_is_refused_at_once(tmp_path):

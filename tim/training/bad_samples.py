@@ -7,21 +7,26 @@ from typing import Any
 
 from tim.training.logging import read_log
 
+ALL_FILES = "bad_samples*.jsonl"  # of all ranks
+
 
 class BadSamples:
     """bad_samples.jsonl of one rank (bad_samples-rank1.jsonl and so on for the others).
 
+    `len()` is this rank's share of the samples that count: the lengths of all ranks add up to them.
+
     Args:
-        project_dir: of the run; what an earlier attempt wrote there counts on.
+        project_dir: of the run; what any rank of an earlier attempt wrote there counts on, for rank 0.
         rank: of this process.
     """
 
     def __init__(self, project_dir: Path, rank: int) -> None:
         self.path = project_dir / ("bad_samples.jsonl" if rank == 0 else f"bad_samples-rank{rank}.jsonl")
-        self.causes = {record["cause"] for record in read_log(self.path)}
+        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_log(path)}
+        self.elsewhere = 0 if rank == 0 else len(self.causes)
 
     def __len__(self) -> int:
-        return len(self.causes)
+        return len(self.causes) - self.elsewhere
 
     def record(self, batch: dict[str, Any]) -> None:
         """Write down the samples of a micro-batch that were replaced, unless they are known."""

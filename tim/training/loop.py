@@ -11,7 +11,7 @@ from torch import Tensor
 from tim import rng
 from tim.config import Config, to_yaml
 from tim.data.prefetch import Prefetcher
-from tim.training.bad_samples import BadSamples
+from tim.training.bad_samples import ALL_FILES
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
 from tim.training.logging import RunLogger
 from tim.training.preview import save_preview
@@ -72,9 +72,9 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
 def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, visits: int) -> None:
     """The loop proper, from start_step to max_train_steps."""
     t, accelerator, guard, stop = run.config.training, run.accelerator, session.guard, session.stop
+    bad_samples = session.bad_samples
     loader = build_loader(run, start_step, visits)
     batches = Prefetcher(loader, accelerator.device)
-    bad_samples = BadSamples(run.project_dir, accelerator.process_index)
     run.model.train()
     for step in range(start_step + 1, t.max_train_steps + 1):
         stop.begin_step()
@@ -128,7 +128,7 @@ def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, vi
             raise ValueError(
                 f"{record['bad_samples']:.0f} samples could not be read, more than data.max_bad_samples="
                 f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend or leave out the files of "
-                f"{bad_samples.path.name}, delete it, and start again"
+                f"{ALL_FILES}, delete these, and start again"
             )
         if reason and not done:
             session.saver.wait()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tim.training.async_save import Saver
+from tim.training.bad_samples import BadSamples
 from tim.training.checkpoint import (
     cpu_group,
     latest_checkpoint,
@@ -28,7 +29,7 @@ class Session:
     """One attempt at a run, from a checkpoint to the next interruption.
 
     Attributes:
-        stop: whether to leave. guard: judges the steps, set by `resume`.
+        stop: whether to leave. bad_samples: what could not be read. guard: judges the steps, set by `resume`.
     """
 
     def __init__(self, run: Run) -> None:
@@ -39,6 +40,7 @@ class Session:
         self.stop = StopRequest(cpu_group(), parse_walltime(t.walltime))
         self.saver = Saver(t.async_checkpoint)
         self.stager = build_stager(run.accelerator.device) if t.async_checkpoint else None
+        self.bad_samples = BadSamples(run.project_dir, run.accelerator.process_index)  # before any rank meets a new one
         self.guard: StepGuard | None = None
 
     def resume(self) -> tuple[int, int]:
