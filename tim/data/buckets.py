@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tim.data.images import IMAGE_SUFFIXES, UNREADABLE
+from tim.files import replacing
 
 EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 Size = tuple[int, int]  # (height, width) in pixels
@@ -288,10 +289,8 @@ def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) ->
     if path.is_file() and path.stat().st_size == member.size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    with open(partial, "wb") as f:
+    with replacing(path) as partial, open(partial, "wb") as f:
         copyfileobj(tar.extractfile(member), f)
-    partial.replace(path)
 
 
 def _captions_of_text(text: bytes) -> list[str]:

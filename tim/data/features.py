@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tim.config import Config, Dataset
 from tim.data.c2i import C2IDataset, ImageFolderDataset, LatentDataset
+from tim.files import write_tensors
 from tim.models.loading import sha256
 
 RECORD = "features.json"
@@ -114,12 +114,7 @@ def write_features(path: Path, features: Tensor) -> None:
     Raises:
         OSError: when what reached the disk is not what was written.
     """
-    partial = path.with_name(f".{path.name}.part")
-    save_file({"features": features.contiguous()}, partial)
-    problem = damage(partial, features.shape)
-    if problem:
-        raise OSError(f"{partial} is damaged right after it was written ({problem}); is the disk full?")
-    partial.replace(path)
+    write_tensors(path, {"features": features.contiguous()}, lambda partial: damage(partial, features.shape))
 
 
 def read_record(root: Path) -> dict[str, Any]:

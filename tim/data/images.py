@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from tim.files import replacing
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow raises for files that are missing, cut short, not images or too large to be honest.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -96,12 +98,11 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
     """`save_png` in the format of the suffix; .jpg is written at quality 95."""
-    partial = path.with_name(f".{path.name}.part")
-    if path.suffix == ".jpg":
-        Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
-    else:
-        Image.fromarray(pixels).save(partial, format="PNG")
-    partial.replace(path)
+    with replacing(path) as partial:
+        if path.suffix == ".jpg":
+            Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
+        else:
+            Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from tim.data.c2i import class_folders
+from tim.files import write_tensors
 
 FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' words for the dtypes a latent may have
 
@@ -27,12 +27,7 @@ def write_latent(path: Path, latent: Tensor, label: int) -> None:
     Raises:
         OSError: when what reached the disk is not what was written.
     """
-    partial = path.with_name(f".{path.name}.part")
-    save_file({"latent": latent.contiguous(), "label": torch.tensor(label)}, partial)
-    problem = damage(partial)
-    if problem:
-        raise OSError(f"{partial} is damaged right after it was written ({problem}); is the disk full?")
-    partial.replace(path)
+    write_tensors(path, {"latent": latent.contiguous(), "label": torch.tensor(label)}, damage)
 
 
 def damage(path: Path) -> str | None:

@@ -19,6 +19,7 @@ from tim.evaluation.files import find_images, some
 from tim.evaluation.images import ImageFiles
 from tim.evaluation.mjhq import OVERALL, categories_of
 from tim.evaluation.record import describe_samples
+from tim.files import replacing
 from tim.generation.prompts import read_mjhq
 
 TEXTS = 256  # prompts a batch
@@ -41,9 +42,8 @@ def write_text_features(metadata: Path, out: Path, clip: Clip, progress: bool = 
         for place, row in zip(places, clip.encode_texts([prompts[k] for k in places]).cpu(), strict=True):
             features[names[place]] = row.clone()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.part")
-    save_file(features, partial, metadata={"clip": clip.identity["name"], "weights": _weights(clip)})
-    partial.replace(out)
+    with replacing(out) as partial:
+        save_file(features, partial, metadata={"clip": clip.identity["name"], "weights": _weights(clip)})
     return len(features)
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from tim.evaluation.command import CACHE
 from tim.evaluation.images import ImageArray, ImageFiles
-from tim.evaluation.record import write_json
+from tim.files import write_json
 
 BATCH = 64
 CHUNK_BATCHES = 16  # a chunk holds at most so many batches: what an interruption can lose

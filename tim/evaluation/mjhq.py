@@ -18,6 +18,7 @@ from tim.evaluation.frechet import Statistics, distance, streaming_statistics
 from tim.evaluation.images import ImageFiles, npz_arrays, npz_names
 from tim.evaluation.inception import tensorflow_resize
 from tim.evaluation.record import describe_samples
+from tim.files import replacing
 from tim.models.loading import sha256
 
 SIDE = 299  # pixels, Inception's input
@@ -115,10 +116,8 @@ def save_statistics(path: Path, images: ImageSet, protocol: str, weights_sha256:
         prefix = "" if name == OVERALL else f"{name}/"
         arrays |= {f"{prefix}mu": found.mean, f"{prefix}sigma": found.cov, f"{prefix}n": found.count}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    with open(partial, "wb") as f:
+    with replacing(path) as partial, open(partial, "wb") as f:
         np.savez(f, **arrays)
-    partial.replace(path)
 
 
 def load_statistics(path: Path, protocol: str, weights_sha256: str) -> ImageSet:

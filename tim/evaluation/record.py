@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tim.files import write_json
+
 PACKAGES = (
     "tim",
     "torch",
@@ -41,14 +43,6 @@ def describe_samples(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
         "image_format": sorted({path.suffix.lstrip(".").lower() for path in files}),
         "run": json.loads(run.read_text()) if run.is_file() else None,
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def write_result(path: Path, protocol: str, facts: dict[str, Any]) -> dict[str, Any]:

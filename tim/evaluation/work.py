@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from tqdm import tqdm
 
-from tim.evaluation.record import write_json
+from tim.files import write_json
 
 
 def map_items(

@@ -23,6 +23,7 @@ from tim import rng
 from tim.config import Config
 from tim.data.images import make_grid, save_png, shrink, to_uint8
 from tim.distributed import frozen_dtype, set_tf32
+from tim.files import write_json
 from tim.generation.jobs import Job
 from tim.generation.settings import SampleSettings
 from tim.models.autoencoders import Autoencoder
@@ -252,7 +253,7 @@ def _claim(folder: Path, weights: Path, settings: SampleSettings, extra: dict[st
     full = {**identity, **{k: getattr(settings, k) for k in sorted(neutral)}}
     record = {"settings": full, "weights": str(weights), "complete": False}
     if not path.is_file():
-        _write_json(path, record)
+        write_json(path, record)
     return record
 
 
@@ -266,13 +267,7 @@ def _finish(folder: Path, record: dict[str, Any], speed: dict | None, nfe: int, 
         **{m.__name__: m.__version__ for m in (torch, accelerate, diffusers)},
     }
     done = {"complete": True, "nfe": nfe, "processes": processes, "speed": speed or before.get("speed"), "versions": versions}
-    _write_json(path, {**record, **done})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    write_json(path, {**record, **done})
 
 
 def save_overview(folder: Path, job: Job) -> None:

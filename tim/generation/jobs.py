@@ -7,6 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tim.data.images import read_png, save_png
+from tim.files import replacing
 
 
 class Job(Protocol):
@@ -54,8 +55,6 @@ def pack_npz(folder: Path, job: ClassJob) -> Path:
     """All images as arr_0 (N, H, W, 3) uint8 in `<folder>.npz`, the form ADM's evaluator reads."""
     path = folder.with_name(f"{folder.name}.npz")
     images = np.stack([read_png(job.path(folder, g)) for g in tqdm(range(job.groups), desc="npz", unit="img")])
-    partial = path.with_name(f".{path.name}.part")
-    with open(partial, "wb") as f:
+    with replacing(path) as partial, open(partial, "wb") as f:
         np.savez(f, arr_0=images)
-    partial.replace(path)
     return path

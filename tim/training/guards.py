@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tim.files import write_json_lines
 from tim.training.logging import read_log
 
 MAX_BAD_STEPS = 3  # steps in a row that cannot be used before the run stops
@@ -73,9 +74,7 @@ class StepGuard:
         self.path = folder / ("nonfinite.jsonl" if rank == 0 else f"nonfinite-rank{rank}.jsonl")
         known = [record for record in read_log(self.path) if record["step"] <= start_step]
         if self.path.is_file():
-            partial = self.path.with_suffix(".part")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in known))
-            partial.replace(self.path)
+            write_json_lines(self.path, known)
         self.written = {(record["index"], record["cause"]) for record in known if "index" in record}
 
     def judge(self, grad_norm: Tensor, loss_scale: Tensor | None = None) -> Tensor:

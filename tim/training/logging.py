@@ -9,6 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from tim.files import write_json_lines
+
 
 class RunLogger:
     """Progress on rank 0. log.jsonl gets one line per logged step; lines after `start_step` of an earlier attempt go.
@@ -23,10 +25,7 @@ class RunLogger:
         if not accelerator.is_main_process:
             return
         path = project_dir / "log.jsonl"
-        kept = [line for line in read_log(path) if line["step"] <= start_step]
-        partial = path.with_suffix(".part")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        write_json_lines(path, [line for line in read_log(path) if line["step"] <= start_step])
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run, closed by close()
         self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0

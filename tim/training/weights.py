@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tim
 from tim.config import Config, Model
+from tim.files import replacing
 from tim.models.loading import check_state, read_state_dict
 from tim.models.warm_start import warm_start
 from tim.training.checkpoint import MANIFEST, damage, latest_checkpoint
@@ -135,8 +136,8 @@ def export_weights(source: str, out: Path, kind: str | None = None, config: Conf
     if config is not None:
         check_state(empty_network(config), state, source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.part")
     metadata = {"format": "pt", **metadata, "tim_version": tim.__version__}
-    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}, partial, metadata)  # no views
-    partial.replace(out)
+    owned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}  # no views
+    with replacing(out) as partial:
+        save_file(owned, partial, metadata)
     return metadata

@@ -17,8 +17,9 @@ from tim.evaluation.dpg.judges import load_judge
 from tim.evaluation.dpg.questions import Question, read_questions
 from tim.evaluation.dpg.scoring import result_text, score_answers, summary
 from tim.evaluation.files import SHOWN, find_images, some, stamp
-from tim.evaluation.record import describe_samples, write_json, write_result
+from tim.evaluation.record import describe_samples, write_result
 from tim.evaluation.work import map_items
+from tim.files import write_json
 from tim.models.loading import sha256
 
 Questions = Mapping[str, Sequence[Question]]

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tim.files import replacing
+
 FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
 
@@ -20,9 +22,8 @@ def result_line(record: dict[str, Any]) -> str:
 def write_results(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write the result file so that it is either whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text("".join(result_line(record) + "\n" for record in records), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text("".join(result_line(record) + "\n" for record in records), encoding="utf-8")
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
