@@ -21,6 +21,13 @@ SHRINK = [
     "num_classes=2",
 ]
 
+TWO_STEPS = [
+    "data.dataloader.num_workers=1",
+    "training.mixed_precision=no",
+    "training.max_train_steps=2",
+    "training.log_steps=1",
+]
+
 
 def bash(script, **env):
     full = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in env.items()}}
@@ -53,11 +60,8 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
         "data.data_type=image",
         f"data.dataset.image_dir={stand_in}/train",
         "data.dataloader.batch_size=2",
-        "data.dataloader.num_workers=1",
-        "training.mixed_precision=no",
-        "training.max_train_steps=2",
         "training.sample_steps=2",
-        "training.log_steps=1",
+        *TWO_STEPS,
     ]
     project = tmp_path / "project"
     bash("scripts/train/c2i/train_tim_c2i_b.sh", PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=processes)
@@ -96,11 +100,8 @@ def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patc
         f"model.vae_dir={vae}",
         f"model.enc_dir={GOLDENS}/radio_tiny/radio_tiny_half.pth.tar",
         "data.dataloader.batch_size=2",
-        "data.dataloader.num_workers=1",
-        "training.mixed_precision=no",
-        "training.max_train_steps=2",
         "training.sample_steps=2",
-        "training.log_steps=1",
+        *TWO_STEPS,
     ]
     for guidance in ("", "_mg"):
         project = tmp_path / f"project{guidance}"
@@ -130,10 +131,7 @@ def test_train_and_sample_t2i_on_two_processes(tmp_path):
         f"data.dataset.root_dir={tmp_path}/data/images",
         f"data.dataset.jsonl_dir={tmp_path}/data/data_info.jsonl",
         f"data.dataset.packed_json={tmp_path}/data/bucket_sampler.json",
-        "data.dataloader.num_workers=1",
-        "training.mixed_precision=no",
-        "training.max_train_steps=2",
-        "training.log_steps=1",
+        *TWO_STEPS,
     ]
     project = tmp_path / "project"
     bash("scripts/train/t2i/train_tim_t2i.sh", PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)

@@ -21,8 +21,17 @@ from tim.schedulers.transition import TransitionSchedule
 from tim.training.ema import EMA
 
 
+class Report:
+    """What a benchmark found; a dataclass."""
+
+    def table(self) -> str:
+        """One line per value."""
+        rows = dataclasses.asdict(self).items()
+        return "\n".join(f"{k:>22}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows if v is not None)
+
+
 @dataclass
-class Measurement:
+class Measurement(Report):
     """One benchmark. Times in seconds (median over the steps), memory in GiB, rates in TFLOP/s."""
 
     what: str
@@ -40,11 +49,6 @@ class Measurement:
     nfe: int | None
     torch: str = torch.__version__
     python: str = platform.python_version()
-
-    def table(self) -> str:
-        """One line per value."""
-        rows = dataclasses.asdict(self).items()
-        return "\n".join(f"{k:>22}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows if v is not None)
 
 
 def bench_train(config: Config, batch_size: int, steps: int, warmup: int, compiled: bool) -> Measurement:

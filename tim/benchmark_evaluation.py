@@ -1,6 +1,5 @@
 """How fast the ADM suite looks at images, and how much of the time goes to its network."""
 
-import dataclasses
 import tempfile
 import time
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from tim.benchmark import device_name
+from tim.benchmark import Report, device_name
 from tim.data.images import save_png
 from tim.distributed import set_tf32
 from tim.evaluation.extract import extract
@@ -22,7 +21,7 @@ from tim.evaluation.inception import load_inception
 
 
 @dataclass
-class EvaluationMeasurement:
+class EvaluationMeasurement(Report):
     """Feature extraction of `images` PNG files; `network_share` is the time in the network over the time of all."""
 
     device: str
@@ -33,11 +32,6 @@ class EvaluationMeasurement:
     seconds: float
     images_per_second: float
     network_share: float
-
-    def table(self) -> str:
-        """The numbers as text."""
-        rows = dataclasses.asdict(self)
-        return "\n".join(f"{k:<20} {f'{v:.3f}' if isinstance(v, float) else v}" for k, v in rows.items())
 
 
 def bench_adm(

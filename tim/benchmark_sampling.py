@@ -1,7 +1,6 @@
 """Where the time of text-to-image sampling goes: text, network, decoding, each apart."""
 
 import copy
-import dataclasses
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tim.benchmark import best_device, device_name, peak_memory, timed
+from tim.benchmark import Report, best_device, device_name, peak_memory, timed
 from tim.config import Config
 from tim.distributed import set_tf32
 from tim.generation.captions import CaptionConditions
@@ -38,7 +37,7 @@ SD_VAE = dict(
 
 
 @dataclass
-class PhaseMeasurement:
+class PhaseMeasurement(Report):
     """Milliseconds per image of each phase, medians. `sampler_overhead`: the sampling loop over the sum of its network
     calls, minus one. `psnr_db`: decoded pictures in half precision against float32."""
 
@@ -64,11 +63,6 @@ class PhaseMeasurement:
     psnr_db: float | None = None
     torch: str = torch.__version__
     python: str = platform.python_version()
-
-    def table(self) -> str:
-        """One line per value."""
-        rows = dataclasses.asdict(self).items()
-        return "\n".join(f"{k:>22}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows if v is not None)
 
 
 class TokenEncoder:

@@ -4,7 +4,6 @@ The real trainer runs in a temporary folder; only its clock is ours.
 """
 
 import copy
-import dataclasses
 import math
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tim.benchmark import device_name, timed
+from tim.benchmark import Report, device_name, timed
 from tim.config import Config, Training
 from tim.data.latents import write_latent
 from tim.training.guards import StepGuard
@@ -29,7 +28,7 @@ SAVES = 3  # checkpoints that are timed, after a first one that is not: it makes
 
 
 @dataclass
-class OverheadMeasurement:
+class OverheadMeasurement(Report):
     """Seconds are medians. Shares are of the undisturbed step time.
 
     Attributes:
@@ -57,11 +56,6 @@ class OverheadMeasurement:
     async_steps: int
     async_share: float
     torch: str = torch.__version__
-
-    def table(self) -> str:
-        """One line per value."""
-        rows = dataclasses.asdict(self).items()
-        return "\n".join(f"{k:>22}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows)
 
 
 class Enough(Exception):

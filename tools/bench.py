@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING
 from tim.cli import run_command
 
 if TYPE_CHECKING:
-    from tim.benchmark import Measurement
-    from tim.benchmark_evaluation import EvaluationMeasurement
-    from tim.benchmark_sampling import PhaseMeasurement
-    from tim.benchmark_training import OverheadMeasurement
+    from tim.benchmark import Report
 
 
 def main() -> None:
@@ -58,7 +55,7 @@ def main() -> None:
         args.json.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace) -> "Measurement | OverheadMeasurement | PhaseMeasurement | EvaluationMeasurement":
+def measure(args: argparse.Namespace) -> "Report":
     """Call the benchmark that the arguments ask for."""
     if args.what == "adm":
         from tim.benchmark_evaluation import bench_adm
