@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from conftest import TINY, command, save_tiny_dc, save_tiny_text_encoder
+from helpers.commands import command
+from helpers.companions import save_tiny_dc, save_tiny_text_encoder
+from helpers.networks import TINY
 
 FAST = ["--config", "configs/c2i/digits.yaml", "--steps", 2, "--warmup", 1, "--batch-size", 8]
 

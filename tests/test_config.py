@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers.paths import ROOT
 
 from tim.config import ConfigError, load_config, parse_config, to_yaml
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import command
 from download_site import tree, zipped
+from helpers.commands import command
 from safetensors.torch import save
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, save_captioned_images
 from download_site import Site, tree, zipped
+from helpers.captioned import save_captioned_images
+from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save
 

@@ -6,7 +6,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import GOLDENS, ROOT, save_captioned_images, save_tiny_dc, save_tiny_kl, save_tiny_text_encoder
+from helpers.captioned import save_captioned_images
+from helpers.companions import save_tiny_dc, save_tiny_kl, save_tiny_text_encoder
+from helpers.paths import GOLDENS, ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
 

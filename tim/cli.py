@@ -70,7 +70,7 @@ def preprocess_command(description: str, kind: str) -> None:
     """The command line of preprocessing.
 
     Args:
-        kind: class of `tim.data.preprocess_config` that says how images are cut.
+        kind: class of `tim.preparation.settings` that says how images are cut.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file")
@@ -81,13 +81,13 @@ def preprocess_command(description: str, kind: str) -> None:
     args = parser.parse_intermixed_args()
 
     from tim.config import to_yaml
-    from tim.data import preprocess_config
+    from tim.preparation import settings as preprocess_config
 
     settings = preprocess_config.load_settings(getattr(preprocess_config, kind), args.config, args.overrides)
     if args.print_config:
         print(to_yaml(settings))
         return
 
-    from tim.data.preprocess import preprocess
+    from tim.preparation.preprocess import preprocess
 
     preprocess(settings, args.project_dir, dry_run=args.dry_run)

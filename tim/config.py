@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import re
 import types
 import typing
 import warnings
@@ -19,7 +20,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tim.schedulers.transition import TransitionSchedule
-from tim.training.signals import parse_walltime
 
 IGNORED_KEYS = {"training.proportion_empty_prompts", "training.validation_steps"}
 REQUIRED = dataclasses.MISSING
@@ -266,6 +266,28 @@ def to_yaml(config: Any) -> str:
 def build_typed(cls: type, tree: Any) -> Any:
     """A dataclass from a nested dictionary; unknown keys and wrong types are a ConfigError that names them."""
     return _build(cls, tree, "")
+
+
+def parse_walltime(value: str | int | float | None) -> float | None:
+    """Seconds of 'HH:MM:SS', 'MM:SS', 'D-HH:MM:SS' or a number.
+
+    Raises:
+        ValueError: for anything else, and for what is not positive.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", str(value))
+    if match:
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        total = ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+    else:
+        try:
+            total = float(value)
+        except ValueError:
+            total = 0.0
+    if not 0 < total < float("inf"):
+        raise ValueError(f"training.walltime={value!r} is neither seconds > 0 nor of the form HH:MM:SS or D-HH:MM:SS")
+    return total
 
 
 def _get(config: Any, path: str) -> Any:

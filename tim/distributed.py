@@ -1,8 +1,17 @@
-"""Which device this process runs on, and how it multiplies."""
+"""The processes of a run, the device each runs on, and how it multiplies."""
 
 import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
+
+GROUP_TIMEOUT = timedelta(hours=2)  # the longest that one rank may have to write after another is done
 
 
 def use_cpu() -> bool:
@@ -13,7 +22,7 @@ def use_cpu() -> bool:
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # names of mixed precision
 
 
-def frozen_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+def inference_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     """dtype of a model that is not trained: the mixed precision's on a GPU, float32 on a CPU."""
     return HALF.get(mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
 
@@ -38,3 +47,34 @@ def leave_process_group(failed: bool = False) -> None:
         return
     if not (failed and torch.distributed.get_backend() == "nccl"):
         torch.distributed.destroy_process_group()
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """A gloo group of all processes, None for a single one. Collective."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    return dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+
+
+def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], Any]) -> list[Any]:
+    """Run `action`, exchange the results; waits for the slowest rank. An error of one rank is raised on all."""
+    if group is None:
+        return [action()]
+    result, error = None, None
+    try:
+        result = action()
+    except (Exception, CheckpointException) as problem:
+        error = problem
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, (result, error and f"{type(error).__name__}: {error}"), group=group)
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(outcomes):
+        if message:
+            raise RuntimeError(f"process {rank} failed: {message}")
+    return [value for value, _ in outcomes]
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether `shard` has been here."""
+    return isinstance(network, FSDPModule)

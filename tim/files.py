@@ -1,5 +1,6 @@
 """Files that are either whole or absent."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,18 +19,18 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], damage: Callable[[Path], str | None]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], find_corruption: Callable[[Path], str | None]) -> None:
     """Write a safetensors file, whole or not at all.
 
     Args:
-        damage: what is wrong with the file that was written, None when nothing is.
+        find_corruption: what is wrong with the file that was written, None when nothing is.
 
     Raises:
         OSError: when what reached the disk is not what was written.
     """
     with replacing(path) as partial:
         save_file(tensors, partial)
-        problem = damage(partial)
+        problem = find_corruption(partial)
         if problem:
             raise OSError(f"{partial} is damaged right after it was written ({problem}); is the disk full?")
 
@@ -45,3 +46,12 @@ def write_json_lines(path: Path, records: list[Any]) -> None:
     """Write a .jsonl, one record a line, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tim.cli import run_command
 
 if TYPE_CHECKING:
-    from tim.benchmark import Report
+    from tim.benchmarks.measure import Report
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> "Report":
     """Call the benchmark that the arguments ask for."""
     if args.what == "adm":
-        from tim.benchmark_evaluation import bench_adm
+        from tim.benchmarks.evaluation import bench_adm
 
         return bench_adm(args.inception, args.images, args.side, args.batch_size or 64, args.workers, args.warmup)
     if args.config is None:
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> "Report":
     t2i = config.data.data_type == "image_ms"
     guidance = (2.5 if t2i else 1.0) if args.cfg_scale is None else args.cfg_scale
     if args.what == "sample" and t2i:
-        from tim.benchmark_sampling import bench_phases
+        from tim.benchmarks.sampling import bench_phases
         from tim.generation.settings import SampleSettings
 
         settings = SampleSettings(
@@ -80,13 +80,13 @@ def measure(args: argparse.Namespace) -> "Report":
         return bench_phases(config, settings, args.batch_size or 1, args.steps, args.warmup, args.tokens, args.psnr)
 
     if args.what == "overhead":
-        from tim.benchmark_training import bench_overhead
+        from tim.benchmarks.training import bench_overhead
 
         config.training.compile = config.training.compile or args.compile
         batch_size = args.batch_size or config.data.dataloader.batch_size
         return bench_overhead(config, batch_size, args.steps, args.warmup, args.random_latents)
 
-    from tim.benchmark import bench_sample, bench_train
+    from tim.benchmarks.measure import bench_sample, bench_train
 
     common = (config, args.batch_size or config.data.dataloader.batch_size, args.steps, args.warmup, args.compile)
     return bench_train(*common) if args.what == "train" else bench_sample(*common, args.num_steps, guidance)

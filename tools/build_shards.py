@@ -22,7 +22,7 @@ def main() -> None:
     if args.workers < 1:
         raise ValueError(f"--workers must be >= 1, got {args.workers}")
 
-    from tim.data.packing import build_shards, list_sources
+    from tim.preparation.packing import build_shards, list_sources
 
     samples = list_sources(args.latent_dir, args.image_dir)
     paths, made = build_shards(samples, args.out, args.samples_per_shard, args.name, args.index_dir, args.workers)

@@ -32,7 +32,7 @@ def main() -> None:
         raise ValueError(f"--factor must be >= 1, got {args.factor}")
     tokens = args.tokens_per_batch if args.batch_size is None else args.batch_size * (args.area / args.factor) ** 2
 
-    from tim.data.buckets import build_buckets, read, write
+    from tim.preparation.buckets import build_buckets, read, write
 
     records, skipped, root = read(args.source, args.root, args.out)
     buckets = build_buckets(

@@ -23,7 +23,7 @@ def main() -> None:
         raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
 
     from tim.config import load_config
-    from tim.data.feature_cache import cache_features
+    from tim.preparation.feature_cache import cache_features
 
     config = load_config(args.config, args.overrides)
     folder = args.features_dir or config.data.dataset.features_dir

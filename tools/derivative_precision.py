@@ -15,11 +15,11 @@ def main() -> None:
 
     import torch
 
-    from tim.benchmark import best_device, conditions
+    from tim.benchmarks.measure import best_device, conditions
+    from tim.checkpoint.weights import find_weights
     from tim.config import load_config
     from tim.models.loading import load_strict, read_state_dict
     from tim.schedulers.transition import TransitionSchedule
-    from tim.training.weights import find_weights
 
     config, device = load_config(args.config, args.overrides), best_device()
     torch.manual_seed(0)

@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("--config", help="refuse weights that do not match this config's network key for key")
     args = parser.parse_args()
 
+    from tim.checkpoint.weights import export_weights
     from tim.config import load_config
-    from tim.training.weights import export_weights
 
     metadata = export_weights(args.source, args.out, args.weights, load_config(args.config) if args.config else None)
     print(f"{args.out}: " + ", ".join(f"{key} {value}" for key, value in metadata.items()))

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, action="append", help="config to compare with (default: all under configs/)")
     args = parser.parse_args()
 
-    from tim.training.inspection import inspect
+    from tim.checkpoint.inspection import inspect
 
     configs = Path(__file__).resolve().parent.parent / "configs"
     lines, damaged = inspect(

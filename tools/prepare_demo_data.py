@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="longer side in pixels; default: emoji up to 180, shapes 40")
     args = parser.parse_args()
 
-    from tim.data.demo import write_demo, write_text_encoder
+    from tim.demo.data import write_demo, write_text_encoder
 
     if args.name == "text-encoder":
         print(f"{write_text_encoder(args.out)} in {args.out}")

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path, help="metrics.json of flow matching to compare with")
     args = parser.parse_args()
 
-    from tim.evaluation.digits_report import evaluate_runs, table, write_report
+    from tim.demo.digits_report import evaluate_runs, table, write_report
 
     if args.show:
         print(table(json.loads(args.show.read_text())))

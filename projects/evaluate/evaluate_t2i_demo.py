@@ -21,7 +21,7 @@ def main() -> None:
 
     from tim.config import load_config
     from tim.data.t2i import load_t2i_dataset
-    from tim.evaluation.t2i_report import evaluate, read_runs, real_pictures, table, write_report
+    from tim.demo.t2i_report import evaluate, read_runs, real_pictures, table, write_report
 
     real = real_pictures(load_t2i_dataset(load_config(args.config, args.overrides)))
     runs = read_runs(args.samples)

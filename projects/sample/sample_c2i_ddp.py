@@ -17,12 +17,12 @@ def main() -> None:
 
     from accelerate import PartialState
 
+    from tim.checkpoint.weights import find_weights
     from tim.config import load_config
     from tim.distributed import use_cpu
     from tim.generation import engine
     from tim.generation.c2i import class_conditions
     from tim.generation.jobs import ClassJob, pack_npz
-    from tim.training.weights import find_weights
 
     config = load_config(args.config)
     settings = settings_from(args)

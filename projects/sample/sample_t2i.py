@@ -7,7 +7,7 @@ from tim.cli import run_command
 
 
 def main() -> None:
-    from tim.generation.prompts import PromptFilesJob, read_prompts
+    from tim.generation.prompt_sets import PromptFilesJob, read_prompts
     from tim.generation.settings import add_sample_arguments, settings_from
     from tim.generation.t2i import draw, finish_prompts, parse_size
 

@@ -6,7 +6,7 @@ from tim.cli import run_command
 
 
 def main() -> None:
-    from tim.generation.prompts import MJHQJob
+    from tim.generation.prompt_sets import MJHQJob
     from tim.generation.t2i import add_caption_arguments, benchmark_command
 
     parser = argparse.ArgumentParser(description=__doc__)

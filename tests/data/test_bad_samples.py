@@ -7,16 +7,16 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from tim.config import Data, Dataset, load_config
 from tim.data.c2i import build_c2i_dataset
-from tim.data.images import open_rgb
-from tim.data.keyed import KeyedDataset
+from tim.data.replacement import ReplacingDataset
 from tim.data.sampler import StepBatchSampler
+from tim.images import open_rgb
 from tim.training.bad_samples import BadSamples
 from tim.training.loop import train
 from tim.training.tasks import ClassTask
@@ -190,10 +190,10 @@ def loader(root, kind, workers):
     """Batches of 8 over four steps, read by `workers` processes."""
     keys = {"latents": {"latent_dir": f"{root}/latents"}, "pictures": {"image_dir": f"{root}/images", "image_size": 8}}[kind]
     dataset = build_c2i_dataset(Data({"latents": "latent", "pictures": "image"}[kind], Dataset(**keys)))
-    order = {"accumulation": 2, "world_size": 1, "rank": 0, "start_step": 3, "max_steps": 7, "visits": 0}
+    order = {"accumulation": 2, "world_size": 1, "rank": 0, "start_step": 3, "max_steps": 7, "samples_seen": 0}
     sampler = StepBatchSampler(len(dataset), 8, seed=5, **order)
     generator = torch.Generator().manual_seed(workers)
-    return DataLoader(KeyedDataset(dataset, 5), batch_sampler=sampler, num_workers=workers, generator=generator)
+    return DataLoader(ReplacingDataset(dataset, 5), batch_sampler=sampler, num_workers=workers, generator=generator)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")

@@ -10,9 +10,9 @@ from sklearn.datasets import load_sample_images
 from tim import rng
 from tim.config import Data, Dataset
 from tim.data.c2i import build_c2i_dataset
-from tim.data.images import center_crop, make_grid, open_rgb, save_png, to_tensor, to_uint8
-from tim.data.keyed import KeyedDataset
+from tim.data.replacement import ReplacingDataset
 from tim.data.sampler import SampleKey
+from tim.images import center_crop, make_grid, open_rgb, save_png, to_tensor, to_uint8
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_image_folders(folders):
 
 def test_augmentation_is_a_function_of_step_and_position(folders):
     dataset = build_c2i_dataset(data("image", image_dir=str(folders / "images"), image_size=32))
-    a, b = (KeyedDataset(dataset, 0)[SampleKey(3, 5, 1, 8)] for _ in range(2))
+    a, b = (ReplacingDataset(dataset, 0)[SampleKey(3, 5, 1, 8)] for _ in range(2))
     assert torch.equal(a["image"], b["image"]) and (a["step"], a["position"]) == (3, 5)
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from tim import rng
-from tim.data.sampler import PackedBatchSampler, StepBatchSampler, epoch_order, interleave, sample_index
+from tim.data.sampler import BucketBatchSampler, StepBatchSampler, epoch_order, interleave, sample_index
 
 
 def order(size, world, accumulation, batch, rank, start=0, end=6, seen=0, seed=3):
     return StepBatchSampler(
         size, batch, seed=seed, accumulation=accumulation, world_size=world, rank=rank,
-        start_step=start, max_steps=end, visits=seen,
+        start_step=start, max_steps=end, samples_seen=seen,
     )  # fmt: skip
 
 
@@ -34,8 +34,8 @@ def test_every_epoch_is_a_permutation_and_epochs_differ():
     orders = [epoch_order(0, e, 37).tolist() for e in range(3)]
     assert all(sorted(o) == list(range(37)) for o in orders)
     assert orders[0] != orders[1] != orders[2]
-    visits = [sample_index(0, v, 37) for v in range(74)]
-    assert visits == orders[0] + orders[1]
+    seen = [sample_index(0, v, 37) for v in range(74)]
+    assert seen == orders[0] + orders[1]
     assert epoch_order(1, 0, 37).tolist() != orders[0]
 
 
@@ -60,8 +60,15 @@ PACKED = [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
 
 
 def packed(world, accumulation, rank, start=0, end=6, seen=0):
-    return PackedBatchSampler(
-        PACKED, seed=3, accumulation=accumulation, world_size=world, rank=rank, start_step=start, max_steps=end, visits=seen
+    return BucketBatchSampler(
+        PACKED,
+        seed=3,
+        accumulation=accumulation,
+        world_size=world,
+        rank=rank,
+        start_step=start,
+        max_steps=end,
+        samples_seen=seen,
     )
 
 

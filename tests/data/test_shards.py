@@ -7,7 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command
+from helpers.commands import command
+from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from tim.config import Data, Dataset, load_config
 from tim.data import shards as shards_module
 from tim.data.c2i import build_c2i_dataset
-from tim.data.keyed import KeyedDataset
+from tim.data.replacement import ReplacingDataset
 from tim.data.sampler import StepBatchSampler
 from tim.data.shards import Shards
 
@@ -64,8 +65,8 @@ def packed(source, kind):
 def loader(dataset, workers=0, rank=0, world=1, start=0):
     """Micro-batches of 6 over world ranks, up to step 5."""
     place = {"accumulation": 1, "world_size": world, "rank": rank, "start_step": start, "max_steps": 5}
-    sampler = StepBatchSampler(len(dataset), 6 // world, seed=3, visits=6 * start, **place)
-    return DataLoader(KeyedDataset(dataset, 3), batch_sampler=sampler, num_workers=workers)
+    sampler = StepBatchSampler(len(dataset), 6 // world, seed=3, samples_seen=6 * start, **place)
+    return DataLoader(ReplacingDataset(dataset, 3), batch_sampler=sampler, num_workers=workers)
 
 
 def same(a, b):

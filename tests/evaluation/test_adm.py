@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import command
-from pictures import save_photographs
+from helpers.commands import command
+from helpers.images import save_photographs
 from PIL import Image
 
 from tim.evaluation.adm import STATISTICS, Extraction, read_side

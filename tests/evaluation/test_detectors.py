@@ -16,7 +16,7 @@ from tim.evaluation.geneval import detectors
 from tim.evaluation.geneval.detection import COCO_CLASSES, MAX_DETECTIONS
 from tim.evaluation.geneval.detectors import load_detector
 from tim.evaluation.geneval.mask2former import NAME
-from tim.models.loading import sha256
+from tim.files import sha256
 
 CPU = torch.device("cpu")
 COCO_91 = {1: "person", 74: "mouse", 75: "remote", 76: "keyboard", 12: "N/A"}  # as DETR names some of its 91 classes

@@ -7,8 +7,8 @@ import types
 
 import pytest
 import torch
-from conftest import GOLDENS
-from dpg_models import QUESTIONS, picture, save_blip, save_llava, save_vilt
+from helpers.dpg_models import QUESTIONS, picture, save_blip, save_llava, save_vilt
+from helpers.paths import GOLDENS
 
 from tim.evaluation.dpg.answers import read_answers
 from tim.evaluation.dpg.grid import check_grids, cut_grid, grid_side

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import GOLDENS, command
-from dpg_models import QUESTIONS, picture, save_benchmark, save_vilt
+from helpers.commands import command
+from helpers.dpg_models import QUESTIONS, picture, save_benchmark, save_vilt
+from helpers.paths import GOLDENS
 from PIL import Image
 
 from tim.evaluation.command import start

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import ROOT
+from helpers.paths import ROOT
 from PIL import Image
 
-from tim.data.images import save_png
 from tim.evaluation.extract import extract
 from tim.evaluation.files import check_one_size, find_images
 from tim.evaluation.images import ImageArray, ImageFiles, map_member, open_images
-from tim.evaluation.work import map_items
+from tim.images import save_png
+from tim.resumable import map_items
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ from tim.distributed import leave_process_group
 from tim.evaluation.extract import extract
 from tim.evaluation.files import find_images
 from tim.evaluation.images import ImageFiles
-from tim.evaluation.work import map_items
+from tim.resumable import map_items
 folder, out = map(Path, sys.argv[1:])
 state = PartialState(cpu=True)
 weight = torch.randn(90, 7, generator=torch.Generator().manual_seed(0))

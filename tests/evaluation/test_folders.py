@@ -6,14 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import command
-from pictures import photographs
+from helpers.commands import command
+from helpers.images import photographs
 
 from tim.data.c2i import PackageDataset
-from tim.data.images import save_png, to_uint8
 from tim.evaluation.frechet import frechet_distance, statistics
 from tim.evaluation.inception import load_inception
 from tim.evaluation.retrieval import image_features
+from tim.images import save_png, to_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")
 EVALUATOR = "projects/evaluate/evaluate_folder.py"

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS
-from geneval_models import save_tiny_clip
+from helpers.geneval_models import save_tiny_clip
+from helpers.paths import GOLDENS
 from PIL import Image
 
 from tim.evaluation.clip import load_clip

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import command
-from geneval_models import save_samples, save_tiny_clip, save_tiny_detector
+from helpers.commands import command
+from helpers.geneval_models import save_samples, save_tiny_clip, save_tiny_detector
 
 from tim.evaluation.command import start
 from tim.evaluation.geneval import run

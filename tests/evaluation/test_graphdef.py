@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from graphdef_writer import attribute, constant, message, tensor, write_graph
+from helpers.graphdef_writer import attribute, constant, message, tensor, write_graph
 
 from tim.evaluation.graphdef import Graph
 

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
-from graphdef_writer import constant, tensor, write_graph
-from inception_weights import random_inception, save_graph, save_random_inception
+from helpers.graphdef_writer import constant, tensor, write_graph
+from helpers.inception_weights import random_inception, save_graph, save_random_inception
+from helpers.networks import relative_error
 
 from tim.evaluation.inception import CLASSES, POOL3, SPATIAL, load_inception, tensorflow_resize
 

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS, relative_error
+from helpers.networks import relative_error
+from helpers.paths import GOLDENS
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment

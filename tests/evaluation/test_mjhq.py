@@ -6,17 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command
-from geneval_models import save_tiny_clip
-from pictures import save_photographs
+from helpers.commands import command
+from helpers.geneval_models import save_tiny_clip
+from helpers.images import save_photographs
 from PIL import Image
 from safetensors.torch import load_file
 
-from tim.data.images import read_png
 from tim.evaluation.clip import load_clip
 from tim.evaluation.frechet import frechet_distance, statistics
 from tim.evaluation.inception import load_inception
 from tim.evaluation.mjhq import PROTOCOLS, antialiased_bilinear, pillow_bicubic
+from tim.images import read_png
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")
 FID = "projects/evaluate/mjhq30k/calculate_fid.py"

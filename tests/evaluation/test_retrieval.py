@@ -9,8 +9,8 @@ from tim.evaluation.retrieval import cell_colors, classifier, image_features, pr
 
 @pytest.fixture(scope="module")
 def emoji_pictures():
-    from tim.data.demo import nature
-    from tim.data.images import scale_to
+    from tim.demo.data import nature
+    from tim.images import scale_to
 
     pictures = [scale_to(image, 32) for number, (_, image, _) in enumerate(nature()) if number % 10 == 0]
     canvas = np.full((len(pictures), 32, 32, 3), 255, dtype=np.uint8)

@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, randomize, save_tiny_kl, start_and_kill
+from helpers.commands import command, start_and_kill
+from helpers.companions import save_tiny_kl
+from helpers.networks import randomize
+from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

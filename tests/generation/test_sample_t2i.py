@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, command, randomize, save_tiny_dc, save_tiny_text_encoder, start_and_kill
+from helpers.commands import command, start_and_kill
+from helpers.companions import save_tiny_dc, save_tiny_text_encoder
+from helpers.networks import TINY, randomize
+from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 

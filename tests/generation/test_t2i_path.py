@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, load_golden, randomize, relative_error
+from helpers.networks import TINY, load_golden, randomize, relative_error
 
 from tim.generation.captions import CaptionConditions
 from tim.models.t2i.tim_model import TiM

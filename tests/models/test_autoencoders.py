@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_tiny_dc, save_tiny_kl
 from diffusers import AutoencoderDC, AutoencoderKL, UNet2DModel
+from helpers.companions import save_tiny_dc, save_tiny_kl
 
 from tim.models.autoencoders import Autoencoder
 

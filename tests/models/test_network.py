@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDENS, ROOT, TINY, randomize, relative_error
+from helpers.networks import TINY, randomize, relative_error
+from helpers.paths import GOLDENS, ROOT
 
 from tim.config import load_config
 from tim.models.attention import ATTN_TYPES, attention

@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 import torch
-from conftest import GOLDENS, relative_error
+from helpers.networks import relative_error
+from helpers.paths import GOLDENS
 from safetensors.torch import load_file
 
 from tim.models.radio import Radio

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import load_golden, relative_error
+from helpers.networks import load_golden, relative_error
 
 from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transition import TransitionSchedule

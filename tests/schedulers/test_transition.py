@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import load_golden, relative_error
+from helpers.networks import load_golden, relative_error
 
 from tim.schedulers import transports
 from tim.schedulers.derivative import MIN_DIFFERENCE, difference_times

@@ -5,7 +5,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import ROOT, TINY, randomize
+from helpers.networks import TINY, randomize
+from helpers.paths import ROOT
 from torch.autograd import forward_ad
 
 from tim.config import load_config

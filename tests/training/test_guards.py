@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.paths import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tim.config import ConfigError, load_config
 from tim.training import loop
 from tim.training.ema import EMA
-from tim.training.guards import LATENT, LOSS, StepGuard, take_step
+from tim.training.guards import LATENT, LOSS, NonFiniteGuard, take_step
 from tim.training.tasks import ClassTask
 
 SMALL = [
@@ -117,7 +117,7 @@ def test_stopping_does_not_need_a_checkpoint_or_a_log_line_near(latents, tmp_pat
     with pytest.raises(RuntimeError, match="stopped at step 6"):
         train(tmp_path, latents, *own)
     state = json.loads((tmp_path / "checkpoints" / "step-0000006" / "state.json").read_text())
-    assert state["step"] == 6 and state["visits"] == 24 and state["guard"]["counts"] == [3, 3, 0]
+    assert state["step"] == 6 and state["samples_seen"] == 24 and state["guard"]["counts"] == [3, 3, 0]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000006"]
     train(tmp_path, latents, *own)
     assert (tmp_path / "checkpoints" / "step-0000008").is_dir()
@@ -159,13 +159,13 @@ def test_a_spike_is_skipped_and_counted(latents, tmp_path, monkeypatch, capsys):
     assert reports(tmp_path / "guarded")[-1]["step"] == 20
 
 
-def norms(guard: StepGuard, values: list[float], scale: float | None = None) -> list[float]:
+def norms(guard: NonFiniteGuard, values: list[float], scale: float | None = None) -> list[float]:
     scale = None if scale is None else torch.tensor(scale)
     return [guard.judge(torch.tensor(v), scale).item() for v in values]
 
 
 def test_the_spike_guard_waits_for_a_median_and_follows_it(tmp_path):
-    guard = StepGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
+    guard = NonFiniteGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
     assert norms(guard, [1.0] * 15 + [100.0]) == [0.0] * 16, "fewer than 16 norms say nothing"
     assert norms(guard, [100.0, 4.0, math.inf, 1.0]) == [1.0, 0.0, 1.0, 0.0]
     verdicts = norms(guard, [100.0] * 60)
@@ -174,17 +174,17 @@ def test_the_spike_guard_waits_for_a_median_and_follows_it(tmp_path):
 
 def test_a_guard_goes_on_where_it_was(tmp_path):
     values = [1.0 + 0.1 * (k % 7) for k in range(40)] + [math.nan, 50.0, math.nan, 1.0]
-    whole = StepGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
+    whole = NonFiniteGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
     want = norms(whole, values)
-    first = StepGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
+    first = NonFiniteGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
     got = norms(first, values[:41])
-    second = StepGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
+    second = NonFiniteGuard(torch.device("cpu"), tmp_path, 0, spike=5.0)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert got + norms(second, values[41:]) == want and second.state_dict() == whole.state_dict()
 
 
 def test_under_fp16_an_overflow_lowers_the_scale_and_only_then_counts(tmp_path):
-    guard = StepGuard(torch.device("cpu"), tmp_path, 0)
+    guard = NonFiniteGuard(torch.device("cpu"), tmp_path, 0)
     assert norms(guard, [math.inf] * 5, scale=1024.0) == [1.0] * 5 and guard.counts.tolist() == [0, 5, 0]
     norms(guard, [math.inf] * 3, scale=1.0)
     assert guard.counts.tolist() == [3, 8, 0]
@@ -221,7 +221,7 @@ def test_reports_of_steps_that_are_done_again_go(tmp_path):
         {"step": 9, "index": 2, "position": 0, "cause": "latent"},
     ]
     (tmp_path / "nonfinite.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    guard = StepGuard(torch.device("cpu"), tmp_path, 0, start_step=5)
+    guard = NonFiniteGuard(torch.device("cpu"), tmp_path, 0, start_step=5)
     batch = {"index": torch.tensor([1, 2, 7]), "position": torch.tensor([0, 1, 2])}
     guard.judge(torch.tensor(1.0))
     guard.post(6, torch.tensor(1.0), [(batch, torch.tensor([LATENT, LATENT, LOSS]))])

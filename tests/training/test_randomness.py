@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import save_captioned_images, save_tiny_kl
+from helpers.captioned import save_captioned_images
+from helpers.companions import save_tiny_kl
 from torch.utils.data import DataLoader
 
 from tim import rng
-from tim.data.keyed import KeyedDataset
-from tim.data.sampler import PackedBatchSampler, StepBatchSampler
+from tim.data.replacement import ReplacingDataset
+from tim.data.sampler import BucketBatchSampler, StepBatchSampler
 from tim.data.t2i import CaptionedImages
 from tim.models.autoencoders import Autoencoder
 from tim.schedulers.transition import TransitionSchedule
@@ -29,9 +30,9 @@ def micro_batches(kind, world, accumulation, start=0):
     for rank in range(world):
         place = dict(seed=3, accumulation=accumulation, world_size=world, rank=rank, start_step=start, max_steps=STEPS)
         if kind == "c2i":
-            yield from StepBatchSampler(37, 24 // world // accumulation, visits=24 * start, **place)
+            yield from StepBatchSampler(37, 24 // world // accumulation, samples_seen=24 * start, **place)
         else:
-            yield from PackedBatchSampler(PACKED, visits=world * accumulation * start, **place)
+            yield from BucketBatchSampler(PACKED, samples_seen=world * accumulation * start, **place)
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.1), (0.3, 0.25), (0.0, 1.0), (1.0, 0.0)])
@@ -79,7 +80,7 @@ def visits(dataset, sampler_of, world, accumulation, workers=0, start=0):
     out = {}
     for rank in range(world):
         place = dict(seed=3, accumulation=accumulation, world_size=world, rank=rank, start_step=start, max_steps=6)
-        loader = DataLoader(KeyedDataset(dataset, 3), batch_sampler=sampler_of(start, **place), num_workers=workers)
+        loader = DataLoader(ReplacingDataset(dataset, 3), batch_sampler=sampler_of(start, **place), num_workers=workers)
         for batch in loader:
             for k, position in enumerate(batch["position"].tolist()):
                 pixels = hashlib.sha256(batch["image"][k].numpy().tobytes()).hexdigest()
@@ -89,7 +90,7 @@ def visits(dataset, sampler_of, world, accumulation, workers=0, start=0):
 
 def test_captions_do_not_depend_on_ranks_workers_or_resume(captioned):
     def sampler(start, **place):
-        return PackedBatchSampler(captioned.batches, visits=4 * start, **place)
+        return BucketBatchSampler(captioned.batches, samples_seen=4 * start, **place)
 
     want = visits(captioned, sampler, 1, 4)
     assert len({caption for caption, _ in want.values()}) > 10
@@ -120,9 +121,11 @@ def test_mirrors_and_posterior_noise_do_not_depend_on_the_split(tmp_path):
     def encoded(world, accumulation):
         out, hashes = {}, {}
         for rank in range(world):
-            place = dict(seed=3, accumulation=accumulation, world_size=world, rank=rank, start_step=0, max_steps=6, visits=0)
+            place = dict(
+                seed=3, accumulation=accumulation, world_size=world, rank=rank, start_step=0, max_steps=6, samples_seen=0
+            )
             sampler = StepBatchSampler(12, 8 // world // accumulation, **place)
-            for batch in DataLoader(KeyedDataset(Pictures(), 3), batch_sampler=sampler):
+            for batch in DataLoader(ReplacingDataset(Pictures(), 3), batch_sampler=sampler):
                 for k, latent in enumerate(latents(run, batch)):
                     key = int(batch["step"][k]), int(batch["position"][k])
                     out[key], hashes[key] = latent, batch["image"][k].numpy().tobytes()

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, save_captioned_images, save_tiny_text_encoder
+from helpers.captioned import save_captioned_images
+from helpers.companions import save_tiny_text_encoder
+from helpers.networks import TINY
+from helpers.paths import ROOT
 
 from tim.config import ConfigError, load_config
 from tim.training.loop import train
@@ -17,7 +20,7 @@ from tim.training.sharding import sharding_plugin
 from tim.training.tasks import ClassTask
 
 DIGITS = ROOT / "configs/c2i/digits.yaml"
-WORKER = ROOT / "tests/training/sharding_worker.py"
+WORKER = ROOT / "tests/helpers/sharding_worker.py"
 SMALL = [
     "model.network.params.hidden_size=24", "model.network.params.depth=2", "training.sample_steps=null",
     "training.dtype=float64",

@@ -9,13 +9,17 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, save_captioned_images, save_tiny_text_encoder
-from processes import killed_at, log_of, losses, run, state_of, train
+from helpers.captioned import save_captioned_images
+from helpers.companions import save_tiny_text_encoder
+from helpers.networks import TINY
+from helpers.paths import ROOT
+from helpers.processes import killed_at, log_of, losses, run, state_of, train
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from tim.training.checkpoint import damage, list_checkpoints
-from tim.training.signals import EXIT_AGAIN, StopRequest, ignore_signals, parse_walltime
+from tim.checkpoint.store import find_corruption, list_checkpoints
+from tim.config import parse_walltime
+from tim.training.preemption import EXIT_AGAIN, Preemption, ignore_signals
 
 DIGITS = ROOT / "configs/c2i/digits.yaml"
 SMALL = [
@@ -88,7 +92,7 @@ def test_a_signal_to_one_rank_stops_both_and_any_number_of_processes_goes_on(tmp
     assert run(train, DIGITS, tmp_path / "two", pair, "ClassTask", at, ranks=2, log=log) == [EXIT_AGAIN, EXIT_AGAIN]
     (stopped,) = list_checkpoints(tmp_path / "two" / "checkpoints")
     step = log_of(tmp_path / "two")[-1]["step"]
-    assert stopped.name == f"step-{step:07d}" and 3 <= step <= 4 and damage(stopped) is None
+    assert stopped.name == f"step-{step:07d}" and 3 <= step <= 4 and find_corruption(stopped) is None
     assert f"stopped by SIGTERM after step {step}" in log.read_text()
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     assert run(train, DIGITS, tmp_path / "two", pair, ranks=2, log=log) == [0, 0]
@@ -166,7 +170,7 @@ def test_the_time_limit_leaves_a_checkpoint_in_time(tmp_path):
     assert run(train, DIGITS, tmp_path / "run", own, log=tmp_path / "log") == [EXIT_AGAIN]
     assert time.monotonic() - began < 60
     (last,) = list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert damage(last) is None and last.name == f"step-{log_of(tmp_path / 'run')[-1]['step']:07d}"
+    assert find_corruption(last) is None and last.name == f"step-{log_of(tmp_path / 'run')[-1]['step']:07d}"
     assert "stopped by the time limit training.walltime" in (tmp_path / "log").read_text()
 
 
@@ -192,7 +196,7 @@ def test_data_workers_leave_signals_to_the_trainer():
 
 
 def test_the_time_limit_allows_for_the_slowest_step_and_save():
-    stop = StopRequest(None, 100.0)
+    stop = Preemption(None, 100.0)
     stop.begin_step()
     assert stop.end_step() is None
     stop.saved(40.0)
@@ -204,7 +208,7 @@ def test_the_time_limit_allows_for_the_slowest_step_and_save():
 
 def test_handlers_are_given_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with StopRequest(None, None):
+    with Preemption(None, None):
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 

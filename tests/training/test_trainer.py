@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import GOLDENS, ROOT, command, logged_steps, save_tiny_kl, start_and_kill
+from helpers.commands import command, logged_steps, start_and_kill
+from helpers.companions import save_tiny_kl
+from helpers.paths import GOLDENS, ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

@@ -7,17 +7,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import (
-    GOLDENS,
-    ROOT,
-    TINY,
-    command,
-    logged_steps,
-    save_captioned_images,
-    save_tiny_dc,
-    save_tiny_text_encoder,
-    start_and_kill,
-)
+from helpers.captioned import save_captioned_images
+from helpers.commands import command, logged_steps, start_and_kill
+from helpers.companions import save_tiny_dc, save_tiny_text_encoder
+from helpers.networks import TINY
+from helpers.paths import GOLDENS, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 
 from tim.config import Data
-from tim.data.images import center_crop, decode, list_images, to_tensor
-from tim.data.keyed import PROBED, first_readable
+from tim.data.replacement import PROBED, first_readable
 from tim.data.shards import Shards
+from tim.images import center_crop, decode, list_images, to_tensor
 
 
 class C2IDataset(ABC):

@@ -1,6 +1,6 @@
 """REPA features made once: `features_dir/<class>/<name>.safetensors` with `features` (2, N, D), of an image and its mirror.
 
-features.json in features_dir says what they depend on; `tim.data.feature_cache` writes both.
+features.json in features_dir says what they depend on; `tim.preparation.feature_cache` writes both.
 """
 
 import json
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from tim.config import Config, Dataset
 from tim.data.c2i import C2IDataset, ImageFolderDataset, LatentDataset
-from tim.files import write_tensors
-from tim.models.loading import sha256
+from tim.files import sha256, write_tensors
 
 RECORD = "features.json"
 
@@ -98,7 +97,7 @@ def read_features(path: Path, shape: Sequence[int], mirror: int) -> Tensor:
         raise ValueError(f"{path} is not a file of features: {error}") from error
 
 
-def damage(path: Path, shape: Sequence[int]) -> str | None:
+def find_corruption(path: Path, shape: Sequence[int]) -> str | None:
     """Why a file does not hold `features` of this shape, or None; the size of the file is compared with its header."""
     try:
         with safe_open(path, framework="pt") as f:
@@ -114,7 +113,7 @@ def write_features(path: Path, features: Tensor) -> None:
     Raises:
         OSError: when what reached the disk is not what was written.
     """
-    write_tensors(path, {"features": features.contiguous()}, lambda partial: damage(partial, features.shape))
+    write_tensors(path, {"features": features.contiguous()}, lambda partial: find_corruption(partial, features.shape))
 
 
 def read_record(root: Path) -> dict[str, Any]:

@@ -27,10 +27,10 @@ def write_latent(path: Path, latent: Tensor, label: int) -> None:
     Raises:
         OSError: when what reached the disk is not what was written.
     """
-    write_tensors(path, {"latent": latent.contiguous(), "label": torch.tensor(label)}, damage)
+    write_tensors(path, {"latent": latent.contiguous(), "label": torch.tensor(label)}, find_corruption)
 
 
-def damage(path: Path) -> str | None:
+def find_corruption(path: Path) -> str | None:
     """Why a file is no latent file, or None; reads the header, and compares the size of the file with it."""
     try:
         with safe_open(path, framework="pt") as f:

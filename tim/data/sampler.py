@@ -10,7 +10,7 @@ from tim import rng
 
 
 class SampleKey(NamedTuple):
-    """One visit: which optimiser step, which place in its global batch of `total`, which sample of the dataset."""
+    """One reading of a sample: its optimiser step, its place in the global batch of `total`, its number in the dataset."""
 
     step: int
     position: int
@@ -24,23 +24,23 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return rng.generator(seed, "order", step=epoch).permutation(size)
 
 
-def sample_index(seed: int, visit: int, size: int) -> int:
-    """The dataset index of the visit-th sample of a run; epochs follow one another without a gap."""
-    epoch, place = divmod(visit, size)
-    return int(epoch_order(seed, epoch, size)[place])
+def sample_index(seed: int, place: int, size: int) -> int:
+    """The dataset index of the place-th sample of a run; epochs follow one another without a gap."""
+    epoch, rest = divmod(place, size)
+    return int(epoch_order(seed, epoch, size)[rest])
 
 
 class BatchOrder:
     """Micro-batches of one rank from `start_step` to `max_steps`; subclasses say which samples they hold.
 
     Args:
-        visits_per_step: samples or packed batches that a step visits over all ranks and micro-batches.
-        visits: how many were visited before start_step.
+        samples_per_step: what a step takes over all ranks and micro-batches; samples, or packed batches of buckets.
+        samples_seen: how many of them were taken before start_step.
     """
 
     def __init__(
         self,
-        visits_per_step: int,
+        samples_per_step: int,
         *,
         seed: int,
         accumulation: int,
@@ -48,18 +48,18 @@ class BatchOrder:
         rank: int,
         start_step: int,
         max_steps: int,
-        visits: int,
+        samples_seen: int,
     ) -> None:
-        self.visits_per_step, self.seed = visits_per_step, seed
+        self.samples_per_step, self.seed = samples_per_step, seed
         self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
-        self.start_step, self.max_steps, self.visits = start_step, max_steps, visits
+        self.start_step, self.max_steps, self.samples_seen = start_step, max_steps, samples_seen
 
     def __len__(self) -> int:
         return max(0, self.max_steps - self.start_step) * self.accumulation
 
 
 class StepBatchSampler(BatchOrder):
-    """Batches of any samples of one size; a step visits batch_size x accumulation x world_size of them.
+    """Batches of any samples of one size; a step takes batch_size x accumulation x world_size of them.
 
     Position p of the global batch belongs to micro-batch (p // world) mod accumulation of rank p mod world: every
     micro-batch of every rank is an even comb through the global batch, so all see the same mix of diffusion,
@@ -76,16 +76,16 @@ class StepBatchSampler(BatchOrder):
         self.size = size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        total = self.visits_per_step
+        total = self.samples_per_step
         stride = self.world_size * self.accumulation
         for step in range(self.start_step, self.max_steps):
-            first = self.visits + (step - self.start_step) * total
+            first = self.samples_seen + (step - self.start_step) * total
             for micro in range(self.accumulation):
                 places = range(micro * self.world_size + self.rank, total, stride)
                 yield [SampleKey(step, p, sample_index(self.seed, first + p, self.size), total) for p in places]
 
 
-class PackedBatchSampler(BatchOrder):
+class BucketBatchSampler(BatchOrder):
     """Packed batches: each has one picture size, batches differ in size and length.
 
     One step takes world x accumulation packed batches; batch j of them is micro-batch j // world of rank j mod world.
@@ -102,9 +102,9 @@ class PackedBatchSampler(BatchOrder):
         self.batches = batches
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        count = self.visits_per_step
+        count = self.samples_per_step
         for step in range(self.start_step, self.max_steps):
-            first = self.visits + (step - self.start_step) * count
+            first = self.samples_seen + (step - self.start_step) * count
             members = [self._members(first + j) for j in range(count)]
             positions = interleave([len(m) for m in members])
             total = sum(len(m) for m in members)
@@ -112,10 +112,10 @@ class PackedBatchSampler(BatchOrder):
                 j = micro * self.world_size + self.rank
                 yield [SampleKey(step, p, i, total) for p, i in zip(positions[j], members[j], strict=True)]
 
-    def _members(self, visit: int) -> list[int]:
-        """The samples of the visit-th batch of the run, in this epoch's order."""
-        epoch, _ = divmod(visit, len(self.batches))
-        batch = sample_index(self.seed, visit, len(self.batches))
+    def _members(self, place: int) -> list[int]:
+        """The samples of the place-th batch of the run, in this epoch's order."""
+        epoch, _ = divmod(place, len(self.batches))
+        batch = sample_index(self.seed, place, len(self.batches))
         order = rng.generator(self.seed, "shuffle", epoch, batch).permutation(len(self.batches[batch]))
         return [int(self.batches[batch][k]) for k in order]
 

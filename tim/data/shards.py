@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tim.data.images import IMAGE_SUFFIXES
+from tim.images import IMAGE_SUFFIXES
 
 VERSION = 1  # of the index files
 BLOCK = 512  # bytes; tar pads everything to this

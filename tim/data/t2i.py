@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from tim.config import Config, Data
-from tim.data.images import open_on_white, to_tensor
+from tim.images import open_on_white, to_tensor
 
 BUCKET = re.compile(r"(?:.+-)?([0-9]+)x([0-9]+)")
 KEYS = ("image_file", "bucket", "captions")

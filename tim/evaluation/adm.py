@@ -14,7 +14,7 @@ from tim.evaluation.images import ImageFiles, npz_arrays, npz_names, open_images
 from tim.evaluation.inception import InceptionV3
 from tim.evaluation.metrics import inception_score, precision_recall
 from tim.evaluation.record import describe_samples
-from tim.models.loading import sha256
+from tim.files import sha256
 
 REFERENCE_ROWS = 10_000  # real images in precision and recall, as many as ADM's reference batches hold
 STATISTICS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names in ADM's reference batches

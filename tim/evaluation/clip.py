@@ -13,7 +13,8 @@ from torch.nn import functional as nnf
 from torchvision.transforms import InterpolationMode, functional
 
 from tim.config import nearest
-from tim.models.loading import model_identity, sha256
+from tim.files import sha256
+from tim.models.loading import model_identity
 
 OPEN_CLIP = "open_clip:"
 BICUBIC = InterpolationMode.BICUBIC

@@ -20,7 +20,7 @@ from tim.evaluation.images import ImageFiles
 from tim.evaluation.mjhq import OVERALL, categories_of
 from tim.evaluation.record import describe_samples
 from tim.files import replacing
-from tim.generation.prompts import read_mjhq
+from tim.generation.prompt_sets import read_mjhq
 
 TEXTS = 256  # prompts a batch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from tim.data.images import IMAGE_SUFFIXES
+from tim.images import IMAGE_SUFFIXES
 
 SHOWN = 5  # files named in an error
 

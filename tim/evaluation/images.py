@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tim.data.images import read_png
 from tim.evaluation.files import check_one_size, find_images, fingerprint
+from tim.images import read_png
 
 Transform = Callable[[np.ndarray], Tensor]
 LOCAL_HEADER = 30  # bytes of a zip member's fixed header; name and extra field follow

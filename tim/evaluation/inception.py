@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tim.evaluation.graphdef import Graph
-from tim.models.loading import read_state_dict, sha256
+from tim.files import sha256
+from tim.models.loading import read_state_dict
 
 POOL3, SPATIAL, CLASSES = 2048, 2023, 1008
 SIDE = 299  # pixels of the network's input

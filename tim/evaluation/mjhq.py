@@ -18,8 +18,7 @@ from tim.evaluation.frechet import Statistics, distance, streaming_statistics
 from tim.evaluation.images import ImageFiles, npz_arrays, npz_names
 from tim.evaluation.inception import tensorflow_resize
 from tim.evaluation.record import describe_samples
-from tim.files import replacing
-from tim.models.loading import sha256
+from tim.files import replacing, sha256
 
 SIDE = 299  # pixels, Inception's input
 OVERALL = "overall"

@@ -21,13 +21,13 @@ from tqdm import tqdm
 import tim
 from tim import rng
 from tim.config import Config
-from tim.data.images import make_grid, save_png, shrink, to_uint8
-from tim.distributed import frozen_dtype, set_tf32
-from tim.files import write_json
+from tim.distributed import inference_dtype, set_tf32
+from tim.files import sha256, write_json
 from tim.generation.jobs import Job
 from tim.generation.settings import SampleSettings
+from tim.images import make_grid, save_png, shrink, to_uint8
 from tim.models.autoencoders import Autoencoder
-from tim.models.loading import load_strict, read_state_dict, sha256
+from tim.models.loading import load_strict, read_state_dict
 from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transports import Transport
 
@@ -168,7 +168,7 @@ def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dt
     """The dtype the network samples in."""
     if wanted != "auto":
         return getattr(torch, wanted)
-    return frozen_dtype(config.training.mixed_precision, device)
+    return inference_dtype(config.training.mixed_precision, device)
 
 
 def run_sampling(sampler: Sampler, job: Job, folder: Path, weights: Path, extra: dict[str, Any], state: PartialState) -> None:

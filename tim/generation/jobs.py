@@ -6,8 +6,8 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from tim.data.images import read_png, save_png
 from tim.files import replacing
+from tim.images import read_png, save_png
 
 
 class Job(Protocol):

@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from tim.data.grids import labelled_grid
-from tim.data.images import read_png, save_png
-from tim.generation.prompts import PromptFilesJob, PromptJob
+from tim.generation.prompt_sets import PromptFilesJob, PromptJob
 from tim.generation.settings import SampleSettings, add_sample_arguments, settings_from
+from tim.images import labelled_grid, read_png, save_png
 
 GRID_ROWS, GRID_IMAGES = 16, 4  # prompts, and images of each prompt and number of steps, in a labelled grid
 
@@ -55,12 +54,12 @@ def draw(args: argparse.Namespace, job: PromptJob, runs: list[SampleSettings], p
     """
     from accelerate import PartialState
 
+    from tim.checkpoint.weights import find_weights
     from tim.config import load_config
     from tim.distributed import use_cpu
     from tim.generation import engine
     from tim.generation.captions import CaptionConditions
     from tim.models.text_encoders import build_text_encoder
-    from tim.training.weights import find_weights
 
     config = load_config(args.config)
     if args.text_padding:

@@ -1,6 +1,5 @@
 """Weights from files: safetensors or pickled tensors read without unpickling code, loaded strictly."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from tim.files import sha256
 
 WRAPPERS = ("ema", "model", "state_dict", "module")  # keys under which training frameworks nest a state dict
 
@@ -92,12 +93,3 @@ def model_identity(name: str, config: Any = None) -> dict[str, Any]:
         return {"name": name, "revision": getattr(config, "_commit_hash", None)}
     weights = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")}
     return {"name": folder.resolve().name, "weights_sha256": weights}
-
-
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from tim.config import Model
-from tim.models.loading import sha256
+from tim.files import sha256
 
 PADDINGS = ("mask", "batch")
 IDENTIFYING = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of configs, vocabularies and weights

@@ -50,7 +50,7 @@ class _Posted:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-class StepGuard:
+class NonFiniteGuard:
     """Judges every step by its gradient norm and writes down the samples behind a problem.
 
     A step is skipped when its norm is not finite; when it is exactly 0, which is what remains if no sample of the global
@@ -172,7 +172,7 @@ def take_step(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.
 
     Args:
         optimizer: the bare one; its gradients are unscaled.
-        skip: see `StepGuard.judge`.
+        skip: see `NonFiniteGuard.judge`.
         scaler: has unscaled the gradients, and adapts its scale now.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):

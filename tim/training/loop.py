@@ -14,11 +14,11 @@ from tim.data.prefetch import Prefetcher
 from tim.training.bad_samples import ALL_FILES
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
 from tim.training.logging import RunLogger
+from tim.training.preemption import EXIT_AGAIN
 from tim.training.preview import save_preview
-from tim.training.session import Session
+from tim.training.resume import CheckpointManager
 from tim.training.setup import Run, build_loader, build_run
 from tim.training.sharding import clip_gradients, no_sync
-from tim.training.signals import EXIT_AGAIN
 from tim.training.tasks import Task
 
 
@@ -44,9 +44,9 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
         print(summary(run), flush=True)
     if dry_run:
         return
-    session = Session(run)
-    with session.stop:
-        start_step, visits = session.resume()
+    checkpoints = CheckpointManager(run)
+    with checkpoints.preemption:
+        start_step, samples_seen = checkpoints.resume()
         max_steps = config.training.max_train_steps
         if start_step >= max_steps:
             if main:
@@ -61,23 +61,23 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
             run.accelerator.init_trackers(t.tracker_project_name, init_kwargs={t.tracker: t.tracker_kwargs})
         logger = RunLogger(run.accelerator, project_dir, start_step, max_steps)
         try:
-            run_steps(run, session, logger, start_step, visits)
+            run_steps(run, checkpoints, logger, start_step, samples_seen)
         finally:
             logger.close()
-            session.close()
+            checkpoints.close()
             for tracker in run.accelerator.trackers:
                 tracker.finish()
 
 
-def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, visits: int) -> None:
+def run_steps(run: Run, checkpoints: CheckpointManager, logger: RunLogger, start_step: int, samples_seen: int) -> None:
     """The loop proper, from start_step to max_train_steps."""
-    t, accelerator, guard, stop = run.config.training, run.accelerator, session.guard, session.stop
-    bad_samples = session.bad_samples
-    loader = build_loader(run, start_step, visits)
+    t, accelerator, guard = run.config.training, run.accelerator, checkpoints.guard
+    bad_samples = checkpoints.bad_samples
+    loader = build_loader(run, start_step, samples_seen)
     batches = Prefetcher(loader, accelerator.device)
     run.model.train()
     for step in range(start_step + 1, t.max_train_steps + 1):
-        stop.begin_step()
+        checkpoints.preemption.begin_step()
         log, seen = {}, []
         for micro in range(t.gradient_accumulation_steps):
             batch = next(batches)
@@ -90,14 +90,14 @@ def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, vi
             for key, value in values.items():
                 log[key] = log.get(key, 0) + value / t.gradient_accumulation_steps
         grad_norm = clip_gradients(accelerator, run.model, t.max_grad_norm)
-        check(run, session, guard.poll(), visits)  # of the step before: the device is done with it, nothing waits
+        check(run, checkpoints, guard.poll(), samples_seen)  # of the step before: the device is done with it, nothing waits
         skip = guard.judge(grad_norm, loss_scale(accelerator))
         take_step(run.optimizer.optimizer, skip, accelerator.scaler)
         run.optimizer.zero_grad(set_to_none=True)
         run.lr_scheduler.step()
         if run.ema is not None:
             run.ema.update(run.network, skip)
-        visits += loader.batch_sampler.visits_per_step
+        samples_seen += loader.batch_sampler.samples_per_step
         guard.post(step, grad_norm, seen)
         logger.step(batches.waited(), int(batch["total"][0]))
 
@@ -117,11 +117,11 @@ def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, vi
                     f"step {step}: {record['dropped']:.2%} of the samples have non-finite latents, predictions or targets "
                     f"and were left out; see {guard.path.name}"
                 )
-            check(run, session, verdict, visits)
-        reason = stop.end_step()
+            check(run, checkpoints, verdict, samples_seen)
+        reason = checkpoints.preemption.end_step()
         if reason or done or too_many or step % t.checkpointing_steps == 0 or step in t.checkpoint_list:
-            check(run, session, guard.poll(), visits)
-            session.save(step, visits)
+            check(run, checkpoints, guard.poll(), samples_seen)
+            checkpoints.save(step, samples_seen)
         if t.sample_steps and (step % t.sample_steps == 0 or done) and not reason:
             save_preview(run, step)
         if too_many:
@@ -131,28 +131,28 @@ def run_steps(run: Run, session: Session, logger: RunLogger, start_step: int, vi
                 f"{ALL_FILES}, delete these, and start again"
             )
         if reason and not done:
-            session.saver.wait()
+            checkpoints.saver.wait()
             accelerator.print(f"stopped by {reason} after step {step}; run the same command again to continue")
             raise SystemExit(EXIT_AGAIN)
 
 
-def check(run: Run, session: Session, verdict: Verdict | None, visits: int) -> None:
+def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, samples_seen: int) -> None:
     """Report a step that was skipped; at the third in a row save and stop.
 
     Args:
-        verdict: of the last step whose weights are the present ones. visits: up to there.
+        verdict: of the last step whose weights are the present ones. samples_seen: up to there.
     """
     if verdict is None or not verdict.problem:
         return
     in_a_row = f" ({verdict.bad_steps} in a row)" if verdict.bad_steps else ""
-    run.accelerator.print(f"step {verdict.step}: {verdict.problem}, step skipped{in_a_row}; see {session.guard.path.name}")
+    run.accelerator.print(f"step {verdict.step}: {verdict.problem}, step skipped{in_a_row}; see {checkpoints.guard.path.name}")
     if verdict.bad_steps >= MAX_BAD_STEPS:
         run.optimizer.zero_grad(set_to_none=True)
-        session.save(verdict.step, visits)
+        checkpoints.save(verdict.step, samples_seen)
         raise RuntimeError(
             f"{MAX_BAD_STEPS} steps in a row without a finite gradient, stopped at step {verdict.step} with the last good "
             "weights saved; lower training.learning_rate, or use training.mixed_precision=bf16, and run again. "
-            f"{session.guard.path.name} names the samples"
+            f"{checkpoints.guard.path.name} names the samples"
         )
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from tim import rng
-from tim.data.images import make_grid, save_png, to_uint8
+from tim.images import make_grid, save_png, to_uint8
 from tim.schedulers.sampling import sample
 from tim.training.compilation import eager_blocks
 from tim.training.setup import Run

@@ -12,17 +12,17 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
+from tim.checkpoint.weights import start_from
 from tim.config import Config
-from tim.data.keyed import KeyedDataset
-from tim.distributed import set_tf32, use_cpu
+from tim.data.replacement import ReplacingDataset
+from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.schedulers.transition import TransitionSchedule
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
-from tim.training.sharding import is_sharded, shard, sharding_plugin
-from tim.training.signals import ignore_signals
+from tim.training.preemption import ignore_signals
+from tim.training.sharding import shard, sharding_plugin
 from tim.training.tasks import Task
-from tim.training.weights import start_from
 
 
 @dataclass
@@ -112,7 +112,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     task.check(network)
 
     ema = EMA(network, m.ema_decay) if m.use_ema else None
-    schedule.lockstep = place(network, ema, plugin, accelerator)
+    schedule.lockstep = to_device_or_shard(network, ema, plugin, accelerator)
     if t.compile:
         compile_blocks(network)
         if schedule.derivative_type == "jvp":
@@ -139,7 +139,9 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     )  # fmt: skip
 
 
-def place(network: nn.Module, ema: EMA | None, plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> bool:
+def to_device_or_shard(
+    network: nn.Module, ema: EMA | None, plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator
+) -> bool:
     """Move network and moving average to this process's device, sharded as the plugin says; returns whether they are."""
     if plugin is not None and accelerator.num_processes == 1:
         warnings.warn("training.fsdp_config has no effect with one process: nothing is sharded", stacklevel=2)
@@ -152,8 +154,8 @@ def place(network: nn.Module, ema: EMA | None, plugin: FullyShardedDataParallelP
     return plugin is not None
 
 
-def build_loader(run: Run, start_step: int, visits: int) -> DataLoader:
-    """This rank's micro-batches from start_step on; `visits` counts what was visited before it."""
+def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
+    """This rank's micro-batches from start_step on; `samples_seen` counts what was taken before it."""
     sampler = run.task.sampler(
         run.config,
         seed=run.seed,
@@ -162,10 +164,10 @@ def build_loader(run: Run, start_step: int, visits: int) -> DataLoader:
         rank=run.accelerator.process_index,
         start_step=start_step,
         max_steps=run.config.training.max_train_steps,
-        visits=visits,
+        samples_seen=samples_seen,
     )
     return DataLoader(
-        KeyedDataset(run.task.dataset, run.seed),
+        ReplacingDataset(run.task.dataset, run.seed),
         batch_sampler=sampler,
         num_workers=run.config.data.dataloader.num_workers,
         pin_memory=run.accelerator.device.type == "cuda",

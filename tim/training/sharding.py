@@ -20,6 +20,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tim.distributed import is_sharded
+
 NO_EFFECT = {
     "backward_prefetch", "cpu_ram_efficient_loading", "forward_prefetch", "limit_all_gathers", "min_num_params",
     "state_dict_type", "sync_module_states", "use_orig_params",
@@ -109,11 +111,6 @@ def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: to
     for unit in reversed(units):
         fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward or not trained)
     fully_shard(network, mesh=mesh)
-
-
-def is_sharded(network: nn.Module) -> bool:
-    """Whether `shard` has been here."""
-    return isinstance(network, FSDPModule)
 
 
 def reshard(network: nn.Module) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tim.config import Config
 from tim.data.c2i import build_c2i_dataset
 from tim.data.features import CachedFeatures, check_features, has_features
-from tim.data.keyed import PROBED, Samples, first_readable
-from tim.data.sampler import PackedBatchSampler, StepBatchSampler
+from tim.data.replacement import PROBED, Samples, first_readable
+from tim.data.sampler import BucketBatchSampler, StepBatchSampler
 from tim.data.t2i import build_t2i_dataset
-from tim.distributed import frozen_dtype
+from tim.distributed import inference_dtype
 from tim.models.autoencoders import Autoencoder
 from tim.models.text_encoders import build_text_encoder
 
@@ -35,7 +35,7 @@ class Task(Protocol):
         """Compare data, conditions and network; ValueError when they do not fit."""
         ...
 
-    def sampler(self, config: Config, **place: int) -> StepBatchSampler | PackedBatchSampler:
+    def sampler(self, config: Config, **place: int) -> StepBatchSampler | BucketBatchSampler:
         """The order of samples of one rank."""
         ...
 
@@ -105,7 +105,7 @@ class CaptionTask:
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
         m, self.vae = config.model, vae
-        self.encoder = build_text_encoder(m, frozen_dtype(config.training.mixed_precision, device), device)
+        self.encoder = build_text_encoder(m, inference_dtype(config.training.mixed_precision, device), device)
         self.dataset = build_t2i_dataset(config.data, (vae.factor if vae else 1) * m.network.params.get("patch_size", 2))
         self.drop_prob = m.proportion_empty_prompts
         self.null_y, _ = self.encoder([""])  # (1, M, width)
@@ -116,9 +116,9 @@ class CaptionTask:
         first_readable(self.dataset, self.dataset.batches[0][:PROBED], "data.dataset.root_dir")
         check_latents((3, *self.dataset.size(int(self.dataset.batches[0][0]))), network, self.vae)
 
-    def sampler(self, config: Config, **place: int) -> PackedBatchSampler:
+    def sampler(self, config: Config, **place: int) -> BucketBatchSampler:
         """The batches of packed_json."""
-        return PackedBatchSampler(self.dataset.batches, **place)
+        return BucketBatchSampler(self.dataset.batches, **place)
 
     def conditions(self, batch: dict[str, Any], dropped: Tensor) -> tuple[dict, dict]:
         """Text features (B, M, width) and mask (B, M), those of the empty caption where dropped."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tim.models.loading import sha256
+from tim.files import sha256
 
 MODEL = "damo/mplug_visual-question-answering_coco_large_en"
 INSTALL = "in an environment of its own: pip install -r projects/evaluate/dpg_bench/requirements_mplug.txt"

@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from tim.data.images import open_rgb
 from tim.evaluation.dpg.answers import answer_rows, read_answers
 from tim.evaluation.dpg.grid import check_grids, cut_grid, grid_side
 from tim.evaluation.dpg.judges import load_judge
@@ -18,9 +17,9 @@ from tim.evaluation.dpg.questions import Question, read_questions
 from tim.evaluation.dpg.scoring import result_text, score_answers, summary
 from tim.evaluation.files import SHOWN, find_images, some, stamp
 from tim.evaluation.record import describe_samples, write_result
-from tim.evaluation.work import map_items
-from tim.files import write_json
-from tim.models.loading import sha256
+from tim.files import sha256, write_json
+from tim.images import open_rgb
+from tim.resumable import map_items
 
 Questions = Mapping[str, Sequence[Question]]
 

@@ -13,7 +13,8 @@ from tim.evaluation.geneval.mask2former import (
     prepare_image,
     swin_s_config,
 )
-from tim.models.loading import read_state_dict, sha256
+from tim.files import sha256
+from tim.models.loading import read_state_dict
 
 
 def load_detector(model_path: str, device: torch.device) -> Detector:

@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from tim.data.images import open_rgb
 from tim.evaluation.clip import load_clip
 from tim.evaluation.files import some, stamp
 from tim.evaluation.geneval.colors import ColorClassifier
@@ -21,7 +20,8 @@ from tim.evaluation.geneval.options import Options
 from tim.evaluation.geneval.rules import check_metadata, details, judge, keep_objects
 from tim.evaluation.geneval.summary import summarize, write_results
 from tim.evaluation.record import describe_samples, write_result
-from tim.evaluation.work import map_items
+from tim.images import open_rgb
+from tim.resumable import map_items
 
 METADATA = "metadata.jsonl"
 

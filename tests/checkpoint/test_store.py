@@ -1,0 +1,112 @@
+"""Checkpoints: whole or absent, verified, retired in order."""
+
+import pytest
+import torch
+
+from tim.checkpoint.store import (
+    find_corruption,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from tim.training.ema import EMA
+
+
+@pytest.fixture
+def trained(tiny_c2i):
+    optimizer = torch.optim.AdamW(tiny_c2i.parameters(), lr=1e-3)
+    ema = EMA(tiny_c2i, 0.9)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.4])
+    for _ in range(2):
+        tiny_c2i(x, t, t / 2, torch.tensor([1, 2])).square().mean().backward()
+        optimizer.step()
+        ema.update(tiny_c2i)
+    return tiny_c2i, ema, optimizer
+
+
+def test_ema_follows_the_weights(trained):
+    network, ema, _ = trained
+    before = [p.clone() for p in ema.network.parameters()]
+    ema.update(network)
+    for old, new, p in zip(before, ema.network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * p.detach())
+    assert not any(p.requires_grad for p in ema.network.parameters())
+
+
+def test_round_trip_is_exact(trained, tmp_path):
+    network, ema, optimizer = trained
+    path = save_checkpoint(tmp_path, 7, network, ema.network, optimizer, {"seed": 3})
+    want = [v.clone() for m in (network, ema.network) for v in m.state_dict().values()]
+    moments = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    with torch.no_grad():
+        for p in (*network.parameters(), *ema.network.parameters()):
+            p.add_(1)
+    for s in optimizer.state.values():
+        s["exp_avg"].zero_()
+    state = load_checkpoint(path, network, ema.network, optimizer)
+    assert state == {"step": 7, "seed": 3}
+    got = [v for m in (network, ema.network) for v in m.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, optimizer.state.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_damage_is_named_and_passed_over(trained, tmp_path, name, how):
+    network, ema, optimizer = trained
+    good = save_checkpoint(tmp_path, 1, network, ema.network, optimizer, {})
+    bad = save_checkpoint(tmp_path, 2, network, ema.network, optimizer, {})
+    file = bad / name
+    content = bytearray(file.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "cut":
+        file.write_bytes(content[:-1])
+    else:
+        file.unlink()
+    assert find_corruption(good) is None
+    assert find_corruption(bad) is not None
+    with pytest.warns(UserWarning, match="damaged checkpoint"):
+        assert latest_checkpoint(tmp_path) == good
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(bad, network, ema.network, optimizer)
+
+
+def test_an_unfinished_save_is_no_checkpoint(trained, tmp_path, monkeypatch):
+    network, ema, optimizer = trained
+    good = save_checkpoint(tmp_path, 1, network, ema.network, optimizer, {})
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tim.checkpoint.store._flush", crash)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 2, network, ema.network, optimizer, {})
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) == good
+    assert latest_checkpoint(save_checkpoint(tmp_path, 2, network, ema.network, optimizer, {}).parent).name == "step-0000002"
+
+
+def test_retention_keeps_the_newest_and_the_listed(trained, tmp_path):
+    network, _, optimizer = trained
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, network, None, optimizer, {})
+    prune_checkpoints(tmp_path, 2, keep_steps=[1])
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000001", "step-0000004", "step-0000005"]
+    prune_checkpoints(tmp_path, None, [])
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
+    from helpers.networks import TINY
+
+    from tim.models.c2i.tim_model import TiM
+
+    network, ema, optimizer = trained
+    path = save_checkpoint(tmp_path, 1, network, ema.network, optimizer, {})
+    other = TiM(num_classes=10, **{**TINY, "depth": 3})
+    with pytest.raises(ValueError, match=r"blocks\.2\."):
+        load_checkpoint(path, other, None, torch.optim.AdamW(other.parameters()))

@@ -1,0 +1,1 @@
+"""What the tests share: paths, commands, small models and data."""

@@ -1,0 +1,70 @@
+"""Running the project's commands: inside this process, by torchrun, or to be killed."""
+
+import contextlib
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers.paths import ROOT
+
+
+def command(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a project entry point: by torchrun for several processes, else inside this one, which saves the imports."""
+    words = list(map(str, args))
+    if processes > 1:
+        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*head, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    else:
+        done = run_inside(words)
+    if check and done.returncode:
+        raise AssertionError(f"{args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def start_and_kill(words: list, ready: Callable[[], bool]) -> None:
+    """Start a command in a process of its own and kill -9 it as soon as `ready`; it must not have ended before."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not ready():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+
+
+def logged_steps(project: Path) -> int:
+    """Lines of a training run's log.jsonl."""
+    log = project / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.is_file() else 0
+
+
+def run_inside(words: list[str]) -> subprocess.CompletedProcess:
+    """Run a script as __main__ in this process, from the repository root, and catch what it prints and returns."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, folder = sys.argv, os.getcwd()
+    sys.argv = words
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+        reset_accelerate()
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def reset_accelerate() -> None:
+    """Forget the mixed precision of the last Accelerator."""
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(True)

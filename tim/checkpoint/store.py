@@ -1,0 +1,204 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint `checkpoints/step-0001000/` is written to a temporary folder, flushed to disk, closed with a manifest of
+sizes and sha256, read back against it, and renamed into place. Old ones go only after that.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tim.checkpoint.formats import Snapshot, read_into, take_snapshot, write_full, write_sharded
+from tim.distributed import on_all_ranks
+from tim.files import sha256
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    network: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    scaler: torch.amp.GradScaler | None = None,
+    sharded: bool = False,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write `root/step-N` at once: a snapshot, then `write_checkpoint`. Collective.
+
+    Args:
+        network, ema, optimizer: plain, DDP's or FSDP2's.
+        state: what else the run needs to continue, JSON values only.
+        scaler: the fp16 gradient scaler, when there is one.
+        sharded: every rank writes its own part.
+        group: of `cpu_group`.
+    """
+    return write_checkpoint(root, step, take_snapshot(network, ema, optimizer, scaler, sharded), state, group)
+
+
+def write_checkpoint(
+    root: Path, step: int, snapshot: Snapshot, state: dict[str, Any], group: dist.ProcessGroup | None = None
+) -> Path:
+    """Write a snapshot to `root/step-N`. Collective over `group`, on the CPU alone, so that it may run in a thread.
+
+    Args:
+        group: used by nothing else meanwhile.
+
+    Raises:
+        RuntimeError, OSError: when a rank could not write, or the files read back damaged; on all ranks.
+    """
+    final = root / f"step-{step:07d}"
+    partial = root / f".{final.name}.part"
+    rank = 0 if group is None else dist.get_rank(group)
+
+    def prepare() -> None:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> dict[str, dict[str, Any]]:
+        paths = write_sharded(partial, snapshot, rank, group) if snapshot.sharded else write_full(partial, snapshot, rank)
+        if rank == 0:
+            paths.append(partial / "state.json")
+            paths[-1].write_text(json.dumps({"step": step, "scaler": snapshot.scaler, **state}, indent=1))
+        for path in paths:
+            _flush(path)
+        return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+
+    def finish() -> None:
+        if rank == 0:
+            _put_in_place(partial, final, {name: entry for files in written for name, entry in files.items()})
+
+    on_all_ranks(group, prepare)
+    written = on_all_ranks(group, write)
+    on_all_ranks(group, finish)
+    return final
+
+
+def load_checkpoint(
+    path: Path,
+    network: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+    group: dist.ProcessGroup | None = None,
+    verified: bool = False,
+) -> dict[str, Any]:
+    """Load a checkpoint of either format in place, on any number of processes, and return its `state`. Collective.
+
+    Args:
+        verified: `find_corruption` has been asked already.
+
+    Raises:
+        ValueError: when a file is damaged or belongs to another network.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    problem = on_all_ranks(group, lambda: find_corruption(path) if rank == 0 and not verified else None)[0]
+    if problem:
+        raise ValueError(f"checkpoint {path} is damaged: {problem}")
+    state = json.loads((path / "state.json").read_text())
+    read_into(path, network, ema, optimizer, group)
+    saved_scaler = state.pop("scaler")
+    if scaler is not None and saved_scaler:
+        scaler.load_state_dict(saved_scaler)
+    return state
+
+
+def find_corruption(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None when every file has the size and sha256 of the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"no readable {MANIFEST}"
+
+    def check(name: str) -> str | None:
+        size, digest = files[name]
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
+        return None if sha256(path / name) == digest else f"{name} differs from its sha256"
+
+    with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
+        return next((problem for problem in pool.map(check, files) if problem), None)
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    return sorted(p for p in root.glob("step-*") if p.is_dir()) if root.is_dir() else []
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest undamaged checkpoint; warns about damaged ones it passes over."""
+    for path in reversed(list_checkpoints(root)):
+        problem = find_corruption(path)
+        if problem is None:
+            return path
+        warnings.warn(f"passing over damaged checkpoint {path}: {problem}", stacklevel=2)
+    return None
+
+
+def tidy_checkpoints(root: Path) -> None:
+    """Clear what an interrupted save left: half-written folders go, a checkpoint that was being replaced comes back."""
+    for aside in root.glob(".step-*.old"):
+        final = root / aside.name[1 : -len(".old")]
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
+    for partial in root.glob(".step-*.part"):
+        shutil.rmtree(partial)
+
+
+def prune_checkpoints(root: Path, limit: int | None, keep_steps: list[int]) -> None:
+    """Keep the newest `limit` undamaged checkpoints and those of `keep_steps`, which do not count; delete older ones.
+
+    Nothing is deleted before `limit` newer ones have been read and found undamaged.
+    """
+    names = {f"step-{step:07d}" for step in keep_steps}
+    candidates = [p for p in list_checkpoints(root) if p.name not in names]
+    if limit is None or len(candidates) <= max(1, limit):
+        return
+    good = 0
+    while candidates and good < max(1, limit):
+        good += find_corruption(candidates.pop()) is None
+    if good == max(1, limit):
+        for path in candidates:
+            shutil.rmtree(path)
+
+
+def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Manifest, validation, rename; a checkpoint of the same step is moved aside until the new one stands."""
+    (partial / MANIFEST).write_text(json.dumps(dict(sorted(files.items())), indent=1))
+    _flush(partial / MANIFEST)
+    _flush(partial)
+    problem = find_corruption(partial)
+    if problem:
+        raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")
+    aside = final.with_name(f".{final.name}.old")
+    if final.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    partial.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Reading samples by key: what a reading gives is a function of (seed, step, position) alone, also when a file is broken."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from tim import rng
+from tim.data.sampler import SampleKey
+
+MAX_REPLACEMENTS = 20  # unreadable samples in a row before the reader gives up
+PROBED = 8  # samples tried before a run starts
+
+
+class Samples(Protocol):
+    """What the trainer needs of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, g: np.random.Generator) -> dict[str, Any]:
+        """One sample; `g` decides its augmentation.
+
+        Raises:
+            ValueError, OSError: when its file is missing or unreadable; the message names it.
+        """
+        ...
+
+    def peers(self, index: int) -> np.ndarray:
+        """Samples that may stand in for `index` when it cannot be read."""
+        ...
+
+
+class ReplacingDataset(Dataset):
+    """Samples read by SampleKey. An unreadable one is replaced by a peer drawn from (seed, step, position).
+
+    Every item is the sample's dictionary with its `index`, `step`, `position`, `total` (size of the global batch) and
+    `problem`, the reason why the wanted sample was replaced, empty when it was not.
+    """
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.samples, self.seed = samples, seed
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        index, problem = key.index, ""
+        for attempt in range(MAX_REPLACEMENTS + 1):
+            try:
+                sample = self.samples.load(index, rng.generator(self.seed, "data", key.step, key.position))
+                place = {"index": index, "step": key.step, "position": key.position, "total": key.total}
+                return {**sample, **place, "problem": problem}
+            except (ValueError, OSError) as error:
+                problem = problem or f"sample {index}: {error}"
+                peers = self.samples.peers(index)
+                draw = rng.generator(self.seed, "replace", key.step, key.position).integers(len(peers), size=attempt + 1)
+                index = int(peers[draw[-1]])
+        raise ValueError(f"{MAX_REPLACEMENTS} replacements in a row cannot be read either; first: {problem}")
+
+
+def first_readable(samples: Samples, indices: Iterable[int], key: str = "data.dataset") -> dict[str, Any]:
+    """The first sample among `indices` that can be read, to look at before a run starts.
+
+    Args:
+        key: of the configuration that says where the samples are.
+
+    Raises:
+        ValueError: when none can.
+    """
+    problems = []
+    for index in indices:
+        try:
+            return samples.load(int(index), rng.generator(0, "data"))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    raise ValueError(f"none of the first {len(problems)} samples can be read, check {key}: {problems[0]}")

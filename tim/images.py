@@ -1,0 +1,186 @@
+"""Pixels: files to arrays, arrays to files, arrays to grids."""
+
+import struct
+import textwrap
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from tim.files import replacing
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What Pillow raises for files that are missing, cut short, not images or too large to be honest.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """An image file as RGB: see `decode`.
+
+    Raises:
+        ValueError: when the file is missing or cannot be decoded; the message names it.
+    """
+    return decode(path, str(path))
+
+
+def open_on_white(path: str | Path) -> Image.Image:
+    """`open_rgb`, upright by its EXIF orientation."""
+    return decode(path, str(path), upright=True)
+
+
+def decode(source: str | Path | BinaryIO, name: str, upright: bool = False) -> Image.Image:
+    """An image as RGB: transparent parts on white, 16-bit grey scaled to 8, of an animation the first frame.
+
+    Args:
+        source: path or open file.
+        name: of the image, for the error.
+        upright: turn it by its EXIF orientation.
+
+    Raises:
+        ValueError: when it is missing or cannot be decoded; the message names it.
+    """
+    try:
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened) if upright else opened
+            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+                image = _eight_bits(image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no agreed range; convert the image to 8 bits")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except UNREADABLE as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The upper byte of 16-bit grey."""
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"its pixels lie in [{pixels.min()}, {pixels.max()}] instead of 16 bits; convert the image to 8 bits")
+    return Image.fromarray((pixels // 256).astype(np.uint8))
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve by box filter while twice too large, bicubic to the shorter side, crop the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> np.ndarray:
+    """Images (B, C, H, W) in [-1, 1] to uint8 (B, H, W, 3): round(clamp(127.5 x + 127.5)); one channel becomes grey."""
+    x = (127.5 * x.detach().float().cpu() + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x).permute(0, 2, 3, 1).numpy()
+
+
+def read_png(path: str | Path) -> np.ndarray:
+    """uint8 (H, W, 3) of an image file, an array of its own."""
+    return np.array(open_rgb(path))
+
+
+def save_png(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) so that the file is either whole or absent."""
+    save_image(Path(path), pixels)
+
+
+def save_image(path: Path, pixels: np.ndarray) -> None:
+    """`save_png` in the format of the suffix; .jpg is written at quality 95."""
+    with replacing(path) as partial:
+        if path.suffix == ".jpg":
+            Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
+        else:
+            Image.fromarray(pixels).save(partial, format="PNG")
+
+
+def shrink(image: Image.Image, side: int) -> Image.Image:
+    """Scale down so that the longer side is at most `side`."""
+    return image if max(image.size) <= side else scale_to(image, side)
+
+
+def scale_to(image: Image.Image, side: int) -> Image.Image:
+    """Scale so that the longer side is `side` pixels."""
+    scale = side / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+
+
+def make_grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) -> np.ndarray:
+    """Tile uint8 images (B, H, W, 3) row by row on white, each pixel drawn scale x scale."""
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, h, w, _ = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, 3), 255, dtype=np.uint8)
+    for k, image in enumerate(images):
+        top, left = pad + (k // columns) * (h + pad), pad + (k % columns) * (w + pad)
+        canvas[top : top + h, left : left + w] = image
+    return canvas
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[np.ndarray]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 96
+) -> np.ndarray:
+    """Draw pictures row by row, each row with its label to the left and each column with its label above.
+
+    Args:
+        rows: uint8 pictures (H, W, 3) of any size; they are scaled to fit a cell, small ones by whole factors.
+        cell: side of a cell in pixels.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    font, line = _label_font(), FONT_SIZE + 3
+    wrapped = [textwrap.wrap(label, LABEL_CHARACTERS, max_lines=max(1, cell // line), placeholder="…") for label in row_labels]
+    top = PAD + line
+    canvas = Image.new(
+        "RGB", (LABEL_WIDTH + len(column_labels) * (cell + PAD) + PAD, top + len(rows) * (cell + PAD) + PAD), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    for column, label in enumerate(column_labels):
+        draw.text((LABEL_WIDTH + column * (cell + PAD) + cell / 2, PAD), label, fill="black", font=font, anchor="ma")
+    for k, (pictures, lines) in enumerate(zip(rows, wrapped, strict=True)):
+        y = top + k * (cell + PAD)
+        middle = y + (cell - line * len(lines)) / 2
+        for number, text in enumerate(lines):
+            draw.text((LABEL_WIDTH - 2 * PAD, middle + number * line), text, fill="black", font=font, anchor="ra")
+        for column, picture in enumerate(pictures):
+            image = _fit_cell(picture, cell)
+            x = LABEL_WIDTH + column * (cell + PAD)
+            canvas.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
+    return np.asarray(canvas)
+
+
+def _fit_cell(picture: np.ndarray, cell: int) -> Image.Image:
+    """Scale to fit: up by the largest whole factor, or down."""
+    image = Image.fromarray(picture)
+    factor = cell // max(image.size)
+    if factor >= 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return scale_to(image, cell)
+
+
+@lru_cache(maxsize=1)
+def _label_font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which ships with matplotlib and knows most scripts."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)
+
+
+def list_images(folder: Path) -> Sequence[Path]:
+    """Image files of one folder, sorted by name."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)

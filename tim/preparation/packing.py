@@ -1,0 +1,162 @@
+"""From class folders to tar shards: one sample after the other in the order of the folder, so numbers stay what they were."""
+
+import contextlib
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from tim.data.c2i import list_latents, list_samples, matching_images
+from tim.data.shards import KINDS, ShardIndex, save_index, scan_shard, shard_name, stamp_of
+from tim.images import list_images
+
+
+class Sample(NamedTuple):
+    """One sample to be packed: its key `<class>/<name>`, its files by kind, and the label that goes into a .cls member."""
+
+    key: str
+    files: dict[str, Path]
+    label: int | None
+
+
+def list_sources(latent_dir: str | None, image_dir: str | None) -> list[Sample]:
+    """What is to be packed: latents, each with its image when image_dir is given too, or images alone with their labels.
+
+    Raises:
+        ValueError, FileNotFoundError: when a folder or file is missing, or two files of a class differ in the suffix alone.
+    """
+    if latent_dir is None and image_dir is None:
+        raise ValueError("nothing to pack: name a folder of latents, of images, or both")
+    if latent_dir is None:
+        files, _ = list_samples(image_dir, list_images)
+        samples = [Sample(_key(path), {"image": path}, label) for path, label in files]
+    else:
+        latents = [path for path, _ in list_samples(latent_dir, list_latents)[0]]
+        images = matching_images(latents, Path(image_dir)) if image_dir is not None else [None] * len(latents)
+        samples = [
+            Sample(_key(path), {"latent": path} | ({"image": image} if image else {}), None)
+            for path, image in zip(latents, images, strict=True)
+        ]
+    seen: dict[str, Sample] = {}
+    for sample in samples:
+        if seen.setdefault(sample.key, sample) is not sample:
+            first, second = (next(iter(s.files.values())) for s in (seen[sample.key], sample))
+            raise ValueError(f"{first} and {second.name} would be one sample; rename one")
+    return samples
+
+
+def build_shards(
+    samples: Sequence[Sample],
+    out: str | Path,
+    samples_per_shard: int,
+    stem: str = "shard",
+    index_dir: str | Path | None = None,
+    workers: int = 4,
+) -> tuple[list[Path], int]:
+    """Pack samples into `<out>/<stem>-<k>-of-<n>.tar`, leaving whole shards of the same samples as they are.
+
+    Every shard is read again before it gets its name, and compared with what was put in.
+
+    Args:
+        samples_per_shard: the last shard may have fewer.
+        index_dir: where the index files go, default `out`.
+        workers: shards packed at once.
+
+    Returns:
+        The shards, and how many of them were packed now.
+
+    Raises:
+        ValueError: when `out` holds other shards.
+        OSError: when a source cannot be read or a shard not be written.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"a shard must hold at least one sample, got {samples_per_shard}")
+    out, chunks = Path(out), [samples[i : i + samples_per_shard] for i in range(0, len(samples), samples_per_shard)]
+    paths = [out / shard_name(stem, k, len(chunks)) for k in range(len(chunks))]
+    others = sorted({p.name for p in out.glob("*.tar")} - {p.name for p in paths})
+    if others:
+        raise ValueError(f"{out} holds {len(others)} other shards, first {others[0]}; delete them or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(index_dir or out)
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = pool.map(lambda path, chunk: _ensure_shard(path, chunk, folder), paths, chunks)
+        made = sum(tqdm(jobs, total=len(paths), desc="packing", unit="shard", disable=None))
+    return paths, made
+
+
+def _key(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
+
+
+def _ensure_shard(path: Path, samples: Sequence[Sample], index_dir: Path) -> bool:
+    """Pack a shard unless it is there, whole and of these samples; returns whether it was packed now."""
+    index_path = index_dir / f"{path.name}.index.npz"
+    if path.is_file():
+        index = ShardIndex.load(index_path, stamp_of(path))
+        if index is None:
+            with contextlib.suppress(ValueError):  # a damaged shard is packed again
+                index = scan_shard(path)
+                save_index(index, index_path, stamp_of(path))
+        if index is not None and _holds(index, samples):
+            return False
+    partial = path.with_name(f".{path.name}.part")
+    sums = _write(partial, samples)
+    index = scan_shard(partial)
+    if not _holds(index, samples) or list(_checksums(partial, index)) != sums:
+        raise OSError(f"{partial} is not what was written; is the disk full or failing?")
+    partial.replace(path)
+    save_index(index, index_path, stamp_of(path))
+    return True
+
+
+def _holds(index: ShardIndex, samples: Sequence[Sample]) -> bool:
+    """Whether a shard has these samples in this order, with these labels and files of today's sizes."""
+    if index.keys.tolist() != [sample.key.encode() for sample in samples]:
+        return False
+    if index.labels.tolist() != [-1 if sample.label is None else sample.label for sample in samples]:
+        return False
+    return all(
+        index.spans[kind][:, 1].tolist() == [s.files[kind].stat().st_size if kind in s.files else -1 for s in samples]
+        for kind in KINDS
+    )
+
+
+def _write(path: Path, samples: Sequence[Sample]) -> list[int]:
+    """Write a tar file to the disk; returns the checksums of its latents and images. Its bytes depend on the samples alone."""
+    sums = []
+    with open(path, "wb") as f:
+        with tarfile.open(fileobj=f, mode="w") as tar:
+            for sample in samples:
+                for kind in KINDS:
+                    if kind in sample.files:
+                        data = sample.files[kind].read_bytes()
+                        sums.append(zlib.crc32(data))
+                        _add(tar, sample.key + sample.files[kind].suffix, data)
+                if sample.label is not None:
+                    _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+        f.flush()
+        os.fsync(f.fileno())
+    return sums
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _checksums(path: Path, index: ShardIndex) -> Iterator[int]:
+    """Of the latents and images of a shard, in the order in which they were written."""
+    with open(path, "rb") as f:
+        for k in range(len(index.keys)):
+            for kind in KINDS:
+                offset, size = index.spans[kind][k].tolist()
+                if offset >= 0:
+                    f.seek(offset)
+                    yield zlib.crc32(f.read(size))

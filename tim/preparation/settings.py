@@ -1,0 +1,101 @@
+"""The YAML files of preprocessing: which images, which autoencoder, and how images are cut to size."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tim.config import ConfigError, build_typed, read_tree
+from tim.data.c2i import load_square
+from tim.data.t2i import fit
+from tim.images import open_rgb, to_tensor
+from tim.models.autoencoders import Autoencoder
+from tim.preparation.buckets import native_size
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """One YAML file of preprocessing.
+
+    vae_dir: diffusers folder or hub id. image_dir: class folders of images. latent_dir: default PROJECT_DIR/latents.
+    batch_size: images per process encoded together, each with its mirror. statistics_files: latents, evenly spread, that
+    the statistics are taken over.
+    """
+
+    vae_dir: str
+    image_dir: str
+    latent_dir: str | None = None
+    seed: int = 0
+    batch_size: int = 32
+    num_workers: int = 4
+    vae_dtype: str = "float32"
+    latent_dtype: str = "float32"
+    allow_tf32: bool = True
+    statistics_files: int = 20000
+
+    def __post_init__(self) -> None:
+        for key in ("vae_dtype", "latent_dtype"):
+            if getattr(self, key) not in DTYPES:
+                raise ConfigError(f"{key}={getattr(self, key)!r} is not one of {', '.join(DTYPES)}")
+        for key, least in (("seed", 0), ("batch_size", 1), ("num_workers", 0), ("statistics_files", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"{key} must be >= {least}, got {getattr(self, key)}")
+
+    def identity(self, vae: Autoencoder, classes: list[str]) -> dict[str, Any]:
+        """What the content of the files depends on, up to rounding; the names of the classes give the labels."""
+        neutral = ("image_dir", "latent_dir", "batch_size", "num_workers", "allow_tf32", "statistics_files")
+        kept = {key: value for key, value in asdict(self).items() if key not in neutral}
+        names = {"classes": len(classes), "classes_sha256": hashlib.sha256("\n".join(classes).encode()).hexdigest()}
+        return {"kind": type(self).__name__, **kept, "scaling_factor": vae.scale, "shift": vae.shift, **names}
+
+
+@dataclass(kw_only=True)
+class Square(Settings):
+    """ADM's centre crop to image_size x image_size."""
+
+    image_size: int
+    one_size = True
+
+    def check(self, vae: Autoencoder) -> None:
+        """ValueError unless the autoencoder takes images of this size."""
+        vae.latent_shape(self.image_size, self.image_size)
+
+    def load(self, path: Path) -> Tensor:
+        """(3, image_size, image_size) in [-1, 1]; ValueError when the file cannot be read."""
+        return load_square(path, self.image_size, flip=False)
+
+
+@dataclass(kw_only=True)
+class Native(Settings):
+    """Every image's own size: floored to multiples of min_size, from max_size² pixels on first scaled to that area."""
+
+    min_size: int
+    max_size: int
+    one_size = False
+
+    def check(self, vae: Autoencoder) -> None:
+        """ValueError unless the autoencoder takes images of these sizes."""
+        if self.max_size < self.min_size:
+            raise ValueError(f"max_size={self.max_size} is less than min_size={self.min_size}")
+        try:
+            vae.latent_shape(self.min_size, self.min_size)
+        except ValueError as error:
+            raise ValueError(f"min_size={self.min_size} does not suit the autoencoder: {error}") from error
+
+    def load(self, path: Path) -> Tensor:
+        """(3, H, W) in [-1, 1], scaled and centre-cropped; ValueError when the file cannot be read or is too small."""
+        image = open_rgb(path)
+        height, width = native_size(image.height, image.width, self.max_size, self.min_size)
+        if not height or not width:
+            raise ValueError(f"{path} has {image.width}x{image.height} pixels, too few for min_size={self.min_size}")
+        return to_tensor(fit(image, height, width, "crop"))
+
+
+def load_settings(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Read and validate a YAML file of `Square` or `Native`; ConfigError names what does not fit."""
+    return build_typed(kind, read_tree(path, overrides))

@@ -1,0 +1,180 @@
+"""What a run needs to stop and to go on: its checkpoints, the wish to leave, and how the batch is split anew."""
+
+import copy
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tim.checkpoint.async_save import Saver
+from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
+from tim.checkpoint.store import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    tidy_checkpoints,
+    write_checkpoint,
+)
+from tim.config import parse_walltime
+from tim.distributed import cpu_group, on_all_ranks
+from tim.training.bad_samples import BadSamples
+from tim.training.guards import NonFiniteGuard
+from tim.training.logging import plot_curves
+from tim.training.preemption import Preemption
+from tim.training.setup import Run
+
+
+class CheckpointManager:
+    """One attempt at a run, from a checkpoint to the next interruption.
+
+    Attributes:
+        preemption: whether to leave. bad_samples: what could not be read. guard: judges the steps, set by `resume`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        t = run.config.training
+        self.run, self.root = run, run.project_dir / "checkpoints"
+        self.batch = {"size": run.config.data.dataloader.batch_size, "accumulation": t.gradient_accumulation_steps}
+        self.group = cpu_group()  # of whoever writes, possibly a thread; the steps have their own
+        self.preemption = Preemption(cpu_group(), parse_walltime(t.walltime))
+        self.saver = Saver(t.async_checkpoint)
+        self.stager = build_stager(run.accelerator.device) if t.async_checkpoint else None
+        self.bad_samples = BadSamples(run.project_dir, run.accelerator.process_index)  # before any rank meets a new one
+        self.guard: NonFiniteGuard | None = None
+
+    def resume(self) -> tuple[int, int]:
+        """Load the checkpoint that `resume_from_checkpoint` names; returns (step, samples_seen), (0, 0) for a fresh start.
+
+        Raises:
+            ValueError, FileNotFoundError: when it is not there, is damaged or belongs to another run.
+        """
+        path, verified = self._wanted_checkpoint()
+        state: dict[str, Any] = {"step": 0, "samples_seen": 0}
+        if path is not None:
+            run, ema = self.run, self.run.ema.network if self.run.ema else None
+            scaler = run.accelerator.scaler
+            state = load_checkpoint(path, run.network, ema, run.optimizer.optimizer, scaler, self.group, verified)
+            if state["seed"] != run.seed:
+                raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
+            fit_global_batch(run, state["batch"])
+            run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            if run.lr != state["lr"]:
+                run.accelerator.print(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
+                _set_base_lr(run)
+            run.accelerator.print(f"resuming from {path} at step {state['step']}")
+        self._make_guard(state)
+        return state["step"], state.get("samples_seen", state.get("visits", 0))  # version 0.1 wrote visits
+
+    def save(self, step: int, samples_seen: int) -> None:
+        """Checkpoint the state after `step`, retire old ones, draw the curves; at once or, once it is copied, in a thread."""
+        began, run = time.monotonic(), self.run
+        self.saver.wait()
+        ema = run.ema.network if run.ema else None
+        t, scaler = run.config.training, run.accelerator.scaler
+        sharded = t.checkpoint_format == "sharded"
+        snapshot = take_snapshot(run.network, ema, run.optimizer.optimizer, scaler, sharded, self.stager)
+        batch = {**self.batch, "processes": run.accelerator.num_processes, "global": run.global_batch_size}
+        state = {
+            "seed": run.seed,
+            "samples_seen": samples_seen,
+            "lr": run.lr,
+            "lr_scheduler": copy.deepcopy(run.lr_scheduler.state_dict()),
+            "batch": batch,
+            "guard": self.guard.state_dict(),
+        }
+        self.saver.submit(partial(self._write, step, snapshot, state, began))
+
+    def close(self) -> None:
+        """Wait for the last save."""
+        self.saver.close()
+
+    def _write(self, step: int, snapshot: Snapshot, state: dict[str, Any], began: float) -> None:
+        t = self.run.config.training
+        write_checkpoint(self.root, step, snapshot, state, self.group)
+        if self.run.accelerator.is_main_process:
+            prune_checkpoints(self.root, t.checkpoints_total_limit, t.checkpoint_list)
+            plot_curves(self.run.project_dir / "log.jsonl", self.run.project_dir / "curves.png")
+        self.preemption.saved(time.monotonic() - began)
+
+    def _wanted_checkpoint(self) -> tuple[Path | None, bool]:
+        """The folder to load, the same on all ranks, and whether it is known to be whole."""
+        wanted, main = self.run.config.training.resume_from_checkpoint, self.run.accelerator.is_main_process
+
+        def find() -> Path | None:
+            if not main or not self.root.is_dir():
+                return None
+            tidy_checkpoints(self.root)
+            return latest_checkpoint(self.root)
+
+        if wanted == "latest":
+            return on_all_ranks(self.group, find)[0], True
+        if wanted is None:
+            if list_checkpoints(self.root):
+                raise ValueError(
+                    f"{self.root} holds checkpoints of an earlier run; continue it with "
+                    "training.resume_from_checkpoint=latest or choose another --project_dir"
+                )
+            return None, True
+        if not Path(wanted).is_dir():
+            raise FileNotFoundError(f"training.resume_from_checkpoint={wanted!r} is no checkpoint folder")
+        return Path(wanted), False
+
+    def _make_guard(self, state: dict[str, Any]) -> None:
+        accelerator, spike = self.run.accelerator, self.run.config.training.max_grad_norm_spike
+        rank = accelerator.process_index
+        self.guard = NonFiniteGuard(accelerator.device, self.run.project_dir, rank, state["step"], spike)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
+
+
+def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
+    """Split the checkpoint's global batch over the processes of today.
+
+    Done when only the number of processes differs. Who sets another batch size or accumulation gets what they ask for.
+
+    Args:
+        saved: size (per device and micro-batch) and accumulation as configured, processes, and the global batch.
+
+    Raises:
+        ValueError: when the global batch cannot be split evenly.
+    """
+    config, processes, total = run.config, run.accelerator.num_processes, saved["global"]
+    size, accumulation = config.data.dataloader.batch_size, config.training.gradient_accumulation_steps
+    if run.global_batch_size == total:
+        return
+    if (size, accumulation) != (saved["size"], saved["accumulation"]):
+        run.accelerator.print(f"the global batch changes from {total} to {run.global_batch_size}, as configured")
+        return
+    packed = config.data.data_type == "image_ms"  # its batches come packed and cannot be cut
+    fitting = [
+        a
+        for a in range(1, total // processes + 1)
+        if total % (processes * a) == 0 and (total == processes * a * size if packed else total <= processes * a * size)
+    ]
+    if not fitting:
+        raise ValueError(
+            f"the global batch of the checkpoint, {total}, cannot be split over {processes} processes with "
+            f"data.dataloader.batch_size={size}; use another number of processes, or set batch_size or "
+            "training.gradient_accumulation_steps to train on with another global batch"
+        )
+    accumulation = fitting[0]
+    size = total // (processes * accumulation)
+    run.config = copy.deepcopy(config)
+    run.config.data.dataloader.batch_size, run.config.training.gradient_accumulation_steps = size, accumulation
+    if config.training.scale_lr:
+        run.lr = config.training.learning_rate * (total / config.training.learning_rate_base_batch_size)
+    run.global_batch_size = total
+    run.accelerator.print(
+        f"the global batch stays {total}: {size} x {accumulation} accumulation x {processes} process(es) "
+        f"instead of {saved['processes']}"
+    )
+
+
+def _set_base_lr(run: Run) -> None:
+    """Go on with another learning rate at the same place of its schedule."""
+    scheduler = run.lr_scheduler
+    scheduler.base_lrs = [run.lr] * len(scheduler.base_lrs)
+    for group, factor in zip(run.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = run.lr, run.lr * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in run.optimizer.param_groups]
