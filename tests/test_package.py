@@ -51,7 +51,7 @@ def test_the_python_of_the_readme_runs():
 
 def test_the_tree_of_the_readme_is_true():
     """Every package and top-level folder the README draws exists."""
-    tree = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+    tree = (ROOT / "README.md").read_text().split("## Layout")[1].split("```")[1]
     words = set(re.findall(r"([a-z0-9_]+)/", tree)) - {"goldens"}
     assert {"schedulers", "generation", "projects", "docs"} <= words
     folders = {p.name for p in ROOT.rglob("*") if p.is_dir() and ".venv" not in p.parts}

@@ -1,22 +1,51 @@
-"""Files that are either whole or absent."""
+"""Files that are whole or absent, and folders that belong to one run."""
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
+
+_UMASK = os.umask(0)  # the only portable way to read it is to set it
+os.umask(_UMASK)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` when the block ends without an error."""
-    partial = path.with_name(f".{path.name}.part")
-    yield partial
-    partial.replace(path)
+    """A path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+
+    Its name is of this call alone, so that processes may write the same file side by side. What was written reaches the
+    disk before the name changes: after a power cut a file is the old or the new one, never an empty one. After an error
+    nothing is left behind.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=".part", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o666 & ~_UMASK)  # temporary files and safetensors are private, results are not
+        flush(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], find_corruption: Callable[[Path], str | None]) -> None:
@@ -35,17 +64,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], find_corruption: Calla
             raise OSError(f"{partial} is damaged right after it was written ({problem}); is the disk full?")
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all, in a folder that is made when it is missing."""
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all, in a folder that is made when it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all, in a folder that is made when it is missing."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: Path, records: list[Any]) -> None:
     """Write a .jsonl, one record a line, whole or not at all."""
-    with replacing(path) as partial:
-        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def sha256(path: str | Path) -> str:
@@ -55,3 +88,63 @@ def sha256(path: str | Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def claim(
+    record: Path,
+    identity: dict[str, Any],
+    holds: str,
+    remedy: str = "choose another folder",
+    key: str | None = None,
+    files: str | None = None,
+    write: bool = True,
+) -> None:
+    """Make a folder belong to these settings, or make sure that it does.
+
+    Args:
+        record: JSON file of the folder that says what its files depend on.
+        identity: the settings, JSON values; the record may hold more.
+        holds: what is in the folder, for the error.
+        remedy: what to do about it, for the error.
+        key: of the record under which the settings stand; None when they are the record.
+        files: pattern of files that must not be there without a record.
+        write: leave the record there when there is none. False only compares.
+
+    Raises:
+        ValueError: when the folder belongs to other settings; names the first that differs, both values and the remedy.
+    """
+    identity = json.loads(json.dumps(identity))
+    folder = record.parent
+    if record.is_file():
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+            before = before if key is None else before[key]
+            changed = next((k for k in identity if before.get(k) != identity[k]), None)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{record} does not say what {folder} holds; {remedy}, or move this one away") from error
+        if changed is not None:
+            there, now = before.get(changed), identity[changed]
+            raise ValueError(f"{folder} holds {holds} of another run ({changed}: {there!r} there, {now!r} now); {remedy}")
+    elif files is not None and next(folder.glob(files), None) is not None:
+        raise ValueError(f"{folder} holds {holds} of an unknown run (no {record.name}); {remedy}")
+    elif write:
+        write_json(record, identity if key is None else {key: identity})
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while the block lasts; the system lets go of the lock however a process ends.
+
+    Raises:
+        ValueError: when another run is at work in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another run is at work in {folder}; wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        held.release()

@@ -1,15 +1,84 @@
-"""Long work over many items: shared by any number of processes, continued after an interruption, in order at the end."""
+"""Long work over many items: shared by any number of processes, continued after an interruption.
+
+Items come in blocks of a fixed size. A block holds the same items whichever process has it and whatever is done already, so
+that results depend neither on the number of processes nor on interruptions.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from tim.files import write_json
+from tim.files import claim, lock
+
+T = TypeVar("T")
+
+
+class Block(NamedTuple):
+    """Items that are worked on together, and those among them that are not done."""
+
+    items: range
+    missing: list[int]
+
+
+def first_process(state: PartialState, action: Callable[[], T]) -> T:
+    """Run `action` on the main process; its result on all of them. Collective.
+
+    Raises:
+        ValueError: on all processes, when `action` raised one.
+    """
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome = [action(), None]
+        except ValueError as error:
+            outcome = [None, str(error)]
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise ValueError(problem)
+    return result
+
+
+@contextmanager
+def locked(folder: Path, state: PartialState) -> Iterator[None]:
+    """`tim.files.lock` for a run of several processes: the main one holds it, all hear when it cannot. Collective."""
+    with ExitStack() as held:
+        first_process(state, lambda: held.enter_context(lock(folder)))
+        yield
+
+
+def own_blocks(count: int, size: int, done: Callable[[int], bool], state: PartialState, desc: str | None = None) -> list[Block]:
+    """This process's share of the blocks that have something missing.
+
+    Args:
+        count: items in all. size: items of a block; the last may have fewer.
+        done: whether an item needs no work; asked once an item.
+        desc: title of a progress bar over the looking, for items that take a while; None shows none.
+    """
+    starts = range(state.process_index * size, count, size * state.num_processes)
+    hidden = desc is None or not state.is_main_process
+    blocks = []
+    for start in tqdm(starts, desc=desc, unit=" blocks", disable=hidden, dynamic_ncols=True):
+        items = range(start, min(start + size, count))
+        blocks.append(Block(items, [k for k in items if not done(k)]))
+    return [block for block in blocks if block.missing]
+
+
+def progress_bar(blocks: Iterable[Block], state: PartialState, desc: str | None, unit: str = "img", each: int = 1) -> tqdm:
+    """The bar of the main process over its missing items, `each` units an item."""
+    total = each * sum(len(block.missing) for block in blocks)
+    return tqdm(total=total, desc=desc, unit=unit, disable=not state.is_main_process, dynamic_ncols=True)
+
+
+def total_over_processes(number: int) -> int:
+    """Sum of a number of every process, on all of them. Collective."""
+    return sum(gather_object([number]))
 
 
 def map_items(
@@ -24,9 +93,6 @@ def map_items(
 ) -> list[dict[str, Any]] | None:
     """Run `work` on batches of items and keep each batch's records as a line of a file in `parts`.
 
-    Batch b holds items [b B, (b+1) B) on whichever process it runs, so that records do not depend on the number of
-    processes or on interruptions. Batches that an earlier, interrupted call has finished are not run again.
-
     Args:
         work: a batch of items to one JSON-able record an item.
         parts: folder of the partial records; it stays, so that a finished run costs nothing to repeat.
@@ -40,56 +106,30 @@ def map_items(
     Raises:
         ValueError: when `parts` holds records of other items or settings.
     """
-    if state.is_main_process:
-        _claim(parts, {**identity, "batch_size": batch_size, "items": _digest(items)})
-    state.wait_for_everyone()
-    if not (parts / "identity.json").is_file():
-        raise ValueError(f"{parts} could not be claimed by process 0")
-    done = _read(parts)
+    digest = hashlib.sha256(json.dumps([str(item) for item in items]).encode()).hexdigest()
+    identity = {**identity, "batch_size": batch_size, "items": digest}
+    remedy = "delete it or choose another output file"
+    first_process(state, lambda: claim(parts / "identity.json", identity, "records", remedy))
+    done = _read_parts(parts)
     state.wait_for_everyone()  # nobody appends before everybody has read
-    batches = range(-(-len(items) // batch_size))
-    own = [b for b in batches if b not in done][state.process_index :: state.num_processes]
-    own_items = sum(len(items[b * batch_size : (b + 1) * batch_size]) for b in own)
+    own = own_blocks(len(items), batch_size, lambda k: k // batch_size in done, state)
     path = parts / f"{state.process_index}.jsonl"
     _end_torn_line(path)
-    bar = tqdm(total=own_items, desc=desc, unit=unit, disable=not state.is_main_process, dynamic_ncols=True)
-    with open(path, "a", encoding="utf-8") as f, bar:
-        for b in own:
-            batch = items[b * batch_size : (b + 1) * batch_size]
-            records = list(work(batch))
-            assert len(records) == len(batch)
-            f.write(json.dumps({"batch": b, "records": records}, ensure_ascii=False) + "\n")
+    with open(path, "a", encoding="utf-8") as f, progress_bar(own, state, desc, unit) as bar:
+        for block in own:
+            records = list(work(items[block.items.start : block.items.stop]))
+            assert len(records) == len(block.items)
+            f.write(json.dumps({"batch": block.items.start // batch_size, "records": records}, ensure_ascii=False) + "\n")
             f.flush()
-            bar.update(len(batch))
+            bar.update(len(block.items))
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    done = _read(parts)
-    return [record for b in batches for record in done[b]]
+    done = _read_parts(parts)
+    return [record for batch in range(-(-len(items) // batch_size)) for record in done[batch]]
 
 
-def _digest(items: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps([str(item) for item in items]).encode()).hexdigest()
-
-
-def _claim(parts: Path, identity: dict[str, Any]) -> None:
-    """Create the folder, or make sure that it holds records of the same work."""
-    identity = json.loads(json.dumps(identity))
-    path = parts / "identity.json"
-    if not path.is_file():
-        write_json(path, identity)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [k for k in identity if before.get(k) != identity[k]]
-    if changed:
-        k = changed[0]
-        raise ValueError(
-            f"{parts} holds records of another run ({k}: {before.get(k)!r} there, {identity[k]!r} now); "
-            "delete it or choose another output file"
-        )
-
-
-def _read(parts: Path) -> dict[int, list[dict[str, Any]]]:
+def _read_parts(parts: Path) -> dict[int, list[dict[str, Any]]]:
     """Records by batch; a line that a killed process left unfinished does not count."""
     done = {}
     for path in sorted(parts.glob("*.jsonl")):

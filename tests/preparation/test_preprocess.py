@@ -192,9 +192,9 @@ def test_mistakes_are_refused(source, whole, tmp_path):
         ([f"image_dir={tmp_path}/twins"], "would both become 0.safetensors"),
         ([f"vae_dir={tmp_path}/absent"], "no autoencoder folder"),
         ([f"latent_dir={whole}/latents", "image_size=64"], "image_size: 32 there, 64 now"),
-        ([f"latent_dir={whole}/latents", "seed=1"], "latents of other settings"),
-        ([f"latent_dir={whole}/latents", f"image_dir={tmp_path}/renamed"], "latents of other settings (classes_sha256"),
-        ([f"latent_dir={tmp_path}/foreign"], "latents of unknown settings"),
+        ([f"latent_dir={whole}/latents", "seed=1"], "latents of another run"),
+        ([f"latent_dir={whole}/latents", f"image_dir={tmp_path}/renamed"], "latents of another run (classes_sha256"),
+        ([f"latent_dir={tmp_path}/foreign"], "latents of an unknown run"),
     ]
     for overrides, message in cases:
         done = command(SQUARE, "--config", path, "--project_dir", tmp_path / "run", *overrides, check=False)

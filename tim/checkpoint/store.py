@@ -5,7 +5,6 @@ sizes and sha256, read back against it, and renamed into place. Old ones go only
 """
 
 import json
-import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from torch import nn
 
 from tim.checkpoint.formats import Snapshot, read_into, take_snapshot, write_full, write_sharded
 from tim.distributed import on_all_ranks
-from tim.files import sha256
+from tim.files import flush, sha256
 
 MANIFEST = "manifest.json"
 
@@ -72,7 +71,7 @@ def write_checkpoint(
             paths.append(partial / "state.json")
             paths[-1].write_text(json.dumps({"step": step, "scaler": snapshot.scaler, **state}, indent=1))
         for path in paths:
-            _flush(path)
+            flush(path)
         return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
 
     def finish() -> None:
@@ -181,8 +180,8 @@ def prune_checkpoints(root: Path, limit: int | None, keep_steps: list[int]) -> N
 def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
     """Manifest, validation, rename; a checkpoint of the same step is moved aside until the new one stands."""
     (partial / MANIFEST).write_text(json.dumps(dict(sorted(files.items())), indent=1))
-    _flush(partial / MANIFEST)
-    _flush(partial)
+    flush(partial / MANIFEST)
+    flush(partial)
     problem = find_corruption(partial)
     if problem:
         raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")
@@ -191,14 +190,5 @@ def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) 
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
     partial.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

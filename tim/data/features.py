@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tim.config import Config, Dataset
 from tim.data.c2i import C2IDataset, ImageFolderDataset, LatentDataset
-from tim.files import sha256, write_tensors
+from tim.files import claim, sha256, write_tensors
 
 RECORD = "features.json"
 
@@ -51,7 +51,7 @@ class CachedFeatures(C2IDataset):
         wanted = {"encoder_sha256": sha256(_encoder_file(enc_dir))}
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
-        compare_records(root, record, wanted)
+        claim(root / RECORD, wanted, "features", "use another folder", write=False)
         self.shape = (2, record["tokens"], record["width"])
         self.files = _matching_features(root, samples)
 
@@ -126,14 +126,6 @@ def read_record(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {path} (data.dataset.features_dir); make the features with tools/cache_radio_features.py")
     return json.loads(path.read_text())
-
-
-def compare_records(root: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """ValueError that names the first value in which the features of a folder are not those wanted."""
-    for key, value in wanted.items():
-        if there.get(key) != value:
-            found = there.get(key)
-            raise ValueError(f"{root} holds features of another {key} ({found!r}, not {value!r}); use another folder")
 
 
 def _features(f: Any, shape: Sequence[int]) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
+from tim.files import replacing
 from tim.images import IMAGE_SUFFIXES
 
 VERSION = 1  # of the index files
@@ -43,10 +44,8 @@ class ShardIndex:
 
     def save(self, path: Path, stamp: Stamp) -> None:
         """Write an index file so that it is either whole or absent, also when several processes write it."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with open(partial, "wb") as f:
+        with replacing(path) as partial, open(partial, "wb") as f:
             np.savez(f, version=VERSION, stamp=np.array(stamp), keys=self.keys, labels=self.labels, **self.spans)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path, stamp: Stamp) -> "ShardIndex | None":

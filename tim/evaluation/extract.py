@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from tim.evaluation.command import CACHE
 from tim.evaluation.images import ImageArray, ImageFiles
-from tim.files import write_json
+from tim.files import claim, replacing
+from tim.resumable import first_process, own_blocks, total_over_processes
 
 BATCH = 64
 CHUNK_BATCHES = 16  # a chunk holds at most so many batches: what an interruption can lose
@@ -88,34 +89,22 @@ def extract(
     Raises:
         ValueError: names images that cannot be read; chunks written before stay.
     """
-    key = json.dumps({**identity, "images": images.fingerprint}, sort_keys=True)
-    folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
     # few images are spread over chunks too, so that every process has some
     batches = -(-len(images) // batch_size)
-    features = Features(folder, len(images), batch_size * min(CHUNK_BATCHES, max(1, -(-batches // 64))))
-    if state.is_main_process:
-        layout = {**json.loads(key), "chunk": features.chunk}
-        _claim(folder, layout)
-    state.wait_for_everyone()
-    missing = [k for k in range(features.chunks) if not features.path(k).is_file()]
-    state.wait_for_everyone()  # all see the same missing chunks before the first is written
+    chunk = batch_size * min(CHUNK_BATCHES, max(1, -(-batches // 64)))
+    identity = {**identity, "images": images.fingerprint, "chunk": chunk}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    features = Features(Path(cache) / key, len(images), chunk)
+    first_process(state, lambda: claim(features.folder / "identity.json", identity, "features"))
+    blocks = own_blocks(features.chunks, 1, lambda k: features.path(k).is_file(), state)
+    own = [block.items.start for block in blocks]
     began = time.perf_counter()
-    own = missing[state.process_index :: state.num_processes]
     if own:
         _run(images, network, features, own, state, batch_size, workers, desc)
-    state.wait_for_everyone()
-    if missing:
-        features.images_per_second = sum(len(features.rows(k)) for k in missing) / (time.perf_counter() - began)
+    extracted = total_over_processes(sum(len(features.rows(k)) for k in own))
+    if extracted:
+        features.images_per_second = extracted / (time.perf_counter() - began)
     return features
-
-
-def _claim(folder: Path, layout: dict[str, Any]) -> None:
-    """Describe what the folder holds; chunks cut for another batch size are of no use and go."""
-    path = folder / "identity.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != layout:
-        for chunk in folder.glob("*.npz"):
-            chunk.unlink()
-    write_json(path, layout)
 
 
 @torch.inference_mode()
@@ -168,6 +157,5 @@ def _workers(wanted: int | None, batches: int, processes: int) -> int:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    partial = path.with_name(f".{path.stem}.part.npz")
-    np.savez(partial, **arrays)
-    partial.replace(path)
+    with replacing(path) as partial, open(partial, "wb") as f:
+        np.savez(f, **arrays)

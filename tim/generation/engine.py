@@ -16,18 +16,18 @@ from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import tim
 from tim import rng
 from tim.config import Config
 from tim.distributed import inference_dtype, set_tf32
-from tim.files import sha256, write_json
+from tim.files import claim, sha256, write_json
 from tim.generation.jobs import Job
 from tim.generation.settings import SampleSettings
 from tim.images import make_grid, save_png, shrink, to_uint8
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict
+from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
 from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transports import Transport
 
@@ -185,44 +185,40 @@ def run_sampling(sampler: Sampler, job: Job, folder: Path, weights: Path, extra:
     Raises:
         ValueError: when the folder belongs to a run with other settings.
     """
+    with locked(folder, state):
+        record = first_process(state, lambda: _claim(folder, weights, sampler.settings, extra))
+        drawn, seconds = _draw_missing(sampler, job, folder, state)
+        if state.is_main_process:
+            speed = {"images_drawn": drawn, "seconds": round(seconds, 2), "images_per_second": round(drawn / seconds, 3)}
+            _finish(folder, record, speed if drawn else None, sampler.nfe, state.num_processes)
+            save_overview(folder, job)
+            print(f"{job.groups * job.per_group} images in {folder}")
+            print(f"{drawn} drawn now, NFE {sampler.nfe} per image, {speed['images_per_second']} images/s")
+    state.wait_for_everyone()
+
+
+def _draw_missing(sampler: Sampler, job: Job, folder: Path, state: PartialState) -> tuple[int, float]:
+    """Draw and write what is not there; images drawn by all processes, and seconds."""
     s = sampler.settings
-    record = _claim(folder, weights, s, extra) if state.is_main_process else None
-    state.wait_for_everyone()
-    if not (folder / "run.json").is_file():
-        raise ValueError(f"{folder} could not be claimed by process 0")
     size = max(1, s.per_proc_batch_size // job.per_group)
-    starts = range(state.process_index * size, job.groups, size * state.num_processes)
-    total = sum(min(size, job.groups - b) for b in starts) * job.per_group
-    bar = tqdm(total=total, unit="img", disable=not state.is_main_process, dynamic_ncols=True)
+    blocks = own_blocks(job.groups, size, lambda group: job.done(folder, group), state)
     began, drawn = time.perf_counter(), 0
-    for start in starts:
-        groups = range(start, min(start + size, job.groups))
-        missing = [g for g in groups if not job.done(folder, g)]
-        if missing:
-            drawn += _draw_groups(sampler, job, folder, groups, missing)
-        bar.update(len(groups) * job.per_group)
-    bar.close()
-    counts = accelerate.utils.gather(torch.tensor([drawn], device=state.device)).sum().item()
-    if record is not None:
-        seconds = time.perf_counter() - began
-        speed = {"images_drawn": counts, "seconds": round(seconds, 2), "images_per_second": round(counts / seconds, 3)}
-        _finish(folder, record, speed if counts else None, sampler.nfe, state.num_processes)
-        save_overview(folder, job)
-        print(f"{job.groups * job.per_group} images in {folder}")
-        print(f"{counts} drawn now, NFE {sampler.nfe} per image, {speed['images_per_second']} images/s")
-    state.wait_for_everyone()
+    with progress_bar(blocks, state, None, each=job.per_group) as bar:
+        for block in blocks:
+            drawn += _draw_groups(sampler, job, folder, block)
+            bar.update(len(block.missing) * job.per_group)
+    return total_over_processes(drawn), time.perf_counter() - began
 
 
-def _draw_groups(sampler: Sampler, job: Job, folder: Path, groups: range, missing: list[int]) -> int:
-    """Draw all images of the groups, in calls of at most per_proc_batch_size, and write the missing ones."""
+def _draw_groups(sampler: Sampler, job: Job, folder: Path, block: Block) -> int:
+    """Draw all images of a block, in calls of at most per_proc_batch_size, and write the missing groups."""
     s, n = sampler.settings, job.per_group
-    keys = [(g, j) for g in groups for j in range(n)]
+    keys = [(g, j) for g in block.items for j in range(n)]
     size = max(s.per_proc_batch_size, 1)
     parts = [sampler.draw(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
     images, latents = np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    for place, g in enumerate(groups):
-        if g not in missing:
-            continue
+    for g in block.missing:
+        place = g - block.items.start
         own = slice(place * n, (place + 1) * n)
         if s.save_latent:
             for j, latent in enumerate(latents[own]):
@@ -236,22 +232,14 @@ def _claim(folder: Path, weights: Path, settings: SampleSettings, extra: dict[st
     """Create the folder, or make sure that it holds the same run; returns the content of run.json."""
     neutral = {"num_fid_samples", "per_proc_batch_size", "slice_vae", "save_latent", "compile_vae"}
     identity = {k: v for k, v in asdict(settings).items() if k not in neutral} | extra | {"weights_sha256": sha256(weights)}
-    path = folder / "run.json"
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())["settings"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path} is not the record of a sampling run; move the folder away") from error
-        changed = [k for k in identity if before.get(k) != identity[k]]
-        if changed:
-            k = changed[0]
-            raise ValueError(
-                f"{folder} holds images of another run ({k}: {before.get(k)!r} there, {identity[k]!r} now); "
-                "choose another --sample-dir"
-            )
     (folder / "latents" if settings.save_latent else folder).mkdir(parents=True, exist_ok=True)
-    full = {**identity, **{k: getattr(settings, k) for k in sorted(neutral)}}
-    record = {"settings": full, "weights": str(weights), "complete": False}
+    path, remedy = folder / "run.json", "choose another --sample-dir"
+    claim(path, identity, "images", remedy, key="settings", write=False)
+    record = {
+        "settings": identity | {k: getattr(settings, k) for k in sorted(neutral)},
+        "weights": str(weights),
+        "complete": False,
+    }
     if not path.is_file():
         write_json(path, record)
     return record

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import uuid
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from tim.config import Model
-from tim.files import sha256
+from tim.files import replacing, sha256
 
 PADDINGS = ("mask", "batch")
 IDENTIFYING = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of configs, vocabularies and weights
@@ -242,16 +240,11 @@ class CaptionCache:
             return None
 
     def _write(self, caption: str, row: Tensor) -> None:
-        """Save under a name of its own, then rename: readers and other writers never see half a file."""
+        """Save so that readers and other writers never see half a file."""
         if self.folder is None:
             return
-        path = self._path(caption)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}-{uuid.uuid4().hex}.partial")
-        try:
+        with replacing(self._path(caption)) as partial:
             save_file({"features": row.contiguous()}, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | str) -> TextEncoder | CaptionCache:

@@ -9,6 +9,7 @@ import math
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
@@ -352,8 +353,8 @@ def write(buckets: Buckets, out: Path) -> tuple[Path, Path]:
         for r, (h, w) in zip(buckets.records, buckets.sizes, strict=True)
     ]
     texts = {"data_info.jsonl": "\n".join(lines) + "\n", "bucket_sampler.json": json.dumps(buckets.batches) + "\n"}
-    for name, text in texts.items():
-        (out / f".{name}.part").write_bytes(text.encode())
-    for name in texts:
-        (out / f".{name}.part").replace(out / name)
+    with ExitStack() as stack:  # both files or none
+        partial = {name: stack.enter_context(replacing(out / name)) for name in texts}
+        for name, text in texts.items():
+            partial[name].write_bytes(text.encode())
     return out / "data_info.jsonl", out / "bucket_sampler.json"

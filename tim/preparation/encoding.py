@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from tim.data.c2i import class_folders
 from tim.images import UNREADABLE, list_images
+from tim.resumable import Block, progress_bar
 
 PATIENCE = timedelta(days=1)  # how long a process waits for slower ones
 
@@ -62,22 +63,10 @@ def list_sources(image_dir: str, target_dir: Path) -> list[Source]:
     return sources
 
 
-def find_missing(
-    sources: Sequence[Source], batch_size: int, find_corruption: Callable[[Path], str | None], state: PartialState
-) -> list[list[int]]:
-    """This process's share of the blocks of batch_size images: in each, the images without a whole file."""
-    starts = range(state.process_index * batch_size, len(sources), batch_size * state.num_processes)
-    blocks = []
-    for start in tqdm(starts, desc="looking", unit=" blocks", disable=not state.is_main_process, dynamic_ncols=True):
-        block = range(start, min(start + batch_size, len(sources)))
-        blocks.append([i for i in block if find_corruption(sources[i].target) is not None])
-    return [block for block in blocks if block]
-
-
 def encode_missing(
     what: str,
     sources: Sequence[Source],
-    todo: list[list[int]],
+    blocks: list[Block],
     load: Callable[[Path], Tensor],
     encode: Callable[[Sequence[int], Tensor], Tensor],
     write: Callable[[int, Tensor], None],
@@ -85,7 +74,7 @@ def encode_missing(
     num_workers: int,
     state: PartialState,
 ) -> list[dict[str, Any]]:
-    """Encode and write the images of `todo`, blocks of `find_missing`.
+    """Encode and write the missing images of this process's blocks.
 
     Args:
         what: the files' content, for messages.
@@ -98,9 +87,10 @@ def encode_missing(
     Returns:
         `index`, `file` and `cause` of the images that could not be read.
     """
-    loader = DataLoader(Images(sources, load), batch_sampler=todo, collate_fn=list, num_workers=num_workers)
+    missing = [block.missing for block in blocks]
+    loader = DataLoader(Images(sources, load), batch_sampler=missing, collate_fn=list, num_workers=num_workers)
     share = f"encoding, process 1 of {state.num_processes}" if state.num_processes > 1 else "encoding"
-    bar = tqdm(total=sum(map(len, todo)), desc=share, unit="img", disable=not state.is_main_process, dynamic_ncols=True)
+    bar = progress_bar(blocks, state, share)
     bad = []
     for items in loader:
         pixels = {index: image for index, image, _ in items if image is not None}

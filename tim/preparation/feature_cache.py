@@ -6,7 +6,6 @@ Files depend neither on the number of processes nor on interruptions; see `tim.p
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,12 +15,13 @@ from torch import Tensor
 from tim import rng
 from tim.config import Config
 from tim.data.c2i import build_c2i_dataset, load_square
-from tim.data.features import RECORD, compare_records, find_corruption, read_record, write_features
+from tim.data.features import RECORD, find_corruption, write_features
 from tim.distributed import set_tf32, use_cpu
-from tim.files import sha256, write_json
+from tim.files import claim, sha256
 from tim.models.autoencoders import Autoencoder
 from tim.models.radio import Radio
-from tim.preparation.encoding import PATIENCE, encode_missing, find_missing, list_sources
+from tim.preparation.encoding import PATIENCE, encode_missing, list_sources
+from tim.resumable import first_process, locked, own_blocks, total_over_processes
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -58,14 +58,11 @@ def cache_features(
         "dtype": dtype,
     }
     sources = list_sources(d.image_dir, root)
-    _claim(root, record, write=state.is_main_process and not dry_run)
-    if state.is_main_process and not dry_run:
-        for name in {source.target.parent for source in sources}:
-            name.mkdir(exist_ok=True)
-    state.wait_for_everyone()
+    claim_for_run = partial(claim, root / RECORD, record, "features", files="*/*.safetensors")
+    first_process(state, partial(claim_for_run, write=False))
     shape = (2, record["tokens"], record["width"])
-    todo = find_missing(sources, batch_size, lambda path: find_corruption(path, shape), state)
-    count = sum(gather_object([sum(map(len, todo))]))
+    blocks = own_blocks(len(sources), batch_size, lambda k: find_corruption(sources[k].target, shape) is None, state, "looking")
+    count = total_over_processes(sum(len(block.missing) for block in blocks))
     if state.is_main_process:
         print(f"{len(sources)} images in {d.image_dir}, {count} to encode into {root}", flush=True)
     if dry_run:
@@ -81,7 +78,14 @@ def cache_features(
         write_features(sources[index].target, both)
 
     load = partial(load_square, size=d.image_size, flip=False)
-    bad = gather_object(encode_missing("features", sources, todo, load, encode, write, batch_size, num_workers, state))
+    with locked(root, state):
+        first_process(state, claim_for_run)
+        if state.is_main_process:
+            for name in {source.target.parent for source in sources}:
+                name.mkdir(exist_ok=True)
+        state.wait_for_everyone()
+        mine = encode_missing("features", sources, blocks, load, encode, write, batch_size, num_workers, state)
+    bad = gather_object(mine)
     if state.is_main_process:
         print(f"{count - len(bad)} files written now, {len(sources) - len(bad)} of {len(sources)} are there")
         for entry in bad:
@@ -102,13 +106,3 @@ def token_grid(config: Config) -> tuple[int, int]:
     if sides[0] % patch or sides[1] % patch:
         raise ValueError(f"latents of {sides[0]}x{sides[1]} do not divide by model.network.params.patch_size={patch}")
     return sides[0] // patch, sides[1] // patch
-
-
-def _claim(root: Path, record: dict[str, Any], write: bool) -> None:
-    """Make sure that the folder is new or holds features of the same kind; `write` leaves the record there."""
-    if (root / RECORD).is_file():
-        compare_records(root, read_record(root), record)
-    elif next(root.glob("*/*.safetensors"), None) is not None:
-        raise ValueError(f"{root} holds files of an unknown kind (no {RECORD}); use another folder")
-    elif write:
-        write_json(root / RECORD, record)

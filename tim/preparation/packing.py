@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from tim.data.c2i import list_latents, list_samples, matching_images
 from tim.data.shards import KINDS, ShardIndex, save_index, scan_shard, shard_name, stamp_of
+from tim.files import replacing
 from tim.images import list_images
 
 
@@ -105,12 +105,11 @@ def _ensure_shard(path: Path, samples: Sequence[Sample], index_dir: Path) -> boo
                 save_index(index, index_path, stamp_of(path))
         if index is not None and _holds(index, samples):
             return False
-    partial = path.with_name(f".{path.name}.part")
-    sums = _write(partial, samples)
-    index = scan_shard(partial)
-    if not _holds(index, samples) or list(_checksums(partial, index)) != sums:
-        raise OSError(f"{partial} is not what was written; is the disk full or failing?")
-    partial.replace(path)
+    with replacing(path) as partial:
+        sums = _write(partial, samples)
+        index = scan_shard(partial)
+        if not _holds(index, samples) or list(_checksums(partial, index)) != sums:
+            raise OSError(f"{partial} is not what was written; is the disk full or failing?")
     save_index(index, index_path, stamp_of(path))
     return True
 
@@ -128,20 +127,17 @@ def _holds(index: ShardIndex, samples: Sequence[Sample]) -> bool:
 
 
 def _write(path: Path, samples: Sequence[Sample]) -> list[int]:
-    """Write a tar file to the disk; returns the checksums of its latents and images. Its bytes depend on the samples alone."""
+    """Write a tar file; returns the checksums of its latents and images. Its bytes depend on the samples alone."""
     sums = []
-    with open(path, "wb") as f:
-        with tarfile.open(fileobj=f, mode="w") as tar:
-            for sample in samples:
-                for kind in KINDS:
-                    if kind in sample.files:
-                        data = sample.files[kind].read_bytes()
-                        sums.append(zlib.crc32(data))
-                        _add(tar, sample.key + sample.files[kind].suffix, data)
-                if sample.label is not None:
-                    _add(tar, f"{sample.key}.cls", str(sample.label).encode())
-        f.flush()
-        os.fsync(f.fileno())
+    with tarfile.open(path, mode="w") as tar:
+        for sample in samples:
+            for kind in KINDS:
+                if kind in sample.files:
+                    data = sample.files[kind].read_bytes()
+                    sums.append(zlib.crc32(data))
+                    _add(tar, sample.key + sample.files[kind].suffix, data)
+            if sample.label is not None:
+                _add(tar, f"{sample.key}.cls", str(sample.label).encode())
     return sums
 
 

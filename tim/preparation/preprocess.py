@@ -4,9 +4,9 @@ The noise of the KL posterior is a function of (seed, place of the image in the 
 number of processes nor on interruptions; see `tim.preparation.encoding`.
 """
 
-import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from tim import rng
 from tim.config import to_yaml
 from tim.data.latents import Moments, find_corruption, read_latent, write_latent
 from tim.distributed import set_tf32, use_cpu
-from tim.files import write_json, write_json_lines
+from tim.files import claim, write_json, write_json_lines, write_text
 from tim.models.autoencoders import Autoencoder
-from tim.preparation.encoding import PATIENCE, Source, encode_missing, find_missing, list_sources
+from tim.preparation.encoding import PATIENCE, Source, encode_missing, list_sources
 from tim.preparation.settings import Native, Settings, Square
+from tim.resumable import first_process, locked, own_blocks, total_over_processes
 
 RECORD = "preprocess.json"  # in latent_dir: what its files depend on
 
@@ -47,35 +48,40 @@ def preprocess(settings: Square | Native, project_dir: str | Path, dry_run: bool
     latent_dir = Path(settings.latent_dir or project_dir / "latents")
     sources = list_sources(settings.image_dir, latent_dir)
     classes = list(dict.fromkeys(source.target.parent.name for source in sources))
-    _claim(latent_dir, settings.identity(vae, classes), write=state.is_main_process and not dry_run)
-    if state.is_main_process and not dry_run:
-        project_dir.mkdir(parents=True, exist_ok=True)
-        (project_dir / "config.yaml").write_text(to_yaml(settings))
-        for name in classes:
-            (latent_dir / name).mkdir(exist_ok=True)
-    state.wait_for_everyone()
-    todo = find_missing(sources, settings.batch_size, find_corruption, state)
-    count = sum(gather_object([sum(map(len, todo))]))
+    identity, record = settings.identity(vae, classes), latent_dir / RECORD
+    claim_for_run = partial(claim, record, identity, "latents", "choose another latent_dir", files="*/*.safetensors")
+    first_process(state, partial(claim_for_run, write=False))
+    blocks = own_blocks(
+        len(sources), settings.batch_size, lambda k: find_corruption(sources[k].target) is None, state, "looking"
+    )
+    count = total_over_processes(sum(len(block.missing) for block in blocks))
     if state.is_main_process:
         print(f"{len(sources)} images in {settings.image_dir}, {count} to encode into {latent_dir}", flush=True)
     if dry_run:
         return
-    dtype, block_size = getattr(torch, settings.latent_dtype), settings.batch_size if settings.one_size else None
-    bad = encode_missing(
-        "latent",
-        sources,
-        todo,
-        settings.load,
-        lambda indices, images: encode(vae, images, settings.seed, indices).to("cpu", dtype),
-        lambda index, latent: write_latent(sources[index].target, latent, sources[index].label),
-        block_size,
-        settings.num_workers,
-        state,
-    )
-    bad = gather_object(bad)
-    statistics = _statistics(settings, sources, state)
-    if state.is_main_process:
-        _report(project_dir, len(sources), count, sorted(bad, key=lambda entry: entry["index"]), statistics)
+    with locked(latent_dir, state):
+        first_process(state, claim_for_run)
+        if state.is_main_process:
+            write_text(project_dir / "config.yaml", to_yaml(settings))
+            for name in classes:
+                (latent_dir / name).mkdir(exist_ok=True)
+        state.wait_for_everyone()
+        dtype, block_size = getattr(torch, settings.latent_dtype), settings.batch_size if settings.one_size else None
+        bad = encode_missing(
+            "latent",
+            sources,
+            blocks,
+            settings.load,
+            lambda indices, images: encode(vae, images, settings.seed, indices).to("cpu", dtype),
+            lambda index, latent: write_latent(sources[index].target, latent, sources[index].label),
+            block_size,
+            settings.num_workers,
+            state,
+        )
+        bad = gather_object(bad)
+        statistics = _statistics(settings, sources, state)
+        if state.is_main_process:
+            _report(project_dir, len(sources), count, sorted(bad, key=lambda entry: entry["index"]), statistics)
 
 
 def encode(vae: Autoencoder, images: Tensor, seed: int, indices: Sequence[int]) -> Tensor:
@@ -95,23 +101,6 @@ def encode(vae: Autoencoder, images: Tensor, seed: int, indices: Sequence[int]) 
     return vae.encode(pairs, noise).unflatten(0, (-1, 2))
 
 
-def _claim(latent_dir: Path, identity: dict[str, Any], write: bool) -> None:
-    """Make sure that latent_dir is new or holds latents of the same settings; `write` leaves the record there."""
-    path = latent_dir / RECORD
-    if path.is_file():
-        before = json.loads(path.read_text())
-        for key in {**before, **identity}:
-            if before.get(key) != identity.get(key):
-                raise ValueError(
-                    f"{latent_dir} holds latents of other settings ({key}: {before.get(key)!r} there, "
-                    f"{identity.get(key)!r} now); choose another latent_dir"
-                )
-    elif next(latent_dir.glob("*/*.safetensors"), None) is not None:
-        raise ValueError(f"{latent_dir} holds latents of unknown settings (no {RECORD}); choose another latent_dir")
-    elif write:
-        write_json(path, identity)
-
-
 def _statistics(settings: Settings, sources: Sequence[Source], state: PartialState) -> dict[str, Any]:
     """Mean and deviation per channel over evenly spread latents, the same ones for any number of processes."""
     state.wait_for_everyone()
@@ -126,7 +115,7 @@ def _statistics(settings: Settings, sources: Sequence[Source], state: PartialSta
     for other in gather_object([mine]):
         merged.merge(other)
     mean, std = merged.mean_std()
-    return {"files": sum(gather_object([files])), "mean": mean, "std": std}
+    return {"files": total_over_processes(files), "mean": mean, "std": std}
 
 
 def _report(project_dir: Path, total: int, encoded: int, bad: list[dict[str, Any]], statistics: dict[str, Any]) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from tim import rng
 from tim.config import Config, to_yaml
 from tim.data.prefetch import Prefetcher
+from tim.files import write_text
+from tim.resumable import locked
 from tim.training.bad_samples import ALL_FILES
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
 from tim.training.logging import RunLogger
@@ -45,7 +47,7 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
     if dry_run:
         return
     checkpoints = CheckpointManager(run)
-    with checkpoints.preemption:
+    with locked(project_dir, PartialState()), checkpoints.preemption:
         start_step, samples_seen = checkpoints.resume()
         max_steps = config.training.max_train_steps
         if start_step >= max_steps:
@@ -53,8 +55,7 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
                 print(f"{project_dir} has reached step {start_step} of {max_steps}; nothing to do")
             return
         if main:
-            project_dir.mkdir(parents=True, exist_ok=True)
-            (project_dir / "config.yaml").write_text(to_yaml(config))
+            write_text(project_dir / "config.yaml", to_yaml(config))
         run.accelerator.wait_for_everyone()
         if config.training.tracker not in (None, "none"):
             t = config.training
