@@ -92,12 +92,13 @@ def fetch(home, site, script, *flags, **env):
 
 def planned(home):
     """Targets of all scripts' dry runs, with what is fetched only when it is chosen."""
-    large = [["--with-images"], ["--only", "reference-256", "--only", "reference-512"]]
-    runs = [(script, []) for script in SCRIPTS] + [("download_benchmarks.sh", flags) for flags in large]
+    runs = [(script, []) for script in SCRIPTS]
+    runs += [("download_benchmarks.sh", ["--with-images"]), ("download_toy_t2i_dataset.sh", ["--only", "coco"])]
+    runs += [("download_benchmarks.sh", ["--only", name]) for name in ("reference-256", "reference-512")]
     lines = [
         line.split(" -> ") for script, flags in runs for line in bash(home, script, "--dry-run", *flags).stdout.splitlines()
     ]
-    assert all(len(line) == 2 and line[0].startswith("https://") for line in lines)
+    assert all(len(line) == 2 and line[0].startswith(("https://", "http://images.cocodataset.org/")) for line in lines)
     return {target for _, target in lines}
 
 

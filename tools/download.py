@@ -112,9 +112,9 @@ def build_coco_set(folder: Path) -> None:
     files = {image["id"]: image["file_name"] for image in coco["images"]}
     lines = [json.dumps({"image_file": files[k], "captions": captions[k]}, ensure_ascii=False) for k in sorted(captions)]
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    paths = [folder / "captions.jsonl", "--root", folder / "images", "--out", folder]
+    paths = [str(folder / "captions.jsonl"), "--root", str(folder / "images"), "--out", str(folder)]
     sizes = ["--area", "512", "--factor", "32", "--tokens-per-batch", "16384"]
-    subprocess.run([sys.executable, Path(__file__).with_name("build_t2i_buckets.py"), *paths, *sizes], check=True)
+    subprocess.run([sys.executable, str(Path(__file__).with_name("build_t2i_buckets.py")), *paths, *sizes], check=True)
     annotations.unlink()
 
 
