@@ -64,7 +64,7 @@ sample_t2i() {
     # EXTRA is a list of words
     # shellcheck disable=SC2086
     launch "projects/sample/sample_t2i_${benchmark}_ddp.py" --config "${CONFIG:-configs/t2i/tim_xl_p1_t2i.yaml}" \
-      --ckpt "${CKPT:-checkpoints/t2i_model.safetensors}" --sample-dir "${SAMPLE_DIR:-samples/t2i}" \
+      --ckpt "${CKPT:-checkpoints/t2i_model.bin}" --sample-dir "${SAMPLE_DIR:-samples/t2i}" \
       --height "$size" --width "$size" --per-proc-batch-size "${BATCH_SIZE:-8}" --global-seed "${SEED:-0}" \
       --num-steps "$steps" --cfg-scale "$cfg" --guidance-low 0.0 --guidance-high 1.0 \
       ${captions[@]+"${captions[@]}"} ${EXTRA:-} "$@"

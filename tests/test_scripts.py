@@ -164,7 +164,7 @@ def test_t2i_launchers_use_the_published_settings(tmp_path):
         assert len(lines) == len(runs)
         for line, (side, steps, cfg) in zip(lines, runs, strict=True):
             assert f"sample_t2i_{name}_ddp.py" in line and f"--height {side} --width {side}" in line
-            assert f"--num-steps {steps} --cfg-scale {cfg}" in line and "checkpoints/t2i_model.safetensors" in line
+            assert f"--num-steps {steps} --cfg-scale {cfg}" in line and "checkpoints/t2i_model.bin" in line
 
 
 def test_launchers_start_their_published_configs(tmp_path):

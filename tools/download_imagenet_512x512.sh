@@ -1,18 +1,4 @@
 #!/usr/bin/env bash
-# Fetch what evaluating ImageNet 512x512 needs: ADM's reference batch and the Inception network.
-# Run it again to continue; what is there and whole is skipped.
-#   download_imagenet_512x512.sh [--only NAME ...] [--dry-run]
-#     reference   datasets/imagenet/VIRTUAL_imagenet512.npz, 10,000 images and statistics of all, 8 GB
-#     inception   Inception-2015-12-05 to checkpoints/, 96 MB twice (.pth and .pb)
-#   HF_ENDPOINT and DOWNLOAD_MIRROR choose mirrors, see tools/download.sh.
-# ImageNet itself needs an account: https://image-net.org
-source "$(dirname "${BASH_SOURCE[0]}")/download.sh"
-options "reference inception" "" "$@"
-
-if wanted reference; then
-  fetch "$ADM_BATCHES/imagenet/512/VIRTUAL_imagenet512.npz" datasets/imagenet/VIRTUAL_imagenet512.npz zip
-fi
-if wanted inception; then
-  fetch_inception
-fi
-imagenet_note 512 latents_dc_ae_512
+# Fetch DC-AE latents of ImageNet 512x512, ready to train on, to datasets/imagenet1k/dc-ae-f32c32-sana-1.1-diffusers-512x512. --help says more.
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/common.sh"
+exec "$PYTHON" tools/download.py imagenet_512x512 "$@"

@@ -170,4 +170,4 @@ def test_bad_input_is_named(folders, inception_file, tmp_path):
     assert "--batch-size must be >= 1" in error("real", "fake", "--batch-size", 0)
     (tmp_path / "other.pth").write_bytes(b"no weights")
     assert "other.pth" in error("real", "fake", "--inception", tmp_path / "other.pth")
-    assert "tools/download_imagenet_256x256.sh" in error("real", "fake", "--inception", tmp_path / "absent.pth")
+    assert "tools/download_benchmarks.sh --only inception" in error("real", "fake", "--inception", tmp_path / "absent.pth")

@@ -167,7 +167,7 @@ def test_weights_of_other_networks_name_what_is_missing(tmp_path):
 def test_missing_files_say_which_tool_fetches_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in (None, "nowhere.pth"):
-        with pytest.raises(FileNotFoundError, match=r"bash tools/download_imagenet_256x256\.sh fetches it"):
+        with pytest.raises(FileNotFoundError, match=r"bash tools/download_benchmarks\.sh --only inception fetches it"):
             load_inception(path, CPU)
 
 

@@ -21,7 +21,7 @@ FILES = (
     "weights-inception-2015-12-05-6726825d.pth",
     "classify_image_graph_def.pb",
 )
-DOWNLOAD = "bash tools/download_imagenet_256x256.sh fetches it"
+DOWNLOAD = "bash tools/download_benchmarks.sh --only inception fetches it"
 
 # names of convolutions in the TensorFlow graph and in torch-fidelity: within a block of each kind, then of the blocks
 _A = {
