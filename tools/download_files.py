@@ -4,7 +4,6 @@ RULE of check: sha256:HEX (or its first digits), bytes:N, lines:N (not blank), j
 begins), zip, gzip, safetensors.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 BLOCK = 1 << 20
 COCO_CAPTIONS = "annotations/captions_val2017.json"
@@ -216,7 +215,7 @@ def fetch_toy_set(repo: str, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, words in COMMANDS.items():
         command = commands.add_parser(name)
