@@ -33,8 +33,9 @@ def main() -> None:
 
     def derivative(kind: str, dtype: str | None, wide: bool = False) -> torch.Tensor:
         schedule = TransitionSchedule(transport, derivative_type=kind, derivative_dtype=dtype)
-        inputs = [v.double() for v in (x, z, t, r)] if wide else [x, z, t, r]
-        return schedule.derivative(network.double() if wide else network.float(), *inputs, 0, cond).double()
+        model = network.double() if wide else network.float()
+        clean, noise, start, end = (v.double() if wide else v for v in (x, z, t, r))
+        return schedule.derivative(model, clean, noise, start, end, 0, cond).double()
 
     exact = derivative("jvp", None, wide=True)
     print(f"{'':>22} {'float32':>10} {'bfloat16':>10}")
