@@ -72,13 +72,14 @@ def test_help_shows_groups_and_the_defaults_that_say_something():
     group.add_argument("--seed", type=int, default=0, help="of the noise")
     group.add_argument("--out", help="the file")
     group.add_argument("--fast", action="store_true", help="less exact")
+    group.add_argument("--tf32", action="store_false", help="kept")
     group.add_argument("--side", default=8, help="pixels (default: the image's)")
     words = " ".join(parser.format_help().split())
     assert (
         "First line. Second line." in words
         and "sizes: --seed SEED of the noise (default: 0) --out OUT the file --fast" in words
     )
-    assert words.endswith("less exact --side SIDE pixels (default: the image's)")
+    assert words.endswith("less exact --tf32 kept (default: True) --side SIDE pixels (default: the image's)")
 
 
 LOG = """

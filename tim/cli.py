@@ -40,8 +40,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        told = action.required or "default:" in text or isinstance(action.default, bool | list | None)
-        return text if told or action.default == argparse.SUPPRESS else f"{text} (default: %(default)s)"
+        silent = action.required or "default:" in text or isinstance(action.default, list)
+        if silent or any(action.default is value for value in (None, False, argparse.SUPPRESS)):
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
