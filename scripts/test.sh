@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# Lint and run all tests; arguments go to pytest, e.g. `bash scripts/test.sh -m "not slow"`.
-# Test files run side by side in TEST_PROCESSES processes (default 2) of one thread each.
+# Lint, check types and run all tests; arguments go to pytest, e.g. `bash scripts/test.sh -m "not slow"`.
+# Test files run side by side in TEST_PROCESSES processes (default 2) of one thread each, types beside them.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
+types="$(mktemp)"
+trap 'rm -f "$types"' EXIT
+"$PYTHON" -m mypy >"$types" 2>&1 &
+checker=$!
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
+failed=0
+"$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@" || failed=$?
+wait "$checker" || { [ "$failed" != 0 ] || failed=1; }
+echo "types: $(cat "$types")"
+exit "$failed"

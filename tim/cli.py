@@ -1,22 +1,73 @@
-"""What the command lines share."""
+"""What the command lines share: help, messages, errors, and the table of what the console scripts run."""
 
 import argparse
+import logging
 import os
+import pkgutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+# {command: (function, what it does)}; functions are imported when they are called, so that help and mistakes answer at once
+TRAIN = {
+    "c2i": ("tim.training.command:train_c2i", "train a class-conditional model"),
+    "t2i": ("tim.training.command:train_t2i", "train a text-to-image model"),
+}
+SAMPLE = {
+    "c2i": ("tim.generation.commands:sample_c2i", "images of classes"),
+    "t2i": ("tim.generation.commands:sample_t2i", "images of your own prompts"),
+    "geneval": ("tim.generation.commands:sample_geneval", "four images of every GenEval prompt"),
+    "dpgbench": ("tim.generation.commands:sample_dpgbench", "a grid of images of every DPG-Bench prompt"),
+    "mjhq30k": ("tim.generation.commands:sample_mjhq30k", "an image of every MJHQ-30K prompt"),
+}
+EVALUATE = {
+    "adm": ("tim.evaluation.commands:evaluate_adm", "FID, sFID, inception score, precision and recall as ADM measures them"),
+    "folder": ("tim.evaluation.commands:evaluate_folder", "distances between folders of images under features of your choice"),
+    "mjhq-fid": ("tim.evaluation.commands:evaluate_mjhq_fid", "FID of MJHQ-30K, overall and by category"),
+    "mjhq-clip": ("tim.evaluation.commands:evaluate_mjhq_clip", "CLIP score of MJHQ-30K"),
+    "geneval": ("tim.evaluation.commands:evaluate_geneval", "GenEval's images, by an object detector and CLIP"),
+    "dpg": ("tim.evaluation.commands:evaluate_dpg", "DPG-Bench's images, by answers to its questions"),
+}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines and shows the defaults that say something (None, False and required arguments do not)."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.required or "default:" in text or isinstance(action.default, list)
+        if silent or any(action.default is value for value in (None, False, argparse.SUPPRESS)):
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, whose help keeps the description's lines and shows defaults."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = "YAML file") -> None:
+    """Add --config and its overrides to a parser or group; `parse_intermixed_args` lets overrides stand among flags."""
+    parser.add_argument("--config", required=True, metavar="FILE", help=config_help)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`; ValueError and FileNotFoundError become `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
 
-    Warnings are printed as `warning: ...`, without the line of code that raised them. In the end the process group is left,
-    if `main` started one.
+    Warnings are printed as `warning: ...`, without the line of code that raised them; `tim`'s log goes to stderr.
+    In the end the process group is left, if `main` started one.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     failed = True
     try:
-        main()
+        with log_to_stderr():
+            main()
         failed = False
     except SystemExit:  # of all processes alike, such as a trainer's on a signal
         failed = False
@@ -30,6 +81,43 @@ def run_command(main: Callable[[], None]) -> None:
         _leave_process_group(failed)
 
 
+class _Stderr(logging.Handler):
+    """Writes lines to today's sys.stderr, above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Write what `logging.getLogger("tim")` and its children are told to stderr, with time and level.
+
+    Rank 0 writes INFO and above, other processes WARNING and above with their rank; TIM_LOG_LEVEL (DEBUG, INFO, WARNING, ERROR)
+    sets one level for all. Results are not logged: commands print them on stdout.
+
+    Raises:
+        ValueError: TIM_LOG_LEVEL is none of the levels.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    level = os.environ.get("TIM_LOG_LEVEL", "WARNING" if rank else "INFO").upper()
+    if level not in LEVELS:
+        raise ValueError(f"TIM_LOG_LEVEL={level!r} is not one of {', '.join(LEVELS)}")
+    handler = _Stderr()
+    prefix = f"rank {rank}: " if rank else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("tim")
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False  # a library that gives the root logger a handler would show every line twice
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def _leave_process_group(failed: bool) -> None:
     """`tim.distributed.leave_process_group`, where there can be a group: commands without torch end sooner."""
     if "torch" in sys.modules:
@@ -38,56 +126,28 @@ def _leave_process_group(failed: bool) -> None:
         leave_process_group(failed)
 
 
-def train_command(description: str, task: str) -> None:
-    """A trainer's command line.
-
-    Args:
-        task: class of `tim.training.tasks` that says what is trained.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="YAML file")
-    parser.add_argument("--project_dir", required=True, help="where log, samples and checkpoints go")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="build and check everything, write nothing")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
-    args = parser.parse_intermixed_args()
-
-    from tim.config import load_config, to_yaml
-
-    config = load_config(args.config, args.overrides)
-    if args.print_config:
-        print(to_yaml(config))
-        return
-
-    from tim.training import tasks
-    from tim.training.loop import train
-
-    train(config, args.project_dir, args.seed, getattr(tasks, task), dry_run=args.dry_run)
+def train() -> None:
+    """The console script tim-train."""
+    _run_script("tim-train", "Train Transition Models.", TRAIN)
 
 
-def preprocess_command(description: str, kind: str) -> None:
-    """The command line of preprocessing.
+def sample() -> None:
+    """The console script tim-sample."""
+    _run_script("tim-sample", "Draw images; run the same command again to continue.", SAMPLE)
 
-    Args:
-        kind: class of `tim.preparation.settings` that says how images are cut.
-    """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="YAML file")
-    parser.add_argument("--project_dir", required=True, help="where reports go, and the latents unless latent_dir is set")
-    parser.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
-    args = parser.parse_intermixed_args()
 
-    from tim.config import to_yaml
-    from tim.preparation import settings as preprocess_config
+def evaluate() -> None:
+    """The console script tim-evaluate."""
+    _run_script("tim-evaluate", "Measure generated images.", EVALUATE)
 
-    settings = preprocess_config.load_settings(getattr(preprocess_config, kind), args.config, args.overrides)
-    if args.print_config:
-        print(to_yaml(settings))
-        return
 
-    from tim.preparation.preprocess import preprocess
-
-    preprocess(settings, args.project_dir, dry_run=args.dry_run)
+def _run_script(program: str, description: str, commands: dict[str, tuple[str, str]]) -> None:
+    """Run the command that the first word names on the words after it."""
+    parser = command_parser(description)
+    parser.prog = program
+    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=f"{program} COMMAND --help says more")
+    for name, (_, purpose) in commands.items():
+        names.add_parser(name, help=purpose, add_help=False)
+    command = parser.parse_args(sys.argv[1:2]).command
+    sys.argv[:2] = [f"{program} {command}"]  # the name in usage and error messages of the command's own parser
+    run_command(lambda: pkgutil.resolve_name(commands[command][0])())

@@ -13,37 +13,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 if TYPE_CHECKING:
     from tim.benchmarks.measure import Report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("what", choices=("train", "overhead", "sample", "adm"))
-    parser.add_argument("--config", help="train, overhead, sample: YAML file")
-    parser.add_argument("--batch-size", type=int, help="default: the config's; 1 for text-to-image sampling")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps; overhead: steps between checkpoints")
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network (text-to-image: the decoder)")
-    parser.add_argument(
-        "--random-latents", type=int, metavar="N", help="overhead: train on N random files, not the config's data"
-    )
-    parser.add_argument("--num-steps", type=int, default=4, help="sample: transitions")
-    parser.add_argument("--cfg-scale", type=float, help="sample: guidance (default 1, text-to-image 2.5)")
-    parser.add_argument("--height", type=int, default=1024, help="text-to-image sampling: pixels")
-    parser.add_argument("--width", type=int, default=1024, help="text-to-image sampling: pixels")
-    parser.add_argument("--tokens", type=int, default=64, help="text-to-image sampling: tokens a caption")
-    parser.add_argument("--vae-dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--tile-vae", type=int, metavar="PIXELS", help="text-to-image sampling: decode in tiles above this")
-    parser.add_argument("--psnr", action="store_true", help="text-to-image sampling: bfloat16 decoding against float32")
-    parser.add_argument("--inception", type=Path, help="adm: weights (default: in checkpoints/)")
-    parser.add_argument("--images", type=int, default=1000, help="adm: number of pictures")
-    parser.add_argument("--side", type=int, default=256, help="adm: pixels")
-    parser.add_argument("--workers", type=int, help="adm: processes that read images (default: up to 8)")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    add_arguments(parser)
     args = parser.parse_intermixed_args()
     if args.steps < 1 or args.warmup < 0:
         raise ValueError(f"--steps must be >= 1 and --warmup >= 0, got {args.steps} and {args.warmup}")
@@ -53,6 +32,37 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags, by what they are for."""
+    shared = parser.add_argument_group("all benchmarks")
+    shared.add_argument("--batch-size", type=int, help="default: the config's; 1 for text-to-image sampling, 64 for adm")
+    shared.add_argument("--steps", type=int, default=20, help="timed steps; overhead: steps between checkpoints")
+    shared.add_argument("--warmup", type=int, default=3, help="steps before those")
+    shared.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    model = parser.add_argument_group("train, overhead, sample")
+    model.add_argument("--config", metavar="FILE", help="YAML file")
+    model.add_argument("--compile", action="store_true", help="torch.compile the network (text-to-image: the decoder)")
+    model.add_argument(
+        "--random-latents", type=int, metavar="N", help="overhead: train on N random files, not the config's data"
+    )
+    model.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    sample = parser.add_argument_group("sample")
+    sample.add_argument("--num-steps", type=int, default=4, help="transitions")
+    sample.add_argument("--cfg-scale", type=float, help="guidance (default: 1, text-to-image 2.5)")
+    t2i = parser.add_argument_group("sample, text-to-image")
+    t2i.add_argument("--height", type=int, default=1024, help="pixels")
+    t2i.add_argument("--width", type=int, default=1024, help="pixels")
+    t2i.add_argument("--tokens", type=int, default=64, help="tokens of a caption")
+    t2i.add_argument("--vae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="decoder dtype")
+    t2i.add_argument("--tile-vae", type=int, metavar="PIXELS", help="decode larger images in tiles")
+    t2i.add_argument("--psnr", action="store_true", help="compare decoding in bfloat16 with float32")
+    adm = parser.add_argument_group("adm")
+    adm.add_argument("--inception", type=Path, metavar="FILE", help="weights (default: in checkpoints/)")
+    adm.add_argument("--images", type=int, default=1000, help="number of pictures")
+    adm.add_argument("--side", type=int, default=256, help="pixels")
+    adm.add_argument("--workers", type=int, help="processes that read images (default: up to 8)")
 
 
 def measure(args: argparse.Namespace) -> "Report":

@@ -4,20 +4,20 @@ build_shards.py --latent-dir DIR --out SHARDS packs latents; with --image-dir ea
 build_shards.py --image-dir DIR --out SHARDS packs images with their labels. Run it again to continue or to check.
 """
 
-import argparse
-
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latent-dir", help="DIR/<class>/<name>.safetensors")
-    parser.add_argument("--image-dir", help="DIR/<class>/<name>.*")
-    parser.add_argument("--out", required=True, help="folder of the shards")
-    parser.add_argument("--index-dir", help="folder of the index files (default: that of the shards)")
-    parser.add_argument("--samples-per-shard", type=int, default=10000, help="default: 10000")
-    parser.add_argument("--name", default="shard", help="shards are called NAME-00000-of-00010.tar (default: shard)")
-    parser.add_argument("--workers", type=int, default=4, help="shards packed at once (default: 4)")
+    parser = command_parser(__doc__)
+    sources = parser.add_argument_group("what is packed")
+    sources.add_argument("--latent-dir", help="DIR/<class>/<name>.safetensors")
+    sources.add_argument("--image-dir", help="DIR/<class>/<name>.*")
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--out", required=True, help="folder of the shards")
+    shards.add_argument("--index-dir", help="folder of the index files (default: that of the shards)")
+    shards.add_argument("--samples-per-shard", type=int, default=10000, help="the last shard may hold fewer")
+    shards.add_argument("--name", default="shard", help="shards are called NAME-00000-of-00010.tar")
+    shards.add_argument("--workers", type=int, default=4, help="shards packed at once")
     args = parser.parse_args()
     if args.workers < 1:
         raise ValueError(f"--workers must be >= 1, got {args.workers}")

@@ -4,27 +4,27 @@ SOURCE is a folder with name.txt (a caption a line) beside name.png; a .jsonl wi
 or webdataset tar shards (a folder of them will do), whose images are unpacked to the root folder.
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="+", type=Path, metavar="SOURCE")
+    parser = command_parser(__doc__)
+    parser.add_argument("source", nargs="+", type=Path, metavar="SOURCE", help="captioned images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
     parser.add_argument("--root", type=Path, help="folder of the images (default: SOURCE, its folder, or OUT/images for tars)")
-    parser.add_argument("--area", type=int, default=512, help="side of the square whose area the buckets have (default: 512)")
-    parser.add_argument("--factor", type=int, default=32, help="pixels per token along a side (default: 32)")
-    size = parser.add_mutually_exclusive_group(required=True)
+    layout = parser.add_argument_group("buckets")
+    layout.add_argument("--area", type=int, default=512, help="side of the square whose area the buckets have")
+    layout.add_argument("--factor", type=int, default=32, help="pixels per token along a side")
+    size = layout.add_mutually_exclusive_group(required=True)
     size.add_argument("--tokens-per-batch", type=int, help="tokens of a batch in every bucket")
     size.add_argument("--batch-size", type=int, help="pictures of a batch in the square bucket; others have as many tokens")
-    parser.add_argument("--native", action="store_true", help="every picture keeps its own size, floored, up to the area")
-    parser.add_argument("--max-aspect", type=float, help="longest over shortest side of a bucket (default: 4)")
-    parser.add_argument("--min-bucket", type=int, default=1, help="merge buckets of fewer pictures into the nearest")
-    parser.add_argument("--no-upscale", action="store_true", help="leave out pictures smaller than their bucket")
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle (default: 0)")
+    layout.add_argument("--native", action="store_true", help="every picture keeps its own size, floored, up to the area")
+    layout.add_argument("--max-aspect", type=float, help="longest over shortest side of a bucket (default: 4)")
+    layout.add_argument("--min-bucket", type=int, default=1, help="merge buckets of fewer pictures into the nearest")
+    layout.add_argument("--no-upscale", action="store_true", help="leave out pictures smaller than their bucket")
+    layout.add_argument("--seed", type=int, default=0, help="of the shuffle")
     args = parser.parse_args()
     if args.native and args.max_aspect is not None:
         raise ValueError("--max-aspect chooses the common buckets; --native has none")

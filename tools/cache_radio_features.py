@@ -4,20 +4,17 @@ FILE is the training config. The features of N tokens of width D take 4 N D byte
 command again to continue; torchrun spreads it over several processes.
 """
 
-import argparse
-
-from tim.cli import run_command
+from tim.cli import add_config_arguments, command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the training")
+    parser = command_parser(__doc__)
+    add_config_arguments(parser, "YAML file of the training")
     parser.add_argument("--features-dir", help="where the files go (default: data.dataset.features_dir)")
-    parser.add_argument("--dtype", default="float16", help="of the files: float16, bfloat16 or float32 (default: float16)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images encoded together, with their mirrors (default: 64)")
-    parser.add_argument("--num-workers", type=int, default=4, help="processes that read images (default: 4)")
+    parser.add_argument("--dtype", default="float16", help="of the files: float16, bfloat16 or float32")
+    parser.add_argument("--batch-size", type=int, default=64, help="images encoded together, with their mirrors")
+    parser.add_argument("--num-workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
     args = parser.parse_intermixed_args()
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")

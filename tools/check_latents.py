@@ -1,16 +1,15 @@
 """Read every preprocessed latent under a folder and report: check_latents.py DIR. Exit code 1 when anything is damaged."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser(__doc__)
     parser.add_argument("latent_dir", type=Path, metavar="DIR", help="DIR/<class>/<name>.safetensors")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read (default: 4)")
+    parser.add_argument("--workers", type=int, default=4, help="threads that read")
     args = parser.parse_args()
     if args.workers < 1:
         raise ValueError(f"--workers must be >= 1, got {args.workers}")

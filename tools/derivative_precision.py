@@ -1,16 +1,13 @@
 """How far half precision moves dF/dt: relative error of dde and jvp under bfloat16 autocast, against float64 jvp."""
 
-import argparse
-
-from tim.cli import run_command
+from tim.cli import add_config_arguments, command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True)
+    parser = command_parser(__doc__)
+    add_config_arguments(parser)
     parser.add_argument("--ckpt", help="weights (default: random, every parameter normal with deviation 0.05)")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples of random latents and noise")
     args = parser.parse_intermixed_args()
 
     import torch
@@ -36,8 +33,9 @@ def main() -> None:
 
     def derivative(kind: str, dtype: str | None, wide: bool = False) -> torch.Tensor:
         schedule = TransitionSchedule(transport, derivative_type=kind, derivative_dtype=dtype)
-        inputs = [v.double() for v in (x, z, t, r)] if wide else [x, z, t, r]
-        return schedule.derivative(network.double() if wide else network.float(), *inputs, 0, cond).double()
+        model = network.double() if wide else network.float()
+        clean, noise, start, end = (v.double() if wide else v for v in (x, z, t, r))
+        return schedule.derivative(model, clean, noise, start, end, 0, cond).double()
 
     exact = derivative("jvp", None, wide=True)
     print(f"{'':>22} {'float32':>10} {'bfloat16':>10}")

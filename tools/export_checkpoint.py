@@ -3,14 +3,13 @@
 export_checkpoint.py SOURCE OUT.safetensors [--weights ema|raw] [--config FILE]
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("source", help="weights file, checkpoint folder or project folder (its newest undamaged checkpoint)")
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: the EMA when there is one")

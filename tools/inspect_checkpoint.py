@@ -1,14 +1,13 @@
 """Say what a weights file, checkpoint or training project holds; exit code 1 when anything in it is damaged."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser(__doc__)
     parser.add_argument("source", help="weights file, checkpoint folder or project folder")
     parser.add_argument("--config", type=Path, action="append", help="config to compare with (default: all under configs/)")
     args = parser.parse_args()

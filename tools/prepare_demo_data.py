@@ -3,21 +3,20 @@
 prepare_demo_data.py openmoji|nature|shapes|digits|text-encoder --out DIR
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "name",
         choices=("openmoji", "nature", "shapes", "digits", "text-encoder"),
         help="nature: food, plants and animals of openmoji",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
-    parser.add_argument("--size", type=int, help="longer side in pixels; default: emoji up to 180, shapes 40")
+    parser.add_argument("--size", type=int, help="longer side in pixels (default: emoji up to 180, shapes 40)")
     args = parser.parse_args()
 
     from tim.demo.data import write_demo, write_text_encoder

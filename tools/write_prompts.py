@@ -1,17 +1,15 @@
 """Write the captions of a text-to-image set as prompt files, one a picture size: write_prompts.py --config FILE --out DIR"""
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import add_config_arguments, command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="text-to-image YAML file; its data and sizes count")
+    parser = command_parser(__doc__)
+    add_config_arguments(parser, "text-to-image YAML file; its data and sizes count")
     parser.add_argument("--out", type=Path, required=True, help="folder of prompts-HxW.txt")
     parser.add_argument("--limit", type=int, help="at most this many prompts in all, spread over the set")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
     args = parser.parse_intermixed_args()
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be >= 1, got {args.limit}")

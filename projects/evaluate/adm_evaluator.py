@@ -3,17 +3,16 @@
 REF: an .npz of ADM (images and/or statistics) or a folder of real images. SAMPLES: a folder of images or an .npz.
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 from tim.evaluation.command import add_inception_arguments, check_positive, precision_of, result_path, start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", metavar="REF", type=Path)
-    parser.add_argument("samples", metavar="SAMPLES", type=Path)
+    parser = command_parser(__doc__)
+    parser.add_argument("reference", metavar="REF", type=Path, help="real images or statistics")
+    parser.add_argument("samples", metavar="SAMPLES", type=Path, help="generated images")
     add_inception_arguments(parser)
     args = parser.parse_args()
     check_positive(args)

@@ -1,14 +1,13 @@
 """Measure digits drawn by sample_c2i_ddp.py: Fréchet distance and accuracy per number of steps, table, pictures, JSON."""
 
-import argparse
 import json
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--samples", type=Path, help="the --sample-dir of one or more sampling runs")
     source.add_argument("--show", type=Path, help="print the table of a metrics.json and stop")

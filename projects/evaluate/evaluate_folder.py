@@ -3,18 +3,19 @@
 Fréchet distance, kernel distance (KID), precision and recall. Numbers of different features do not compare.
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 from tim.evaluation.command import add_extract_arguments, check_positive, result_path, start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("real", metavar="REAL", type=Path, help="folder of real images")
     parser.add_argument("samples", metavar="SAMPLES", type=Path, nargs="+", help="folders of generated images")
-    parser.add_argument("--features", required=True, choices=("digits", "efficientnet", "inception"))
+    parser.add_argument(
+        "--features", required=True, choices=("digits", "efficientnet", "inception"), help="what they are compared by"
+    )
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="a row for each pattern of relative paths")
     parser.add_argument("--inception", type=Path, help="weights for --features inception")
     add_extract_arguments(parser)

@@ -4,19 +4,17 @@
 prompt among those of all trained prompts by the features of an ImageNet classifier.
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import add_config_arguments, command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("judge", choices=("shapes", "retrieval"))
-    parser.add_argument("--config", required=True, help="YAML file of the model; its data are the real pictures")
+    add_config_arguments(parser, "YAML file of the model; its data are the real pictures")
     parser.add_argument("--samples", type=Path, required=True, help="the --sample-dir of sample_t2i.py")
     parser.add_argument("--out", type=Path, required=True, help="where metrics.json and the pictures go")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
     args = parser.parse_intermixed_args()
 
     from tim.config import load_config

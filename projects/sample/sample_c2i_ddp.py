@@ -1,18 +1,18 @@
 """Draw class-conditional images; run the same command again to continue."""
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 from tim.generation.settings import add_sample_arguments, settings_from
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command_parser(__doc__)
     add_sample_arguments(parser)
-    parser.add_argument("--num-classes", type=int, help="labels cycle through this many classes (default: all)")
-    parser.add_argument("--class-labels", default="cycle", help="cycle | random | a list such as 207,360")
-    parser.add_argument("--npz", action="store_true", help="also pack the images for ADM's evaluator")
+    classes = parser.add_argument_group("classes and files")
+    classes.add_argument("--num-classes", type=int, help="labels cycle through this many classes (default: all)")
+    classes.add_argument("--class-labels", default="cycle", help="cycle | random | a list such as 207,360")
+    classes.add_argument("--npz", action="store_true", help="also pack the images for ADM's evaluator")
     args = parser.parse_args()
 
     from accelerate import PartialState

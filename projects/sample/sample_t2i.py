@@ -1,26 +1,27 @@
 """Draw images of your own prompts at any sizes and numbers of steps, with a labelled grid of each size."""
 
-import argparse
 from dataclasses import replace
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
+from tim.generation.settings import add_sample_arguments, settings_from
 
 
 def main() -> None:
-    from tim.generation.prompt_sets import PromptFilesJob, read_prompts
-    from tim.generation.settings import add_sample_arguments, settings_from
-    from tim.generation.t2i import draw, finish_prompts, parse_size
-
-    parser = argparse.ArgumentParser(description=__doc__, conflict_handler="resolve")
+    parser = command_parser(__doc__)
+    parser.conflict_handler = "resolve"  # --num-steps takes several
     add_sample_arguments(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
+    own = parser.add_argument_group("prompts and runs")
+    source = own.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts; an empty one is the null caption")
     source.add_argument("--prompt-file", help="text file with one prompt a line")
-    parser.add_argument("--size", nargs="+", metavar="HxW", help="height x width in pixels, any number of sizes")
-    parser.add_argument("--num-steps", nargs="+", type=int, default=[4], help="any number of step counts")
-    parser.add_argument("--images-per-prompt", type=int, default=1)
-    parser.add_argument("--text-padding", choices=("mask", "batch"), help="default: the config's, else mask")
+    own.add_argument("--size", nargs="+", metavar="HxW", help="height x width in pixels, any number of sizes")
+    own.add_argument("--num-steps", nargs="+", type=int, default=[4], help="any number of step counts (default: 4)")
+    own.add_argument("--images-per-prompt", type=int, default=1, help="images of a prompt, each of its own seed")
+    own.add_argument("--text-padding", choices=("mask", "batch"), help="default: the config's, else mask")
     args = parser.parse_args()
+
+    from tim.generation.prompt_sets import PromptFilesJob, read_prompts
+    from tim.generation.t2i import draw, finish_prompts, parse_size
 
     prompts = args.prompts or read_prompts(args.prompt_file)
     sizes = [parse_size(text) for text in args.size] if args.size else [(args.height, args.width)]

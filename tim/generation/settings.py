@@ -2,9 +2,12 @@
 
 import argparse
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from tim.schedulers.sampling import SAMPLE_TYPES
-from tim.schedulers.transports import Transport
+from tim.schedulers import SAMPLE_TYPES
+
+if TYPE_CHECKING:
+    from tim.schedulers.transports import Transport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -49,7 +52,7 @@ class SampleSettings:
         """Scale, low and high end of the window, and whether the first step is guided."""
         return self.cfg_scale, self.guidance_low, self.guidance_high, self.guide_first_step
 
-    def check(self, transport: Transport) -> None:
+    def check(self, transport: "Transport") -> None:
         """Fill T_max and T_min from the transport and refuse impossible values, each by its flag."""
         self.T_max = float(transport.T_max if self.T_max is None else self.T_max)
         self.T_min = float(transport.T_min if self.T_min is None else self.T_min)

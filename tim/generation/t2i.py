@@ -5,10 +5,12 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tim.generation.prompt_sets import PromptFilesJob, PromptJob
 from tim.generation.settings import SampleSettings, add_sample_arguments, settings_from
-from tim.images import labelled_grid, read_png, save_png
+
+if TYPE_CHECKING:
+    from tim.generation.prompt_sets import PromptFilesJob, PromptJob
 
 GRID_ROWS, GRID_IMAGES = 16, 4  # prompts, and images of each prompt and number of steps, in a labelled grid
 
@@ -28,7 +30,7 @@ def add_caption_arguments(parser: argparse.ArgumentParser, data_type: str, capti
     parser.add_argument("--text-padding", choices=("mask", "batch"), help="default: the config's, else mask")
 
 
-def benchmark_command(args: argparse.Namespace, make_job: Callable[[argparse.Namespace], PromptJob]) -> None:
+def benchmark_command(args: argparse.Namespace, make_job: "Callable[[argparse.Namespace], PromptJob]") -> None:
     """Draw the images of a benchmark.
 
     Args:
@@ -46,7 +48,7 @@ def benchmark_command(args: argparse.Namespace, make_job: Callable[[argparse.Nam
     draw(args, job, [settings_from(args)], prefix=f"{args.data_type}-")
 
 
-def draw(args: argparse.Namespace, job: PromptJob, runs: list[SampleSettings], prefix: str) -> list[Path]:
+def draw(args: argparse.Namespace, job: "PromptJob", runs: list[SampleSettings], prefix: str) -> list[Path]:
     """Load the models once and draw `job` under each of the settings.
 
     Returns:
@@ -99,12 +101,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def finish_prompts(job: PromptFilesJob, folders: list[Path], steps: list[int]) -> None:
+def finish_prompts(job: "PromptFilesJob", folders: list[Path], steps: list[int]) -> None:
     """prompts.json in every folder, and one labelled grid a size beside them: prompts down, numbers of steps across.
 
     Rank 0 alone writes.
     """
     from accelerate import PartialState
+
+    from tim.images import labelled_grid, read_png, save_png
 
     if not PartialState().is_main_process:
         return

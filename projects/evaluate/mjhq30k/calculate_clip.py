@@ -3,17 +3,16 @@
 The first form writes the text features of all prompts, the second compares the images of DIR (category/key.*) with them.
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 from tim.evaluation.command import DEFAULT_CLIP, add_extract_arguments, check_positive, result_path, start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="META.json|F.safetensors")
-    parser.add_argument("target", type=Path, metavar="F.safetensors|DIR")
+    parser = command_parser(__doc__)
+    parser.add_argument("source", type=Path, metavar="META.json|F.safetensors", help="prompts or their features")
+    parser.add_argument("target", type=Path, metavar="F.safetensors|DIR", help="features to write, or images")
     parser.add_argument("--save-stats", action="store_true", help="write text features and stop")
     parser.add_argument(
         "--clip-model", default=DEFAULT_CLIP, help="transformers folder or hub id, or open_clip:ARCHITECTURE:TAG"

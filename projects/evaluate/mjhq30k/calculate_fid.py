@@ -3,16 +3,15 @@
 REF and DIR: folders with one subfolder a category, or statistics written with --save-stats.
 """
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 from tim.evaluation.command import add_inception_arguments, check_positive, precision_of, result_path, start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", metavar="REF", type=Path)
+    parser = command_parser(__doc__)
+    parser.add_argument("reference", metavar="REF", type=Path, help="real images or statistics")
     parser.add_argument("samples", metavar="DIR", type=Path, help="generated images, or the file to write")
     parser.add_argument("--protocol", choices=("tim", "clean", "torch-fidelity"), default="tim", help="how images are resized")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of REF and stop")

@@ -3,21 +3,21 @@
 DIR holds {prompt:05d}/metadata.jsonl and {prompt:05d}/samples/*.png, as sample_t2i_geneval_ddp.py writes them.
 """
 
-import argparse
 import warnings
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 from tim.evaluation.command import result_path, start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="DIR", type=Path)
+    parser = command_parser(__doc__)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the images")
     parser.add_argument("--outfile", type=Path, help="result file, .jsonl (default: beside DIR)")
-    parser.add_argument("--model-path", required=True, help="the detector: a folder, an mmdet checkpoint or a hub id")
-    parser.add_argument("--model-config", help="no effect: the checkpoint says which detector it is")
-    parser.add_argument(
+    judge = parser.add_argument_group("judge")
+    judge.add_argument("--model-path", required=True, help="the detector: a folder, an mmdet checkpoint or a hub id")
+    judge.add_argument("--model-config", help="no effect: the checkpoint says which detector it is")
+    judge.add_argument(
         "--options", nargs="*", default=[], metavar="KEY=VALUE",
         help="threshold, counting_threshold, max_objects, max_overlap, position_threshold, crop, bgcolor, clip_model",
     )  # fmt: skip

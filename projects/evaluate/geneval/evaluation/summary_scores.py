@@ -1,14 +1,13 @@
 """Print the scores of a result file of evaluate_images.py."""
 
-import argparse
 from pathlib import Path
 
-from tim.cli import run_command
+from tim.cli import command_parser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", metavar="F.jsonl", type=Path)
+    parser = command_parser(__doc__)
+    parser.add_argument("results", metavar="F.jsonl", type=Path, help="the --outfile of evaluate_images.py")
     args = parser.parse_args()
 
     from tim.evaluation.geneval.summary import read_results, summarize, summary_text

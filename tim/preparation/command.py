@@ -1,0 +1,47 @@
+"""The command line of preprocessing."""
+
+from tim.cli import add_config_arguments, command_parser
+
+
+def preprocess_square(argv: list[str] | None = None) -> None:
+    """Encode class folders of images, centre-cropped to squares.
+
+    Args:
+        argv: words of the command line (default: sys.argv).
+    """
+    _preprocess(argv, "Encode class folders of images, centre-cropped; run the same command again to continue.", "Square")
+
+
+def preprocess_native(argv: list[str] | None = None) -> None:
+    """Encode class folders of images at native resolution; else as `preprocess_square`."""
+    _preprocess(argv, "Encode class folders of images at native resolution; run the same command again to continue.", "Native")
+
+
+def _preprocess(argv: list[str] | None, description: str, kind: str) -> None:
+    """Parse and preprocess.
+
+    Args:
+        kind: class of `tim.preparation.settings` that says how images are cut.
+    """
+    parser = command_parser(description)
+    run = parser.add_argument_group("run")
+    add_config_arguments(run)
+    run.add_argument(
+        "--project_dir", required=True, metavar="DIR", help="where reports go, and the latents unless latent_dir is set"
+    )
+    check = parser.add_argument_group("instead of encoding")
+    check.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
+    check.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
+    args = parser.parse_intermixed_args(argv)
+
+    from tim.config import to_yaml
+    from tim.preparation import settings as kinds
+
+    settings = kinds.load_settings(getattr(kinds, kind), args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(settings))
+        return
+
+    from tim.preparation.preprocess import preprocess
+
+    preprocess(settings, args.project_dir, dry_run=args.dry_run)
