@@ -28,7 +28,12 @@ digits --num-steps 1
 digits --num-steps 4 --cfg-scale 2 --guidance-high 0.8 --stochasticity-ratio 0.2
 [ -d datasets/digits/images ] || quiet tools/prepare_demo_data.py digits --out datasets/digits
 quiet projects/evaluate/evaluate_folder.py datasets/digits/images "$OUT"/digits/*/ --features digits --out "$OUT/folders.json"
-[ -d datasets/shapes/images ] || quiet tools/prepare_demo_data.py shapes --out datasets/shapes
+if [ ! -f datasets/shapes/bucket_sampler.json ]; then
+  quiet tools/prepare_demo_data.py shapes --out datasets/shapes --size 24
+  quiet tools/build_t2i_buckets.py datasets/shapes/captions.jsonl --root datasets/shapes/images --out datasets/shapes \
+    --area 24 --factor 8 --batch-size 32 --max-aspect 2 --min-bucket 16
+fi
+[ -f datasets/all-MiniLM-L6-v2/config.json ] || quiet tools/prepare_demo_data.py text-encoder --out datasets/all-MiniLM-L6-v2
 quiet projects/train/trainer_t2i.py --config configs/t2i/shapes.yaml --seed 3 --project_dir "$OUT/shapes" training.max_train_steps=4 \
   training.checkpointing_steps=4
 quiet projects/sample/sample_t2i.py --config configs/t2i/shapes.yaml --ckpt "$OUT/shapes" --sample-dir "$OUT/prompts" \
