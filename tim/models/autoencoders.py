@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers.models import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
 

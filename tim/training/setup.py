@@ -16,7 +16,8 @@ from tim.config import Config
 from tim.data.keyed import KeyedDataset
 from tim.distributed import set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
-from tim.schedulers.transition import TransitionSchedule
+from tim.models.network import build_network, freeze_projector, traits_of
+from tim.schedulers.objective import Objective
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
 from tim.training.sharding import is_sharded, shard, sharding_plugin
@@ -43,7 +44,7 @@ class Run:
     network: nn.Module
     model: nn.Module
     ema: EMA | None
-    schedule: TransitionSchedule
+    schedule: Objective
     vae: Autoencoder | None
     encoder: nn.Module | None
     optimizer: Any
@@ -89,30 +90,32 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     t, m = config.training, config.model
     plugin = sharding_plugin(t.fsdp_config)
     accelerator = build_accelerator(config, project_dir)
-    schedule = TransitionSchedule(m.transport.build(), **m.transition_loss)
+    schedule: Objective = m.build_objective()
     if schedule.transport.enhance_target and not m.use_ema:
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
     vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)
-    network = m.network.build().to(getattr(torch, t.dtype))
+    network = build_network(m.network).to(getattr(torch, t.dtype))
     for note in start_from(network, m) if m.ckpt else []:
         accelerator.print(note)
-    encoder = None
+    encoder, z_dim = None, traits_of(network).z_dim
     if not m.enc_dir:
-        network.projector.requires_grad_(False)
+        freeze_projector(network)
+    elif z_dim is None:
+        raise ValueError("model.enc_dir needs a network with a REPA projector (z_dim, return_zs); set model.enc_dir=null")
     elif config.data.dataset.features_dir is None:
         from tim.models.radio import Radio
 
         encoder = Radio.from_checkpoint(m.enc_dir).to(accelerator.device)
-        if encoder.width != network.projector[-1].out_features:
+        if encoder.width != z_dim:
             raise ValueError(
                 f"model.enc_dir={m.enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it"
             )
     task.check(network)
 
     ema = EMA(network, m.ema_decay) if m.use_ema else None
-    schedule.lockstep = place(network, ema, plugin, accelerator)
+    schedule.always_run_derivative = place(network, ema, plugin, accelerator)
     if t.compile:
         compile_blocks(network)
         if schedule.derivative_type == "jvp":

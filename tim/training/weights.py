@@ -12,6 +12,7 @@ import tim
 from tim.config import Config, Model
 from tim.files import replacing
 from tim.models.loading import check_state, read_state_dict
+from tim.models.network import build_network
 from tim.models.warm_start import warm_start
 from tim.training.checkpoint import MANIFEST, damage, latest_checkpoint
 from tim.training.checkpoint_formats import checkpoint_weights, is_sharded, stored_weights
@@ -110,7 +111,7 @@ def start_from(network: nn.Module, model: Model) -> list[str]:
 def empty_network(config: Config) -> nn.Module:
     """The network of a config without memory for its weights, to compare shapes with."""
     with torch.device("meta"):
-        return config.model.network.build()
+        return build_network(config.model.network)
 
 
 def export_weights(source: str, out: Path, kind: str | None = None, config: Config | None = None) -> dict[str, str]:
