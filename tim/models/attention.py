@@ -50,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
     if attn_type == "vanilla_attn":
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores.masked_fill(~mask, float("-inf"))  # a row of nothing but -inf is NaN: captions keep a token
         return scores.softmax(dim=-1) @ v
     raise ValueError(f"attn_type={attn_type!r} is not one of {', '.join(map(repr, ATTN_TYPES))}")
 
@@ -96,7 +96,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, y: Tensor) -> Tensor:
         """Keys and values (B, 2, heads, M, head_dim) of caption tokens y (B, M, C); they depend on the caption alone."""
         k, v = rearrange(self.kv(y), "b m (two heads c) -> two b heads m c", two=2, heads=self.num_heads)
-        return torch.stack([self.k_norm(k).to(v.dtype), v], dim=1)
+        return torch.stack([self.k_norm(k).to(v.dtype), v], dim=1)  # one tensor, which the sampler keeps for all steps
 
     def forward(
         self, u: Tensor, kv: Tensor, rope: Tensor, y_mask: Tensor | None = None, attn_type: str | None = None

@@ -37,6 +37,7 @@ class TimestepEmbedder(nn.Module):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         frequencies = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
         angles = t[:, None] * frequencies
+        # cos first: the order is part of the released weights.
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
@@ -46,6 +47,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
+        # Without dropout nothing trains a null row, and released tables of such runs have none.
         self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype, theta: floa
     dtype = torch.promote_types(dtype, torch.float32)
     half = head_dim // 2
     frequencies = theta ** (-torch.arange(0, half, 2, device=positions.device, dtype=dtype) / half)
-    angles = rearrange(positions[:, :, None] * frequencies, "n axis f -> n (axis f)")
+    angles = rearrange(positions[:, :, None] * frequencies, "n xy f -> n (xy f)")
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -83,6 +83,7 @@ class TransitionTransformer(nn.Module):
             Block(hidden_size, num_heads, mlp_ratio, qk_norm, distance_aware, modulation, self.cross_attention)
             for _ in range(depth)
         )
+        # Always there, with or without REPA: weights are loaded strictly, and released ones hold it.
         self.projector = nn.Sequential(
             nn.Linear(hidden_size, projector_dim),
             nn.SiLU(),
@@ -107,6 +108,7 @@ class TransitionTransformer(nn.Module):
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-Zero: every gate is 0, each block the identity. delta_embedder keeps its xavier layers, as released.
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation.fc2.weight)
             nn.init.zeros_(module.adaLN_modulation.fc2.bias)
@@ -158,7 +160,9 @@ class TransitionTransformer(nn.Module):
         if jvp and forward_ad.unpack_dual(x).tangent is not None:
             attn_type = "vanilla_attn"
         tokens = self.x_embedder(x)
+        # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
+        # A derivative pass has no backward pass, so there is nothing to recompute for.
         remember = self.use_checkpoint and torch.is_grad_enabled() and not jvp
         captions = y.unbind(1) if y is not None and y.ndim == 6 else [y] * len(self.blocks)
         h_proj = self.projector(tokens) if return_zs and self.encoder_depth == 0 else None

@@ -99,19 +99,9 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     network = build_network(m.network).to(getattr(torch, t.dtype))
     for note in start_from(network, m) if m.ckpt else []:
         accelerator.print(note)
-    encoder, z_dim = None, traits_of(network).z_dim
     if not m.enc_dir:
         freeze_projector(network)
-    elif z_dim is None:
-        raise ValueError("model.enc_dir needs a network with a REPA projector (z_dim, return_zs); set model.enc_dir=null")
-    elif config.data.dataset.features_dir is None:
-        from tim.models.radio import Radio
-
-        encoder = Radio.from_checkpoint(m.enc_dir).to(accelerator.device)
-        if encoder.width != z_dim:
-            raise ValueError(
-                f"model.enc_dir={m.enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it"
-            )
+    encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
 
     ema = EMA(network, m.ema_decay) if m.use_ema else None
@@ -140,6 +130,25 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
         optimizer, lr_scheduler, lr, global_batch_size,
     )  # fmt: skip
+
+
+def build_encoder(config: Config, network: nn.Module, device: torch.device) -> nn.Module | None:
+    """The frozen encoder of REPA's target; None without REPA, or when its features come from files.
+
+    Raises:
+        ValueError, FileNotFoundError: for a network without projector or with one of another width, or a missing encoder.
+    """
+    enc_dir, z_dim = config.model.enc_dir, traits_of(network).z_dim
+    if enc_dir and z_dim is None:
+        raise ValueError("model.enc_dir needs a network with a REPA projector (z_dim, return_zs); set model.enc_dir=null")
+    if not enc_dir or config.data.dataset.features_dir is not None:
+        return None
+    from tim.models.radio import Radio
+
+    encoder = Radio.from_checkpoint(enc_dir).to(device)
+    if encoder.width != z_dim:
+        raise ValueError(f"model.enc_dir={enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it")
+    return encoder
 
 
 def place(network: nn.Module, ema: EMA | None, plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> bool:
