@@ -19,10 +19,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tim.schedulers.transition import TransitionSchedule
-
 IGNORED_KEYS = {"training.proportion_empty_prompts", "training.validation_steps"}
 REQUIRED = dataclasses.MISSING
+OBJECTIVE = "tim.schedulers.transition.TransitionSchedule"
 
 
 class ConfigError(ValueError):
@@ -45,11 +44,19 @@ class Target:
         """Construct the class with params."""
         return self.resolve()(*args, **self.params, **kwargs)
 
+    def argument(self, name: str) -> Any:
+        """A keyword as `build` would pass it, or its default; None when the constructor has no such keyword."""
+        if name in self.params:
+            return self.params[name]
+        keyword = constructor_keywords(self.resolve()).get(name)
+        return None if keyword is None or keyword.default is keyword.empty else keyword.default
+
 
 @dataclass
 class Model:
     """What is trained, and its frozen companions. `vae_dir: null` makes the pixels the latents.
 
+    transition_loss: keywords of the objective, and optionally `target`, the import path of its class.
     text_padding: `mask` hides padding from the image, `batch` shows it as the published code did.
     text_cache: keep the features of repeated captions in `memory` or in a folder (its path).
     ckpt: weights to start from: a file, a checkpoint folder or a project folder. ckpt_allow_missing: patterns (`projector.*`)
@@ -73,6 +80,16 @@ class Model:
     ema_decay: float = 0.9999
     ckpt: str | None = None
     ckpt_allow_missing: list[str] = field(default_factory=list)
+
+    @property
+    def objective(self) -> Target:
+        """Class and keywords of the objective; its first argument is the transport."""
+        params = dict(self.transition_loss)
+        return Target(params.pop("target", OBJECTIVE), params)
+
+    def build_objective(self) -> Any:
+        """The objective (`tim.schedulers.objective.Objective`) over a new transport."""
+        return self.objective.build(self.transport.build())
 
 
 @dataclass
@@ -235,7 +252,7 @@ def parse_config(tree: Any) -> Config:
             raise ConfigError(f"{path} must be > 0, got {_get(config, path)}")
     for path in ("model.transport", "model.network", "training.optimizer"):
         _check_target(_get(config, path), path)
-    _check_params(TransitionSchedule, config.model.transition_loss, "model.transition_loss", given={"transport"})
+    _check_target(config.model.objective, "model.transition_loss")
     if config.training.fsdp_config:
         from accelerate import FullyShardedDataParallelPlugin
 
@@ -252,7 +269,7 @@ def parse_config(tree: Any) -> Config:
     if not 0 <= config.model.ema_decay <= 1:
         raise ConfigError(f"model.ema_decay must lie in [0, 1], got {config.model.ema_decay}")
     try:  # the constructors hold the ranges and choices of their own arguments
-        TransitionSchedule(config.model.transport.build(), **config.model.transition_loss)
+        config.model.build_objective()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.transport / model.transition_loss: {error}") from error
     return config
@@ -352,28 +369,34 @@ def _check_target(target: Target, path: str) -> None:
         cls = target.resolve()
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path}.target={target.target!r} cannot be imported: {error}") from error
-    given = {"params", "lr"} if path == "training.optimizer" else set()
-    _check_params(cls, target.params, f"{path}.params", given)
+    given = {"training.optimizer": {"params", "lr"}, "model.transition_loss": {"transport"}}.get(path, set())
+    keywords = path if path == "model.transition_loss" else f"{path}.params"  # there, they stand beside the target
+    _check_params(cls, target.params, keywords, given)
 
 
 def _check_params(cls: type, params: dict, path: str, given: set[str]) -> None:
-    """Keys against the constructor's keywords (through **kwargs, its bases' too), values against their annotations."""
-    valid: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        arguments = inspect.signature(base.__init__).parameters.values()
-        hints = get_type_hints(base.__init__) if base.__module__.startswith("tim.") else {}
-        named = [a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY) and a.name != "self"]
-        valid = {a.name: hints.get(a.name, Any) for a in named} | valid
-        if not any(a.kind is a.VAR_KEYWORD for a in arguments):
-            break
-    valid = {k: h for k, h in valid.items() if k not in given}
+    """Keys against the constructor's keywords, values against their annotations."""
+    valid = {name: keyword.annotation for name, keyword in constructor_keywords(cls).items() if name not in given}
     for key, value in params.items():
         if key not in valid:
             raise ConfigError(f"unknown key {path}.{key}{nearest(key, valid)}")
         if valid[key] is not Any:
             _check_value(value, valid[key], f"{path}.{key}")
+
+
+def constructor_keywords(cls: type) -> dict[str, inspect.Parameter]:
+    """Keywords of a constructor, through **kwargs its bases' too; annotations outside this package are not read (`Any`)."""
+    keywords: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        arguments = inspect.signature(vars(base)["__init__"]).parameters.values()
+        hints = get_type_hints(vars(base)["__init__"]) if base.__module__.startswith("tim.") else {}
+        named = [a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY) and a.name != "self"]
+        keywords = {a.name: a.replace(annotation=hints.get(a.name, Any)) for a in named} | keywords
+        if not any(a.kind is a.VAR_KEYWORD for a in arguments):
+            break
+    return keywords
 
 
 def _check_value(value: Any, hint: Any, path: str) -> None:
