@@ -7,18 +7,18 @@ import threading
 
 import pytest
 import torch
+from helpers.checkpoints import save_checkpoint
 from helpers.paths import ROOT
 from torch import nn
 
-from tim.checkpoint.async_save import Saver
-from tim.checkpoint.formats import build_stager, checkpoint_weights, take_snapshot
+from tim.checkpoint.formats import build_stager, read_weights, take_snapshot
 from tim.checkpoint.store import (
+    Saver,
     find_corruption,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
     tidy_checkpoints,
 )
 
@@ -68,7 +68,7 @@ def test_round_trip_is_exact(trained, tmp_path, sharded):
     got = flat(*fresh, optimizer)
     assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
     assert "optimizer.3.step" not in want and optimizer.param_groups[0]["lr"] == 1e-2
-    weights = checkpoint_weights(path, "ema")
+    weights = read_weights(path, "ema")
     assert weights.keys() == trained[1].state_dict().keys()
     assert all(torch.equal(weights[k], v) for k, v in trained[1].state_dict().items())
 
@@ -197,5 +197,5 @@ def test_errors_of_a_save_reach_the_run(background):
         saver.submit(lambda: None)
     done = []
     saver.submit(lambda: done.append(threading.current_thread() is threading.main_thread()))
-    saver.close()
+    saver.wait()
     assert done == [not background]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.checkpoints import save_checkpoint
 
 from tim.checkpoint.store import (
     find_corruption,
@@ -9,7 +10,6 @@ from tim.checkpoint.store import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
 )
 from tim.training.ema import EMA
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from tim.checkpoint import formats, store
-from tim.checkpoint.async_save import Saver
 
 AUDITED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree"}
 
@@ -76,9 +75,9 @@ class Killer:
 def save(root: Path, target: int, sharded: bool, threaded: bool) -> None:
     """Save step 2 and retire step 1, in this process."""
     network, ema, optimizer = build(2.0)
-    saver = Saver(threaded)
+    saver = store.Saver(threaded)
     stager = formats.build_stager(torch.device("cpu")) if threaded else None
-    snapshot = formats.take_snapshot(network, ema, optimizer, None, sharded, stager)
+    snapshot = formats.take_snapshot(network, ema, optimizer, sharded, stager)
     Killer(root, target)
 
     def write() -> None:
@@ -88,7 +87,7 @@ def save(root: Path, target: int, sharded: bool, threaded: bool) -> None:
     saver.submit(write)
     with torch.no_grad():
         network.weight.zero_()  # training goes on
-    saver.close()
+    saver.wait()
 
 
 def examine(root: Path) -> dict:
@@ -107,7 +106,7 @@ def main() -> None:
     folder, sharded, threaded = Path(sys.argv[1]), sys.argv[2] == "sharded", sys.argv[3] == "thread"
     torch.set_num_threads(1)
     good = folder / "good"
-    store.save_checkpoint(good, 1, *build(1.0), {"seed": 0}, sharded=sharded)
+    store.write_checkpoint(good, 1, formats.take_snapshot(*build(1.0), sharded), {"seed": 0})
     for target in range(1, 1000):
         root = folder / str(target)
         shutil.copytree(good, root)
