@@ -67,7 +67,7 @@ class Weights:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def metadata(self) -> dict[str, str]:
-        """What is known of them: `weights` (the kind) and `source`; of a checkpoint also `step`, and the run's `config_sha256`."""
+        """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
         if self.checkpoint is None:
             return {"weights": self.kind, "source": self.source.name}
         known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(self.step)}

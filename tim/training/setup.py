@@ -12,7 +12,8 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tim.checkpoint.weights import start_from
+from tim.checkpoint.warm_start import warm_start
+from tim.checkpoint.weights import find_weights
 from tim.config import Config
 from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
@@ -50,6 +51,11 @@ class Run:
     lr_scheduler: Any
     lr: float
     global_batch_size: int
+
+    @property
+    def ema_network(self) -> nn.Module | None:
+        """The moving average of the network; None when the run keeps none."""
+        return self.ema.network if self.ema else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,8 +102,10 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)
     network = m.network.build().to(getattr(torch, t.dtype))
-    for note in start_from(network, m) if m.ckpt else []:
-        accelerator.print(note)
+    if m.ckpt:
+        start = find_weights(m.ckpt, name="model.ckpt").read()
+        for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
+            accelerator.print(note)
     encoder = None
     if not m.enc_dir:
         network.projector.requires_grad_(False)
@@ -154,8 +162,12 @@ def to_device_or_shard(
     return plugin is not None
 
 
-def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
-    """This rank's micro-batches from start_step on; `samples_seen` counts what was taken before it."""
+def build_loader(run: Run, start_step: int, samples_seen: int) -> tuple[DataLoader, int]:
+    """This rank's micro-batches from start_step on, and what a step takes of all ranks, in the unit of `samples_seen`.
+
+    Args:
+        samples_seen: what was taken before start_step: samples, or packed batches.
+    """
     sampler = run.task.sampler(
         run.config,
         seed=run.seed,
@@ -166,7 +178,7 @@ def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
         max_steps=run.config.training.max_train_steps,
         samples_seen=samples_seen,
     )
-    return DataLoader(
+    loader = DataLoader(
         ReplacingDataset(run.task.dataset, run.seed),
         batch_sampler=sampler,
         num_workers=run.config.data.dataloader.num_workers,
@@ -174,3 +186,4 @@ def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
         worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(run.seed),  # else the workers' seeds come from the global state
     )
+    return loader, sampler.samples_per_step
