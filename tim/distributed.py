@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,6 @@ def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], Any]) -> 
     return [value for value, _ in outcomes]
 
 
-def is_sharded(network: nn.Module) -> bool:
+def is_sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
     """Whether the processes share one set of its weights (FSDP2, `tim.training.sharding.shard`)."""
     return isinstance(network, FSDPModule)

@@ -10,11 +10,8 @@ import torch
 
 from tim.data.batch import Batch
 
-LARGE: tuple[Literal["latent", "image", "features"], ...] = (
-    "latent",
-    "image",
-    "features",
-)  # what decides something stays on the host
+# The large tensors; whatever decides something is read on the host.
+LARGE: tuple[Literal["latent", "image", "features"], ...] = ("latent", "image", "features")
 
 
 class Prefetcher:

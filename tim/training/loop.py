@@ -81,7 +81,8 @@ def run_steps(run: Run, checkpoints: CheckpointManager, logger: RunLogger, start
         log, judged = accumulate_gradients(run, batches, checkpoints.bad_samples)
         grad_norm = clip_gradients(accelerator, run.model, t.max_grad_norm)
         check(run, checkpoints, guard.poll(), samples_seen)  # of the step before: the device is done with it, nothing waits
-        skip = guard.judge(grad_norm, loss_scale(accelerator))
+        scale = accelerator.scaler and accelerator.scaler.scale(torch.ones((), device=accelerator.device))
+        skip = guard.judge(grad_norm, scale)
         take_step(run.optimizer.optimizer, skip, accelerator.scaler)
         run.optimizer.zero_grad(set_to_none=True)
         run.lr_scheduler.step()
@@ -176,13 +177,6 @@ def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, sam
             "weights saved; lower training.learning_rate, or use training.mixed_precision=bf16, and run again. "
             f"{checkpoints.guard.path.name} names the samples"
         )
-
-
-def loss_scale(accelerator: Accelerator) -> Tensor | None:
-    """The fp16 loss scale on the device, without waiting for it."""
-    if accelerator.scaler is None:
-        return None
-    return accelerator.scaler.scale(torch.ones((), device=accelerator.device))
 
 
 def mean_over_ranks(accelerator: Accelerator, values: dict[str, Tensor]) -> dict[str, float]:

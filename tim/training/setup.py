@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from tim.checkpoint.warm_start import warm_start
 from tim.checkpoint.weights import find_weights
-from tim.config import Config
+from tim.config import Config, Training
 from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
@@ -48,7 +49,7 @@ class Run:
     vae: Autoencoder | None
     encoder: nn.Module | None
     optimizer: Any
-    lr_scheduler: Any
+    lr_scheduler: LambdaLR
     lr: float
     global_batch_size: int
 
@@ -125,18 +126,13 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         compile_blocks(network)
         if schedule.derivative_type == "jvp":
             accelerator.print("training.compile: jvp derivatives run eagerly, because compiled graphs carry no tangents")
-        if schedule.transport.enhance_target:
+        if ema is not None and schedule.transport.enhance_target:
             compile_blocks(ema.network)
     global_batch_size = config.data.dataloader.batch_size * t.gradient_accumulation_steps * accelerator.num_processes
     lr = t.learning_rate * (global_batch_size / t.learning_rate_base_batch_size if t.scale_lr else 1.0)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = t.optimizer.build(trained, lr=lr)
-    if t.lr_scheduler not in [s.value for s in SchedulerType]:
-        choices = ", ".join(s.value for s in SchedulerType)
-        raise ValueError(f"training.lr_scheduler={t.lr_scheduler!r} is not one of {choices}")
-    lr_scheduler = get_scheduler(
-        t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
-    )
+    lr_scheduler = build_lr_scheduler(t, optimizer)
     optimizer = accelerator.prepare_optimizer(optimizer)
     alone = is_sharded(network) or accelerator.num_processes == 1  # no wrapper to synchronise gradients
     model = network if alone else accelerator.prepare_model(network)
@@ -145,6 +141,14 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
         optimizer, lr_scheduler, lr, global_batch_size,
     )  # fmt: skip
+
+
+def build_lr_scheduler(t: Training, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The learning-rate schedule over optimiser steps; ValueError when `training.lr_scheduler` names none of diffusers'."""
+    if t.lr_scheduler not in [s.value for s in SchedulerType]:
+        choices = ", ".join(s.value for s in SchedulerType)
+        raise ValueError(f"training.lr_scheduler={t.lr_scheduler!r} is not one of {choices}")
+    return get_scheduler(t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps)
 
 
 def to_device_or_shard(

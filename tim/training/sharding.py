@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -106,7 +106,7 @@ def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: to
             f"fsdp_config: transformer_cls_names_to_wrap={names}, but the network has no {missing.pop()}; use Block"
         )
     if plugin.activation_checkpointing:
-        network.use_checkpoint = True
+        vars(network)["use_checkpoint"] = True  # the network's own checkpointing, block by block
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in reversed(units):
         fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward or not trained)
@@ -116,7 +116,7 @@ def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: to
 def reshard(network: nn.Module) -> None:
     """Free what forward passes without a backward pass left gathered; an unsharded network stays as it is."""
     for module in network.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded(module):
             module.reshard()
 
 

@@ -32,6 +32,8 @@ class Task(Protocol):
     dataset: Samples
     drop_prob: float
 
+    def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None: ...
+
     def check(self, network: nn.Module) -> None:
         """Compare data, conditions and network; ValueError when they do not fit."""
         ...
@@ -57,9 +59,10 @@ class ClassTask:
     """Class labels; the null class is the last row of the label table."""
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
-        self.dataset = build_c2i_dataset(config.data, with_image=config.model.enc_dir is not None and not has_features(config))
-        if has_features(config):
-            self.dataset = CachedFeatures(self.dataset, config.data.dataset, config.model.enc_dir)
+        enc_dir, cached = config.model.enc_dir, has_features(config)
+        self.dataset = build_c2i_dataset(config.data, with_image=enc_dir is not None and not cached)
+        if enc_dir is not None and cached:
+            self.dataset = CachedFeatures(self.dataset, config.data.dataset, enc_dir)
         self.vae, self.device = vae, device
         self.num_classes = config.model.network.params.get("num_classes", 1000)
         self.drop_prob = config.model.network.params.get("class_dropout_prob", 0.1)
