@@ -146,7 +146,7 @@ def log_step(
     accelerator, guard = run.accelerator, checkpoints.guard
     bad_samples = len(checkpoints.bad_samples) * accelerator.num_processes  # the mean of which is the number on all processes
     record = mean_over_ranks(accelerator, {**log, "bad_samples": log["dropped"].new_tensor(bad_samples)})
-    record |= {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0]}
+    record |= {"grad_norm": float(grad_norm), "lr": float(run.lr_scheduler.get_last_lr()[0])}
     record |= {"skipped": guard.skipped, "spikes": guard.spikes}
     if accelerator.scaler is not None:
         record["loss_scale"] = accelerator.scaler.get_scale()
