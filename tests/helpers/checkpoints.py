@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from tim.checkpoint.formats import take_snapshot
-from tim.checkpoint.store import write_checkpoint
+from tim.checkpoint.store import load_checkpoint, write_checkpoint
+
+
+def modules_of(network: nn.Module, ema: nn.Module | None) -> dict[str, nn.Module]:
+    """What a checkpoint calls them."""
+    return {"model": network} | ({} if ema is None else {"ema": ema})
 
 
 def save_checkpoint(
@@ -20,4 +25,9 @@ def save_checkpoint(
     sharded: bool = False,
 ) -> Path:
     """Write `root/step-N` as a single process does."""
-    return write_checkpoint(root, step, take_snapshot(network, ema, optimizer, sharded), state)
+    return write_checkpoint(root, step, take_snapshot(modules_of(network, ema), optimizer, sharded), state)
+
+
+def load(path: Path, network: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load a checkpoint in place as a single process does."""
+    return load_checkpoint(path, modules_of(network, ema), optimizer)

@@ -45,8 +45,7 @@ class Snapshot:
 
 
 def take_snapshot(
-    network: nn.Module,
-    ema: nn.Module | None,
+    modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     sharded: bool = False,
     stager: BlockingAsyncStager | None = None,
@@ -54,17 +53,15 @@ def take_snapshot(
     """Copy the state to the CPU. Collective.
 
     Args:
-        network, ema, optimizer: plain, DDP's or FSDP2's.
+        modules: the network, plain, DDP's or FSDP2's, as "model", and its moving average, if there is one, as "ema".
         sharded: every rank keeps its own part; otherwise rank 0 gathers everything.
         stager: of `build_stager`; makes copies that share no memory with the run, so that it can go on while they are
             written. They are good until the next snapshot.
     """
-    gathered = not sharded and is_fsdp(network)  # through the CPU: no GPU has room for the whole state
+    gathered = not sharded and is_fsdp(modules["model"])  # through the CPU: no GPU has room for the whole state
     options = StateDictOptions(full_state_dict=not sharded, cpu_offload=gathered or stager is None)
-    parts: dict[str, dict[str, Any]] = {"model": get_model_state_dict(network, options=options)}
-    if ema is not None:
-        parts["ema"] = get_model_state_dict(ema, options=options)
-    parts["optimizer"] = get_optimizer_state_dict(network, optimizer, options=options)
+    parts: dict[str, dict[str, Any]] = {name: get_model_state_dict(m, options=options) for name, m in modules.items()}
+    parts["optimizer"] = get_optimizer_state_dict(modules["model"], optimizer, options=options)
     if stager is not None:
         if not sharded and dist.is_initialized() and dist.get_rank() != 0:
             parts = {name: {} for name in parts}
@@ -87,30 +84,25 @@ def write_snapshot(folder: Path, snapshot: Snapshot, rank: int, group: dist.Proc
         return [*sorted(folder.glob(f"__{rank}_*")), *([folder / SHARDED] if rank == 0 else [])]
     if rank != 0:
         return []
-    paths = []
-    for name in ("model", "ema"):
-        if name in snapshot.parts:
-            paths.append(folder / f"{name}.safetensors")
-            save_file({k: v.detach().contiguous() for k, v in snapshot.parts[name].items()}, paths[-1])
-    paths.append(folder / "optimizer.pt")
-    torch.save(snapshot.parts["optimizer"], paths[-1])
-    return paths
+    names = [name for name in snapshot.parts if name != "optimizer"]
+    for name in names:
+        save_file({k: v.detach().contiguous() for k, v in snapshot.parts[name].items()}, folder / f"{name}.safetensors")
+    torch.save(snapshot.parts["optimizer"], folder / "optimizer.pt")
+    return [*(folder / f"{name}.safetensors" for name in names), folder / "optimizer.pt"]
 
 
 def read_into(
-    path: Path,
-    network: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    group: dist.ProcessGroup | None = None,
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None
 ) -> None:
     """Load weights, EMA and optimiser of a checkpoint of either format in place. Collective.
+
+    Args:
+        modules: see `take_snapshot`.
 
     Raises:
         ValueError: when it belongs to another network, has no EMA or has an older layout.
     """
-    modules = {"model": network} if ema is None else {"model": network, "ema": ema}
-    sharded = is_sharded(path)
+    network, sharded = modules["model"], is_sharded(path)
     parts: dict[str, dict[str, Any]] = {name: read_weights(path, name, shapes_only=sharded) for name in modules}
     for name, module in modules.items():
         check_state(module, parts[name], path if sharded else path / f"{name}.safetensors")

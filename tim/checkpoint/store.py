@@ -96,8 +96,7 @@ def write_checkpoint(
 
 def load_checkpoint(
     path: Path,
-    network: nn.Module,
-    ema: nn.Module | None,
+    modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
     group: dist.ProcessGroup | None = None,
     verified: bool = False,
@@ -105,6 +104,7 @@ def load_checkpoint(
     """Load a checkpoint of either format in place, on any number of processes, and return its `state`. Collective.
 
     Args:
+        modules: see `tim.checkpoint.formats.take_snapshot`.
         verified: `find_corruption` has been asked already.
 
     Raises:
@@ -114,7 +114,7 @@ def load_checkpoint(
     problem = on_all_ranks(group, lambda: find_corruption(path) if rank == 0 and not verified else None)[0]
     if problem:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    read_into(path, network, ema, optimizer, group)
+    read_into(path, modules, optimizer, group)
     return json.loads((path / "state.json").read_text())
 
 

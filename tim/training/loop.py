@@ -40,26 +40,21 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
     """
     project_dir = Path(project_dir)
     run = build_run(config, project_dir, seed, task_class)
-    main = run.accelerator.is_main_process
-    if main:
-        print(summary(run), flush=True)
+    run.accelerator.print(summary(run), flush=True)
     if dry_run:
         return
     checkpoints = CheckpointManager(run)
     with checkpoints.preemption:
         start_step, samples_seen = checkpoints.resume()
-        max_steps = config.training.max_train_steps
+        t, max_steps = config.training, config.training.max_train_steps
         if start_step >= max_steps:
-            if main:
-                print(f"{project_dir} has reached step {start_step} of {max_steps}; nothing to do")
+            run.accelerator.print(f"{project_dir} has reached step {start_step} of {max_steps}; nothing to do")
             return
-        if main:
+        if run.accelerator.is_main_process:
             project_dir.mkdir(parents=True, exist_ok=True)
             (project_dir / "config.yaml").write_text(to_yaml(config))
         run.accelerator.wait_for_everyone()
-        if config.training.tracker not in (None, "none"):
-            t = config.training
-            run.accelerator.init_trackers(t.tracker_project_name, init_kwargs={t.tracker: t.tracker_kwargs})
+        run.accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
         logger = RunLogger(run.accelerator, project_dir, start_step, max_steps)
         try:
             run_steps(run, checkpoints, logger, start_step, samples_seen)
@@ -197,7 +192,7 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
     with run.accelerator.autocast():
         weighted, projection, log = run.schedule(
             run.model,
-            run.ema_network,
+            run.modules.get("ema"),
             run.network,
             len(positions),
             x,

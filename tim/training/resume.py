@@ -56,7 +56,7 @@ class CheckpointManager:
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
         if path is not None:
-            state = load_checkpoint(path, run.network, run.ema_network, run.optimizer.optimizer, self.group, verified)
+            state = load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
             if state["seed"] != run.seed:
                 raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
             if accelerator.scaler is not None and state["scaler"]:
@@ -78,7 +78,7 @@ class CheckpointManager:
         began, run = time.monotonic(), self.run
         self.saver.wait()  # it reads the snapshot before this one, whose memory is taken again
         scaler, sharded = run.accelerator.scaler, run.config.training.checkpoint_format == "sharded"
-        snapshot = take_snapshot(run.network, run.ema_network, run.optimizer.optimizer, sharded, self.stager)
+        snapshot = take_snapshot(run.modules, run.optimizer.optimizer, sharded, self.stager)
         state = {
             "scaler": scaler.state_dict() if scaler else None,
             "seed": run.seed,

@@ -54,9 +54,9 @@ class Run:
     global_batch_size: int
 
     @property
-    def ema_network(self) -> nn.Module | None:
-        """The moving average of the network; None when the run keeps none."""
-        return self.ema.network if self.ema else None
+    def modules(self) -> dict[str, nn.Module]:
+        """The network as "model", and its moving average, if the run keeps one, as "ema": names that checkpoints use."""
+        return {"model": self.network} | ({"ema": self.ema.network} if self.ema else {})
 
     @property
     def dtype(self) -> torch.dtype:
