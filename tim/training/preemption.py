@@ -70,6 +70,7 @@ class Preemption:
         self.slowest_save = max(self.slowest_save, seconds)
 
     def _wanted(self) -> int:
+        """The signal that this process received, WALLTIME when a step and a save more would not fit, or 0."""
         if self.received or self.walltime is None:
             return self.received
         save = 1.5 * self.slowest_save or min(SAVE_GUESS, self.walltime / 20)
@@ -77,6 +78,7 @@ class Preemption:
         return WALLTIME if time.monotonic() - self.began + needed > self.walltime else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; the second Ctrl-C ends the process at once."""
         if number == signal.SIGINT and self.received == signal.SIGINT:
             os._exit(128 + number)  # whatever is half-written is no checkpoint
         self.received = number

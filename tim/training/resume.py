@@ -95,6 +95,7 @@ class CheckpointManager:
         self.saver.wait()
 
     def _write(self, step: int, snapshot: Snapshot, state: dict[str, Any], began: float) -> None:
+        """The part of `save` that does not need the network, maybe in a thread. Collective over the writers' group."""
         t = self.run.config.training
         write_checkpoint(self.root, step, snapshot, state, self.group)
         if self.run.accelerator.is_main_process:
