@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,9 @@ def cpu_group() -> dist.ProcessGroup | None:
     """A gloo group of all processes, None for a single one. Collective."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
-    return dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)  # every process is a member
+    return group
 
 
 def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], Any]) -> list[Any]:
@@ -75,6 +77,6 @@ def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], Any]) -> 
     return [value for value, _ in outcomes]
 
 
-def is_sharded(network: nn.Module) -> bool:
-    """Whether `shard` has been here."""
+def is_sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether the processes share one set of its weights (FSDP2, `tim.training.sharding.shard`)."""
     return isinstance(network, FSDPModule)

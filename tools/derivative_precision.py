@@ -15,7 +15,7 @@ def main() -> None:
     from tim.benchmarks.measure import best_device, conditions
     from tim.checkpoint.weights import find_weights
     from tim.config import load_config
-    from tim.models.loading import load_strict, read_state_dict
+    from tim.models.loading import load_strict
     from tim.models.network import build_network, traits_of
     from tim.schedulers.transition import TransitionSchedule
 
@@ -23,7 +23,7 @@ def main() -> None:
     torch.manual_seed(0)
     network = build_network(config.model.network).to(device).requires_grad_(False)
     if args.ckpt:
-        load_strict(network, read_state_dict(find_weights(args.ckpt)), args.ckpt)
+        load_strict(network, find_weights(args.ckpt).read(), args.ckpt)
     else:
         for p in network.parameters():
             p.normal_(std=0.05)

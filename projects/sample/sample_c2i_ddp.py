@@ -30,7 +30,7 @@ def main() -> None:
     state = PartialState(cpu=use_cpu())
     conditions = class_conditions(args.class_labels, args.num_classes, config.model.network, settings.global_seed, state.device)
     sampler = engine.load_sampler(config, weights, settings, lambda network: conditions, state.device)
-    folder = Path(args.sample_dir) / sampler.settings.folder_name(engine.weights_stem(weights))
+    folder = Path(args.sample_dir) / sampler.settings.folder_name(weights.stem)
     extra = {"class_labels": args.class_labels, "num_classes": args.num_classes}
     job = ClassJob(settings.num_fid_samples)
     engine.run_sampling(sampler, job, folder, weights, extra, state)

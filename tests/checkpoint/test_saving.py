@@ -7,18 +7,17 @@ import threading
 
 import pytest
 import torch
+from helpers.checkpoints import load, save_checkpoint
 from helpers.paths import ROOT
 from torch import nn
 
-from tim.checkpoint.async_save import Saver
-from tim.checkpoint.formats import build_stager, checkpoint_weights, take_snapshot
+from tim.checkpoint.formats import build_stager, read_weights, take_snapshot
 from tim.checkpoint.store import (
+    Saver,
     find_corruption,
     latest_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
     tidy_checkpoints,
 )
 
@@ -64,11 +63,11 @@ def test_round_trip_is_exact(trained, tmp_path, sharded):
     want = flat(*trained)
     fresh = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
     optimizer = torch.optim.AdamW(fresh[0].parameters(), lr=5.0)
-    assert load_checkpoint(path, *fresh, optimizer) == {"step": 7, "seed": 3}
+    assert load(path, *fresh, optimizer) == {"step": 7, "seed": 3}
     got = flat(*fresh, optimizer)
     assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
     assert "optimizer.3.step" not in want and optimizer.param_groups[0]["lr"] == 1e-2
-    weights = checkpoint_weights(path, "ema")
+    weights = read_weights(path, "ema")
     assert weights.keys() == trained[1].state_dict().keys()
     assert all(torch.equal(weights[k], v) for k, v in trained[1].state_dict().items())
 
@@ -78,17 +77,17 @@ def test_missing_averages_and_other_networks_are_named(trained, tmp_path, sharde
     network, ema, optimizer = trained
     path = save_checkpoint(tmp_path, 1, network, None, optimizer, {}, sharded=sharded)
     with pytest.raises(ValueError, match=r"has no EMA weights; set model\.use_ema=false"):
-        load_checkpoint(path, network, ema, optimizer)
+        load(path, network, ema, optimizer)
     other = nn.Sequential(nn.Linear(4, 3), nn.Linear(5, 3))
     with pytest.raises(ValueError, match=r"1\.weight: file \(3, 4\), network \(3, 5\)"):
-        load_checkpoint(path, other, None, torch.optim.AdamW(other.parameters()))
+        load(path, other, None, torch.optim.AdamW(other.parameters()))
 
 
 def test_an_older_layout_is_refused_with_the_way_out(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda value, path, save=torch.save: save({"optimizer": value, "scaler": None}, path))
     path = save_checkpoint(tmp_path, 1, *trained, {})
     with pytest.raises(ValueError, match=r"older layout; start a new project from its weights: model\.ckpt="):
-        load_checkpoint(path, *trained)
+        load(path, *trained)
 
 
 @FORMATS
@@ -104,7 +103,7 @@ def test_every_damaged_file_is_refused_by_name(trained, tmp_path, sharded, how):
         (bad / name).write_bytes(content if how == "flip" else content[:-1])
         if name != "manifest.json":  # a flip in there accuses the file it speaks of
             with pytest.raises(ValueError, match=rf"damaged: {name} (differs|has \d+ bytes instead of)"):
-                load_checkpoint(bad, *trained)
+                load(bad, *trained)
         with pytest.warns(UserWarning, match="passing over damaged checkpoint"):
             assert latest_checkpoint(tmp_path) == good
 
@@ -141,8 +140,8 @@ def test_a_checkpoint_that_reads_back_damaged_replaces_nothing(trained, tmp_path
     with pytest.raises(OSError, match="cannot be read back"):
         save_checkpoint(tmp_path, 1, *trained, {"mark": "new"})
     monkeypatch.undo()
-    assert load_checkpoint(latest_checkpoint(tmp_path), *trained)["mark"] == "old"
-    assert load_checkpoint(save_checkpoint(tmp_path, 1, *trained, {"mark": "new"}), *trained)["mark"] == "new"
+    assert load(latest_checkpoint(tmp_path), *trained)["mark"] == "old"
+    assert load(save_checkpoint(tmp_path, 1, *trained, {"mark": "new"}), *trained)["mark"] == "new"
 
 
 def test_a_checkpoint_that_was_being_replaced_comes_back(trained, tmp_path):
@@ -159,8 +158,8 @@ def test_a_staged_snapshot_does_not_follow_the_run(trained, cached, monkeypatch)
     network, ema, optimizer = trained
     stager = build_stager(torch.device("cuda" if cached else "cpu"))
     for _ in range(2):
-        snapshot = take_snapshot(network, ema, optimizer, stager=stager)
-        wanted = take_snapshot(network, ema, optimizer).parts["model"]
+        snapshot = take_snapshot({"model": network, "ema": ema}, optimizer, stager=stager)
+        wanted = take_snapshot({"model": network, "ema": ema}, optimizer).parts["model"]
         before = {k: v.clone() for k, v in snapshot.parts["model"].items()}
         moment = snapshot.parts["optimizer"]["state"]["0.weight"]["step"].clone()
         assert all(torch.equal(v, before[k]) for k, v in wanted.items())
@@ -179,7 +178,7 @@ def test_kept_memory_makes_room_for_new_moments(monkeypatch):
         layer(torch.ones(2, 4)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        snapshot = take_snapshot(network, None, optimizer, stager=stager)
+        snapshot = take_snapshot({"model": network}, optimizer, stager=stager)
     for name, parameter in network.named_parameters():
         moments = snapshot.parts["optimizer"]["state"][name]
         assert torch.equal(moments["exp_avg"], optimizer.state[parameter]["exp_avg"])
@@ -197,5 +196,5 @@ def test_errors_of_a_save_reach_the_run(background):
         saver.submit(lambda: None)
     done = []
     saver.submit(lambda: done.append(threading.current_thread() is threading.main_thread()))
-    saver.close()
+    saver.wait()
     assert done == [not background]

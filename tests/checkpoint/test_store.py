@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from helpers.checkpoints import load, save_checkpoint
 
 from tim.checkpoint.store import (
     find_corruption,
     latest_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
 )
 from tim.training.ema import EMA
 
@@ -45,7 +44,7 @@ def test_round_trip_is_exact(trained, tmp_path):
             p.add_(1)
     for s in optimizer.state.values():
         s["exp_avg"].zero_()
-    state = load_checkpoint(path, network, ema.network, optimizer)
+    state = load(path, network, ema.network, optimizer)
     assert state == {"step": 7, "seed": 3}
     got = [v for m in (network, ema.network) for v in m.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
@@ -72,7 +71,7 @@ def test_damage_is_named_and_passed_over(trained, tmp_path, name, how):
     with pytest.warns(UserWarning, match="damaged checkpoint"):
         assert latest_checkpoint(tmp_path) == good
     with pytest.raises(ValueError, match="damaged"):
-        load_checkpoint(bad, network, ema.network, optimizer)
+        load(bad, network, ema.network, optimizer)
 
 
 def test_an_unfinished_save_is_no_checkpoint(trained, tmp_path, monkeypatch):
@@ -109,4 +108,4 @@ def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
     path = save_checkpoint(tmp_path, 1, network, ema.network, optimizer, {})
     other = TiM(num_classes=10, **{**TINY, "depth": 3})
     with pytest.raises(ValueError, match=r"blocks\.2\."):
-        load_checkpoint(path, other, None, torch.optim.AdamW(other.parameters()))
+        load(path, other, None, torch.optim.AdamW(other.parameters()))

@@ -1,14 +1,17 @@
 """Export and inspection of weights: own checkpoints of both formats, published files, and everything damaged."""
 
+import json
+
 import pytest
 import torch
+from helpers.checkpoints import save_checkpoint
 from helpers.commands import command
 from helpers.networks import TINY, load_golden, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import tim
-from tim.checkpoint.store import save_checkpoint
+from tim.checkpoint.weights import find_weights
 from tim.files import sha256
 from tim.models.c2i.tim_model import TiM
 from tim.models.loading import load_strict, read_state_dict
@@ -101,11 +104,24 @@ def test_mistakes_are_refused(tmp_path):
     assert not new.exists()
 
 
-def test_a_sharded_checkpoint_is_to_be_exported_before_sampling(tmp_path):
-    project = save_project(tmp_path / "project", sharded=True)
-    words = ["--config", project / "config.yaml", "--ckpt", project, "--sample-dir", tmp_path / "out"]
-    done = command("projects/sample/sample_c2i_ddp.py", *words, check=False)
-    assert done.returncode == 2 and "tools/export_checkpoint.py" in done.stderr
+def test_samples_of_a_checkpoint_are_those_of_its_exported_weights(project, tmp_path):
+    """Of either format, named after the step; a sharded one is told apart by the digests of its files."""
+    command(EXPORT, project, tmp_path / "exported.safetensors")
+    pictures, records = [], []
+    for name, ckpt in (("step-0000005", project), ("exported", tmp_path / "exported.safetensors")):
+        words = ["--config", project / "config.yaml", "--ckpt", ckpt, "--sample-dir", tmp_path / "out"]
+        command("projects/sample/sample_c2i_ddp.py", *words, "--num-fid-samples", 3, "--num-steps", 1)
+        (folder,) = (p for p in (tmp_path / "out").glob(f"{name}-*") if p.is_dir())
+        pictures.append([p.read_bytes() for p in sorted(folder.glob("*.png"))])
+        records.append(json.loads((folder / "run.json").read_text()))
+    assert len(pictures[0]) == 3 and pictures[0] == pictures[1]
+    weights = find_weights(project)
+    assert records[0]["settings"]["weights_sha256"] == weights.digest() and records[0]["weights"] == str(weights.source)
+    if weights.source.is_file():
+        assert weights.source.name == "ema.safetensors" and weights.digest() == sha256(weights.source)
+    else:
+        raw, older = find_weights(project, "raw"), find_weights(project / "checkpoints" / "step-0000003")
+        assert weights.source.name == "step-0000005" and len({w.digest() for w in (weights, raw, older)}) == 3
 
 
 def test_inspection_of_a_project(project):

@@ -107,6 +107,7 @@ def test_repeating_a_finished_command_draws_nothing(weights, tmp_path):
 @pytest.mark.parametrize("kind", ["OT_FM", "TrigFlow", "EDM", "VP_SDE", "VE_SDE"])
 @pytest.mark.parametrize("sample_type", ["transition", "diffusion"])
 def test_every_transport_samples(weights, tmp_path, kind, sample_type):
+    from tim.checkpoint.weights import find_weights
     from tim.generation.c2i import class_conditions
     from tim.generation.engine import load_sampler
     from tim.generation.settings import SampleSettings
@@ -116,7 +117,7 @@ def test_every_transport_samples(weights, tmp_path, kind, sample_type):
     cpu = torch.device("cpu")
     conditions = class_conditions("cycle", None, config.model.network, 0, cpu)
     settings = SampleSettings(num_steps=5, sample_type=sample_type, stochasticity_ratio=0.2, cfg_scale=1.5)
-    sampler = load_sampler(config, weights, settings, lambda network: conditions, cpu)
+    sampler = load_sampler(config, find_weights(weights), settings, lambda network: conditions, cpu)
     images, latents = sampler.draw(range(4))
     assert images.shape == (4, 8, 8, 3) and torch.isfinite(latents).all() and images.std() > 0
     transport = config.model.transport.build()

@@ -13,6 +13,7 @@ from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 
+from tim.checkpoint.weights import find_weights
 from tim.config import load_config
 from tim.generation.captions import CaptionConditions
 from tim.generation.engine import load_sampler
@@ -129,7 +130,7 @@ def sampler_of(models, guided=True, padding="mask", prompts=PROMPTS, **settings)
     encoder = TextEncoder.from_pretrained(str(models / "text"), padding=padding)
     settings = SampleSettings(height=16, width=24, num_steps=4, cfg_scale=2.5 if guided else 1.0, **settings)
     return load_sampler(
-        config, models / "w.safetensors", settings,
+        config, find_weights(models / "w.safetensors"), settings,
         lambda network: CaptionConditions(prompts, encoder, network, guided), torch.device("cpu"),
     )  # fmt: skip
 

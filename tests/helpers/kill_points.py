@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from tim.checkpoint import formats, store
-from tim.checkpoint.async_save import Saver
 
 AUDITED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree"}
 
 
-def build(value: float) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+def build(value: float) -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
     """Network, average and optimiser with every weight near `value`."""
     network, ema = nn.Linear(6, 5), nn.Linear(6, 5)
     for module in (network, ema):
@@ -30,7 +29,7 @@ def build(value: float) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0)
     network(torch.ones(1, 6)).sum().backward()
     optimizer.step()
-    return network, ema, optimizer
+    return {"model": network, "ema": ema}, optimizer
 
 
 class Killer:
@@ -75,10 +74,10 @@ class Killer:
 
 def save(root: Path, target: int, sharded: bool, threaded: bool) -> None:
     """Save step 2 and retire step 1, in this process."""
-    network, ema, optimizer = build(2.0)
-    saver = Saver(threaded)
+    modules, optimizer = build(2.0)
+    saver = store.Saver(threaded)
     stager = formats.build_stager(torch.device("cpu")) if threaded else None
-    snapshot = formats.take_snapshot(network, ema, optimizer, None, sharded, stager)
+    snapshot = formats.take_snapshot(modules, optimizer, sharded, stager)
     Killer(root, target)
 
     def write() -> None:
@@ -87,8 +86,8 @@ def save(root: Path, target: int, sharded: bool, threaded: bool) -> None:
 
     saver.submit(write)
     with torch.no_grad():
-        network.weight.zero_()  # training goes on
-    saver.close()
+        modules["model"].weight.zero_()  # training goes on
+    saver.wait()
 
 
 def examine(root: Path) -> dict:
@@ -96,9 +95,9 @@ def examine(root: Path) -> dict:
     store.tidy_checkpoints(root)
     latest = store.latest_checkpoint(root)
     step = int(latest.name[-7:])
-    network, ema, optimizer = build(0.0)
-    state = store.load_checkpoint(latest, network, ema, optimizer)
-    values = {round(p.item()) for module in (network, ema) for p in module.parameters() for p in p.flatten()[:1]}
+    modules, optimizer = build(0.0)
+    state = store.load_checkpoint(latest, modules, optimizer)
+    values = {round(p.item()) for module in modules.values() for p in module.parameters() for p in p.flatten()[:1]}
     whole = state == {"step": step, "seed": 0} and values == {step} and not list(root.glob(".*"))
     return {"latest": step, "whole": whole}
 
@@ -107,7 +106,7 @@ def main() -> None:
     folder, sharded, threaded = Path(sys.argv[1]), sys.argv[2] == "sharded", sys.argv[3] == "thread"
     torch.set_num_threads(1)
     good = folder / "good"
-    store.save_checkpoint(good, 1, *build(1.0), {"seed": 0}, sharded=sharded)
+    store.write_checkpoint(good, 1, formats.take_snapshot(*build(1.0), sharded), {"seed": 0})
     for target in range(1, 1000):
         root = folder / str(target)
         shutil.copytree(good, root)

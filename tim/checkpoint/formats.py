@@ -5,8 +5,6 @@ torch.distributed.checkpoint's format, every rank writing its own part. Both can
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,42 +28,40 @@ from tim.distributed import is_sharded as is_fsdp
 from tim.models.loading import check_state, read_state_dict
 
 SHARDED = ".metadata"  # the file by which a sharded checkpoint is known
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said to a single process, which means to be alone
 
 
 @dataclass
 class Snapshot:
-    """The state of a run in CPU memory.
+    """Network, moving average and optimiser of a run in CPU memory.
 
     Attributes:
         parts: "model", "ema" (unless there is none) and "optimizer". Format `full`: everything on rank 0, nothing elsewhere.
-        scaler: state of the fp16 gradient scaler.
+        sharded: the format; False is `full`.
     """
 
     parts: dict[str, dict[str, Any]]
-    scaler: dict[str, Any] | None
     sharded: bool
 
 
 def take_snapshot(
-    network: nn.Module,
-    ema: nn.Module | None,
+    modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None = None,
     sharded: bool = False,
     stager: BlockingAsyncStager | None = None,
 ) -> Snapshot:
     """Copy the state to the CPU. Collective.
 
     Args:
+        modules: the network, plain, DDP's or FSDP2's, as "model", and its moving average, if there is one, as "ema".
+        sharded: every rank keeps its own part; otherwise rank 0 gathers everything.
         stager: of `build_stager`; makes copies that share no memory with the run, so that it can go on while they are
             written. They are good until the next snapshot.
     """
-    gathered = not sharded and is_fsdp(network)  # through the CPU: no GPU has room for the whole state
+    gathered = not sharded and is_fsdp(modules["model"])  # through the CPU: no GPU has room for the whole state
     options = StateDictOptions(full_state_dict=not sharded, cpu_offload=gathered or stager is None)
-    parts = {"model": get_model_state_dict(network, options=options)}
-    if ema is not None:
-        parts["ema"] = get_model_state_dict(ema, options=options)
-    parts["optimizer"] = get_optimizer_state_dict(network, optimizer, options=options)
+    parts: dict[str, dict[str, Any]] = {name: get_model_state_dict(m, options=options) for name, m in modules.items()}
+    parts["optimizer"] = get_optimizer_state_dict(modules["model"], optimizer, options=options)
     if stager is not None:
         if not sharded and dist.is_initialized() and dist.get_rank() != 0:
             parts = {name: {} for name in parts}
@@ -73,7 +69,7 @@ def take_snapshot(
         if known and known["optimizer"].get("state", {}).keys() != parts["optimizer"].get("state", {}).keys():
             stager.state_dict_cache = None  # a parameter got its first gradient
         parts = stager.stage(parts)
-    return Snapshot(parts, scaler.state_dict() if scaler else None, sharded)
+    return Snapshot(parts, sharded)
 
 
 def build_stager(device: torch.device) -> BlockingAsyncStager:
@@ -81,51 +77,40 @@ def build_stager(device: torch.device) -> BlockingAsyncStager:
     return BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
 
 
-def write_full(folder: Path, snapshot: Snapshot, rank: int) -> list[Path]:
-    """Write the files of the full format on rank 0; returns what this rank wrote."""
+def write_snapshot(folder: Path, snapshot: Snapshot, rank: int, group: dist.ProcessGroup | None) -> list[Path]:
+    """Write this rank's files of a snapshot, and return them. Collective over `group`."""
+    if snapshot.sharded:
+        dcp.save(snapshot.parts, checkpoint_id=folder, process_group=group)
+        return [*sorted(folder.glob(f"__{rank}_*")), *([folder / SHARDED] if rank == 0 else [])]
     if rank != 0:
         return []
-    paths = []
-    for name in ("model", "ema"):
-        if name in snapshot.parts:
-            paths.append(folder / f"{name}.safetensors")
-            save_file({k: v.detach().contiguous() for k, v in snapshot.parts[name].items()}, paths[-1])
-    paths.append(folder / "optimizer.pt")
-    torch.save(snapshot.parts["optimizer"], paths[-1])
-    return paths
-
-
-def write_sharded(folder: Path, snapshot: Snapshot, rank: int, group: dist.ProcessGroup | None) -> list[Path]:
-    """Write this rank's part of the sharded format; returns what this rank wrote. Collective over `group`."""
-    with _alone_if(group is None):
-        dcp.save(snapshot.parts, checkpoint_id=folder, process_group=group)
-    return [*sorted(folder.glob(f"__{rank}_*")), *([folder / SHARDED] if rank == 0 else [])]
+    names = [name for name in snapshot.parts if name != "optimizer"]
+    for name in names:
+        save_file({k: v.detach().contiguous() for k, v in snapshot.parts[name].items()}, folder / f"{name}.safetensors")
+    torch.save(snapshot.parts["optimizer"], folder / "optimizer.pt")
+    return [*(folder / f"{name}.safetensors" for name in names), folder / "optimizer.pt"]
 
 
 def read_into(
-    path: Path,
-    network: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    group: dist.ProcessGroup | None = None,
+    path: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None
 ) -> None:
     """Load weights, EMA and optimiser of a checkpoint of either format in place. Collective.
+
+    Args:
+        modules: see `take_snapshot`.
 
     Raises:
         ValueError: when it belongs to another network, has no EMA or has an older layout.
     """
-    modules = {"model": network} if ema is None else {"model": network, "ema": ema}
-    sharded = is_sharded(path)
+    network, sharded = modules["model"], is_sharded(path)
+    parts: dict[str, dict[str, Any]] = {name: read_weights(path, name, shapes_only=sharded) for name in modules}
     for name, module in modules.items():
-        source = path if sharded else path / f"{name}.safetensors"
-        check_state(module, stored_weights(path, name), source)
+        check_state(module, parts[name], path if sharded else path / f"{name}.safetensors")
     if sharded:
         parts = {name: get_model_state_dict(module) for name, module in modules.items()}
-        parts["optimizer"] = _stored_part(path, get_optimizer_state_dict(network, optimizer))
-        with _alone_if(group is None):
-            dcp.load(parts, checkpoint_id=path, process_group=group)
+        parts["optimizer"] = _stored_moments(path, get_optimizer_state_dict(network, optimizer))
+        dcp.load(parts, checkpoint_id=path, process_group=group)
     else:
-        parts = {name: checkpoint_weights(path, name) for name in modules}
         parts["optimizer"] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         if "param_groups" not in parts["optimizer"]:
             raise ValueError(
@@ -142,38 +127,36 @@ def read_into(
             optimizer.state.pop(parameter, None)
 
 
-def checkpoint_weights(path: Path, name: str) -> dict[str, Tensor]:
-    """All weights of a checkpoint of either format on the CPU, read by this process alone.
+def read_weights(path: Path, name: str, shapes_only: bool = False) -> dict[str, Tensor]:
+    """All weights of a checkpoint of either format on the CPU. Collective where processes have a group.
 
     Args:
         name: 'model' or 'ema'.
+        shapes_only: of a sharded checkpoint, tensors without memory.
 
     Raises:
         ValueError: when the checkpoint has no such weights.
     """
-    stored = stored_weights(path, name)
-    if not is_sharded(path):
-        return stored
-    state = {f"{name}.{k}": torch.empty_like(v, device="cpu") for k, v in stored.items()}
-    with _alone_if(True):
-        dcp.load(state, checkpoint_id=path)
-    return {k.removeprefix(f"{name}."): v for k, v in state.items()}
-
-
-def stored_weights(path: Path, name: str) -> dict[str, Tensor]:
-    """The weights of a full checkpoint, or tensors without memory in the shapes of a sharded one; see checkpoint_weights."""
-    if is_sharded(path):
-        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        found = {k: v for k, v in entries.items() if k.startswith(f"{name}.") and isinstance(v, TensorStorageMetadata)}
-        state = {
-            k.removeprefix(f"{name}."): torch.empty(v.size, dtype=v.properties.dtype, device="meta") for k, v in found.items()
-        }
-    else:
-        file = path / f"{name}.safetensors"
-        state = read_state_dict(file) if name == "model" or file.is_file() else {}
-    if not state:
+    if not has_weights(path, name):
         raise ValueError(f"checkpoint {path} has no {name.upper()} weights; set model.use_ema=false to go on without")
-    return state
+    if not is_sharded(path):
+        return read_state_dict(path / f"{name}.safetensors")
+    device = "meta" if shapes_only else "cpu"
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+        for key, entry in _entries(path).items()
+        if key.startswith(f"{name}.") and isinstance(entry, TensorStorageMetadata)
+    }
+    if not shapes_only:
+        dcp.load(state, checkpoint_id=path)
+    return {key.removeprefix(f"{name}."): value for key, value in state.items()}
+
+
+def has_weights(path: Path, name: str) -> bool:
+    """Whether a checkpoint of either format has weights 'model' or 'ema'."""
+    if is_sharded(path):
+        return any(key.startswith(f"{name}.") for key in _entries(path))
+    return (path / f"{name}.safetensors").is_file()
 
 
 def is_sharded(path: Path) -> bool:
@@ -181,21 +164,17 @@ def is_sharded(path: Path) -> bool:
     return (path / SHARDED).is_file()
 
 
-def _stored_part(path: Path, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+def _entries(path: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds, by name."""
+    return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+
+
+def _stored_moments(path: Path, optimizer_state: dict[str, Any]) -> dict[str, Any]:
     """The state dict of an optimiser without the moments that a sharded checkpoint does not have."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = _entries(path)
     moments = {
         name: values
         for name, values in optimizer_state["state"].items()
         if all(f"optimizer.state.{name}.{key}" in stored for key in values)
     }
     return {**optimizer_state, "state": moments}
-
-
-@contextmanager
-def _alone_if(single: bool) -> Iterator[None]:
-    """Without torch's note that no process group was given, when none is meant to be."""
-    with warnings.catch_warnings():
-        if single:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

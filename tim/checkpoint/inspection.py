@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from tim.checkpoint.formats import is_sharded, stored_weights
-from tim.checkpoint.store import find_corruption, list_checkpoints
-from tim.checkpoint.weights import empty_network, has_ema, is_checkpoint
+from tim.checkpoint.formats import has_weights, is_sharded, read_weights
+from tim.checkpoint.store import find_corruption, is_checkpoint, list_checkpoints
+from tim.checkpoint.weights import empty_network
 from tim.config import load_config
 from tim.models.loading import check_state, read_state_dict
 
@@ -40,9 +40,9 @@ def inspect(source: str, configs: Sequence[Path]) -> tuple[list[str], bool]:
         lines += _describe_files(folder, problem)
         newest, damaged = newest if problem else folder, damaged or problem is not None
     if newest is not None:
-        state = stored_weights(newest, "model")
+        state = read_weights(newest, "model", shapes_only=True)
         own = newest.parent.parent / "config.yaml"
-        lines += [f"weights of {newest.name}: {_count(state)}; EMA: {'yes' if has_ema(newest) else 'no'}"]
+        lines += [f"weights of {newest.name}: {_count(state)}; EMA: {'yes' if has_weights(newest, 'ema') else 'no'}"]
         lines += [_fit(newest.name, state, [*([own] if own.is_file() else []), *configs])]
     return lines, damaged
 

@@ -7,7 +7,8 @@ sizes and sha256, read back against it, and renamed into place. Old ones go only
 import json
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +16,41 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tim.checkpoint.formats import Snapshot, read_into, take_snapshot, write_full, write_sharded
+from tim.checkpoint.formats import Snapshot, read_into, write_snapshot
 from tim.distributed import on_all_ranks
 from tim.files import flush, sha256
 
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(
-    root: Path,
-    step: int,
-    network: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    scaler: torch.amp.GradScaler | None = None,
-    sharded: bool = False,
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write `root/step-N` at once: a snapshot, then `write_checkpoint`. Collective.
+class Saver:
+    """Does one piece of writing after the other, at once or in a thread while training goes on.
 
     Args:
-        network, ema, optimizer: plain, DDP's or FSDP2's.
-        state: what else the run needs to continue, JSON values only.
-        scaler: the fp16 gradient scaler, when there is one.
-        sharded: every rank writes its own part.
-        group: of `cpu_group`.
+        background: write in a thread; otherwise `submit` returns when the work is done.
     """
-    return write_checkpoint(root, step, take_snapshot(network, ema, optimizer, scaler, sharded), state, group)
+
+    def __init__(self, background: bool) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self.pending: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Wait for the piece before, then do this one. What it reads must not change until `wait` returns.
+
+        Raises:
+            Exception: whatever the piece before (in a thread) or this one (at once) raised.
+        """
+        self.wait()
+        if self.pool is None:
+            write()
+        else:
+            self.pending = self.pool.submit(write)
+
+    def wait(self) -> None:
+        """Return when everything submitted is done; raises its error."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
 
 def write_checkpoint(
@@ -51,7 +59,8 @@ def write_checkpoint(
     """Write a snapshot to `root/step-N`. Collective over `group`, on the CPU alone, so that it may run in a thread.
 
     Args:
-        group: used by nothing else meanwhile.
+        state: what else the run needs to continue, JSON values only.
+        group: of `cpu_group`, used by nothing else meanwhile.
 
     Raises:
         RuntimeError, OSError: when a rank could not write, or the files read back damaged; on all ranks.
@@ -66,10 +75,10 @@ def write_checkpoint(
             partial.mkdir(parents=True)
 
     def write() -> dict[str, dict[str, Any]]:
-        paths = write_sharded(partial, snapshot, rank, group) if snapshot.sharded else write_full(partial, snapshot, rank)
+        paths = write_snapshot(partial, snapshot, rank, group)
         if rank == 0:
             paths.append(partial / "state.json")
-            paths[-1].write_text(json.dumps({"step": step, "scaler": snapshot.scaler, **state}, indent=1))
+            paths[-1].write_text(json.dumps({"step": step, **state}, indent=1))
         for path in paths:
             flush(path)
         return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
@@ -86,16 +95,15 @@ def write_checkpoint(
 
 def load_checkpoint(
     path: Path,
-    network: nn.Module,
-    ema: nn.Module | None,
+    modules: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None = None,
     group: dist.ProcessGroup | None = None,
     verified: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint of either format in place, on any number of processes, and return its `state`. Collective.
 
     Args:
+        modules: see `tim.checkpoint.formats.take_snapshot`.
         verified: `find_corruption` has been asked already.
 
     Raises:
@@ -105,12 +113,13 @@ def load_checkpoint(
     problem = on_all_ranks(group, lambda: find_corruption(path) if rank == 0 and not verified else None)[0]
     if problem:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
-    state = json.loads((path / "state.json").read_text())
-    read_into(path, network, ema, optimizer, group)
-    saved_scaler = state.pop("scaler")
-    if scaler is not None and saved_scaler:
-        scaler.load_state_dict(saved_scaler)
-    return state
+    read_into(path, modules, optimizer, group)
+    return json.loads((path / "state.json").read_text())
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, be it damaged."""
+    return (path / "state.json").is_file() or (path / MANIFEST).is_file()
 
 
 def find_corruption(path: Path) -> str | None:

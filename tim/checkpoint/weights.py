@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,103 +10,98 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tim
-from tim.checkpoint.formats import checkpoint_weights, is_sharded, stored_weights
-from tim.checkpoint.store import MANIFEST, find_corruption, latest_checkpoint
-from tim.checkpoint.warm_start import warm_start
-from tim.config import Config, Model
-from tim.files import replacing
+from tim.checkpoint.formats import has_weights, is_sharded, read_weights
+from tim.checkpoint.store import MANIFEST, find_corruption, is_checkpoint, latest_checkpoint
+from tim.config import Config
+from tim.files import replacing, sha256
 from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
 
-KINDS = {"ema": "ema", "raw": "model"}  # names of weights on the command line and in a checkpoint
+PARTS = {"ema": "ema", "raw": "model"}  # kinds of weights, and what a checkpoint calls them
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is a checkpoint, be it damaged."""
-    return (path / "state.json").is_file() or (path / MANIFEST).is_file()
+@dataclass(frozen=True)
+class Weights:
+    """Weights that were found and are yet to be read; see `find_weights`.
+
+    Attributes:
+        source: their file, or the folder of a sharded checkpoint.
+        kind: 'ema' or 'raw'; 'file' for what a file holds, the moving average when it holds both.
+        checkpoint: the folder of the checkpoint that they are a part of, None for a file.
+    """
+
+    source: Path
+    kind: str
+    checkpoint: Path | None = None
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors, on the CPU. Collective for a sharded checkpoint where processes have a group.
+
+        Raises:
+            ValueError: when a file is damaged or holds anything but tensors.
+        """
+        if self.checkpoint is None:
+            return read_state_dict(self.source, raw=self.kind == "raw")
+        return read_weights(self.checkpoint, PARTS[self.kind])
+
+    @property
+    def step(self) -> int | None:
+        """The step of a checkpoint, None for a file."""
+        return json.loads((self.checkpoint / "state.json").read_text())["step"] if self.checkpoint else None
+
+    @property
+    def stem(self) -> str:
+        """Their name in the names of folders: the step's folder for our own checkpoints, the file's stem for others."""
+        folder = self.source.parent if self.source.stem in PARTS.values() else self.checkpoint
+        return folder.name if folder else self.source.stem
+
+    def digest(self) -> str:
+        """What tells them apart: the sha256 of the file.
+
+        A sharded checkpoint has no file of the weights alone. Its digest is the sha256 of `kind`, then a line `sha256  name`
+        for every file of its manifest, in the order of names.
+        """
+        if self.source.is_file():
+            return sha256(self.source)
+        manifest = json.loads((self.source / MANIFEST).read_text())
+        lines = [self.kind, *(f"{entry['sha256']}  {name}" for name, entry in sorted(manifest.items()))]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def metadata(self) -> dict[str, str]:
+        """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
+        if self.checkpoint is None:
+            return {"weights": self.kind, "source": self.source.name}
+        known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(self.step)}
+        config = self.checkpoint.parent.parent / "config.yaml"
+        return {**known, "config_sha256": sha256(config)} if config.is_file() else known
 
 
-def find_checkpoint(path: Path, name: str = "--ckpt") -> Path | None:
-    """The undamaged checkpoint folder that a checkpoint or project folder stands for; None when `path` is neither.
+def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckpt") -> Weights:
+    """The weights that a file, a checkpoint folder or a project folder (its newest undamaged checkpoint) stands for.
 
     Args:
-        name: of the option, for messages.
-
-    Raises:
-        ValueError: when the checkpoint is damaged.
-    """
-    if (path / "checkpoints").is_dir():
-        return latest_checkpoint(path / "checkpoints")
-    if not is_checkpoint(path):
-        return None
-    problem = find_corruption(path)
-    if problem:
-        raise ValueError(f"{name} {path} is damaged: {problem}")
-    return path
-
-
-def find_weights(ckpt: str) -> Path:
-    """The weights file of --ckpt: a file, or that of a checkpoint or project folder (EMA when it has one).
-
-    Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when the checkpoint folder is damaged, or sharded and therefore without one file.
-    """
-    path = Path(ckpt)
-    if path.is_file():
-        return path
-    folder = find_checkpoint(path)
-    if folder is None:
-        raise FileNotFoundError(f"--ckpt {ckpt} is neither a weights file nor a folder with a checkpoint")
-    if is_sharded(folder):
-        raise ValueError(f"--ckpt {folder} is sharded; write its weights to one file first: tools/export_checkpoint.py")
-    ema = folder / "ema.safetensors"
-    return ema if ema.is_file() else folder / "model.safetensors"
-
-
-def read_weights(source: str, kind: str | None = None, name: str = "--ckpt") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights of a file, or of a checkpoint or project folder of either format.
-
-    Args:
-        kind: 'ema' or 'raw'; None takes the EMA when there is one.
-
-    Returns:
-        Tensors on the CPU, and what is known of them: `weights`, `source`, `step` and `config_sha256` of a run.
+        kind: 'ema' or 'raw'; None takes the moving average when there is one.
+        name: of the option that says where, for messages.
 
     Raises:
         FileNotFoundError: when there are none.
-        ValueError: when they are damaged, or not of the wanted kind.
+        ValueError: when the checkpoint is damaged, or has none of this kind.
     """
-    path = Path(source)
+    path, folder = Path(source), None
     if path.is_file():
-        known = {"weights": "file" if kind is None else kind, "source": path.name}
-        return read_state_dict(path, raw=kind == "raw"), known
-    folder = find_checkpoint(path, name)
+        return Weights(path, kind or "file")
+    if (path / "checkpoints").is_dir():
+        folder = latest_checkpoint(path / "checkpoints")
+    elif is_checkpoint(path):
+        problem, folder = find_corruption(path), path
+        if problem:
+            raise ValueError(f"{name} {path} is damaged: {problem}")
     if folder is None:
         raise FileNotFoundError(f"{name} {source} is neither a weights file nor a folder with a checkpoint")
-    if kind is None:
-        kind = "ema" if has_ema(folder) else "raw"
-    elif kind == "ema" and not has_ema(folder):
+    if kind == "ema" and not has_weights(folder, "ema"):
         raise ValueError(f"checkpoint {folder} has no EMA weights; ask for the raw ones (--weights raw)")
-    known = {"weights": kind, "source": folder.name, "step": str(json.loads((folder / "state.json").read_text())["step"])}
-    config = folder.parent.parent / "config.yaml"
-    if config.is_file():
-        known["config_sha256"] = hashlib.sha256(config.read_bytes()).hexdigest()
-    return checkpoint_weights(folder, KINDS[kind]), known
-
-
-def has_ema(folder: Path) -> bool:
-    """Whether a checkpoint folder has a moving average of the weights."""
-    try:
-        return bool(stored_weights(folder, "ema"))
-    except ValueError:
-        return False
-
-
-def start_from(network: nn.Module, model: Model) -> list[str]:
-    """Load `model.ckpt` into a network about to be trained; see `tim.checkpoint.warm_start.warm_start`."""
-    state, _ = read_weights(model.ckpt, name="model.ckpt")
-    return warm_start(network, state, model.ckpt, model.ckpt_allow_missing)
+    kind = kind or ("ema" if has_weights(folder, "ema") else "raw")
+    return Weights(folder if is_sharded(folder) else folder / f"{PARTS[kind]}.safetensors", kind, folder)
 
 
 def empty_network(config: Config) -> nn.Module:
@@ -118,8 +114,7 @@ def export_weights(source: str, out: Path, kind: str | None = None, config: Conf
     """Write weights as one safetensors file, with what is known of them as its metadata.
 
     Args:
-        source: weights file, checkpoint folder or project folder.
-        kind: see `read_weights`.
+        source, kind: see `find_weights`.
         config: whose network they must match key for key.
 
     Returns:
@@ -133,11 +128,12 @@ def export_weights(source: str, out: Path, kind: str | None = None, config: Conf
         raise ValueError(f"{out} must end in .safetensors")
     if out.exists():
         raise ValueError(f"{out} exists; choose another name or remove it")
-    state, metadata = read_weights(source, kind, name="source")
+    weights = find_weights(source, kind, name="source")
+    state = weights.read()
     if config is not None:
         check_state(empty_network(config), state, source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", **metadata, "tim_version": tim.__version__}
+    metadata = {"format": "pt", **weights.metadata(), "tim_version": tim.__version__}
     owned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}  # no views
     with replacing(out) as partial:
         save_file(owned, partial, metadata)

@@ -4,11 +4,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Literal, cast
 
 import torch
 
-ON_DEVICE = ("latent", "image", "features")  # the large tensors; whatever decides something is read on the host
+from tim.data.batch import Batch
+
+# The large tensors; whatever decides something is read on the host.
+LARGE: tuple[Literal["latent", "image", "features"], ...] = ("latent", "image", "features")
 
 
 class Prefetcher:
@@ -17,34 +20,35 @@ class Prefetcher:
     On a CPU nothing is copied. The order of batches is the loader's; its errors are raised where the batch is due.
 
     Args:
-        loader: yields dictionaries of tensors and lists, the tensors in pinned memory when `device` is a GPU.
-        device: where the tensors of `ON_DEVICE` go.
+        loader: yields micro-batches, their tensors in pinned memory when `device` is a GPU.
+        device: where the tensors of `LARGE` go.
     """
 
-    def __init__(self, loader: Iterable[dict[str, Any]], device: torch.device) -> None:
+    def __init__(self, loader: Iterable[Batch], device: torch.device) -> None:
         self._batches = iter(loader)  # here, since workers should be started by the main thread
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._waited, self._marks = 0.0, deque()
+        self._waited = 0.0
+        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._next = self._thread.submit(self._fetch)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> dict[str, Any]:
-        began, before = time.perf_counter(), self._mark()
+    def __next__(self) -> Batch:
+        began, before = time.perf_counter(), self._mark() if self._stream else None
         fetched = self._next.result()
         if fetched is None:
             raise StopIteration
         batch, copied = fetched
         self._next = self._thread.submit(self._fetch)
-        if self._stream is None:
+        if before is None or copied is None:
             self._waited += time.perf_counter() - began
             return batch
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
-        for key in ON_DEVICE:
+        for key in LARGE:
             if key in batch:
                 batch[key].record_stream(current)  # else its memory could be reused before the step has read it
         self._marks.append((before, self._mark()))
@@ -62,21 +66,19 @@ class Prefetcher:
         waited, self._waited = self._waited, 0.0
         return waited
 
-    def _mark(self) -> torch.cuda.Event | None:
+    def _mark(self) -> torch.cuda.Event:
         """A place in the work that the device has been given."""
-        if self._stream is None:
-            return None
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self._device))
         return mark
 
-    def _fetch(self) -> tuple[dict[str, Any], torch.cuda.Event | None] | None:
+    def _fetch(self) -> tuple[Batch, torch.cuda.Event | None] | None:
         """In the thread: the next batch and the event of its copy; None at the end."""
         batch = next(self._batches, None)
         if batch is None or self._stream is None:
             return None if batch is None else (batch, None)
         with torch.cuda.stream(self._stream):
-            moved = {key: batch[key].to(self._device, non_blocking=True) for key in ON_DEVICE if key in batch}
+            moved = {key: batch[key].to(self._device, non_blocking=True) for key in LARGE if key in batch}
             copied = torch.cuda.Event()
             copied.record(self._stream)
-        return {**batch, **moved}, copied
+        return cast(Batch, {**batch, **moved}), copied

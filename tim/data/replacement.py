@@ -34,8 +34,8 @@ class Samples(Protocol):
 class ReplacingDataset(Dataset):
     """Samples read by SampleKey. An unreadable one is replaced by a peer drawn from (seed, step, position).
 
-    Every item is the sample's dictionary with its `index`, `step`, `position`, `total` (size of the global batch) and
-    `problem`, the reason why the wanted sample was replaced, empty when it was not.
+    Every item is the sample's dictionary with `index`, `step`, `position`, `total` and `problem`; a loader makes micro-batches
+    of them (`tim.data.batch.Batch`).
     """
 
     def __init__(self, samples: Samples, seed: int) -> None:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 import tim
 from tim import rng
+from tim.checkpoint.weights import Weights
 from tim.config import Config
 from tim.distributed import inference_dtype, set_tf32
-from tim.files import claim, sha256, write_json
+from tim.files import claim, write_json
 from tim.generation.jobs import Job
 from tim.generation.settings import SampleSettings
 from tim.images import make_grid, save_png, shrink, to_uint8
 from tim.models.autoencoders import Autoencoder
-from tim.models.loading import load_strict, read_state_dict
+from tim.models.loading import load_strict
 from tim.models.network import Network, build_network, traits_of
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
 from tim.schedulers.sampling import guided_steps, sample
@@ -134,7 +135,7 @@ class Sampler:
 
 def load_sampler(
     config: Config,
-    weights: Path,
+    weights: Weights,
     settings: SampleSettings,
     make_conditions: Callable[[Network], Conditions],
     device: torch.device,
@@ -151,18 +152,13 @@ def load_sampler(
     replace(settings).check(transport)
     set_tf32(settings.tf32)
     network = build_network(config.model.network)
-    load_strict(network, read_state_dict(weights), weights)
+    load_strict(network, weights.read(), weights.source)
     network = network.to(device, network_dtype(config, settings.dtype, device)).eval().requires_grad_(False)
     vae = None
     if config.model.vae_dir:
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
         vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
     return Sampler(settings, transport, network, vae, make_conditions(network), device).at(settings)
-
-
-def weights_stem(weights: Path) -> str:
-    """The name of the weights in folder names: the file's stem, or the step's folder for our own checkpoints."""
-    return weights.parent.name if weights.stem in ("ema", "model") else weights.stem
 
 
 def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dtype:
@@ -172,7 +168,9 @@ def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dt
     return inference_dtype(config.training.mixed_precision, device)
 
 
-def run_sampling(sampler: Sampler, job: Job, folder: Path, weights: Path, extra: dict[str, Any], state: PartialState) -> None:
+def run_sampling(
+    sampler: Sampler, job: Job, folder: Path, weights: Weights, extra: dict[str, Any], state: PartialState
+) -> None:
     """Draw all pictures of `job` into `folder`, continuing what is there, and write run.json beside them.
 
     A batch always holds the same groups of images, whichever process draws it, so that files do not depend on the number
@@ -229,16 +227,16 @@ def _draw_groups(sampler: Sampler, job: Job, folder: Path, block: Block) -> int:
     return len(keys)
 
 
-def _claim(folder: Path, weights: Path, settings: SampleSettings, extra: dict[str, Any]) -> dict[str, Any]:
+def _claim(folder: Path, weights: Weights, settings: SampleSettings, extra: dict[str, Any]) -> dict[str, Any]:
     """Create the folder, or make sure that it holds the same run; returns the content of run.json."""
     neutral = {"num_fid_samples", "per_proc_batch_size", "slice_vae", "save_latent", "compile_vae"}
-    identity = {k: v for k, v in asdict(settings).items() if k not in neutral} | extra | {"weights_sha256": sha256(weights)}
+    identity = {k: v for k, v in asdict(settings).items() if k not in neutral} | extra | {"weights_sha256": weights.digest()}
     (folder / "latents" if settings.save_latent else folder).mkdir(parents=True, exist_ok=True)
     path, remedy = folder / "run.json", "choose another --sample-dir"
     claim(path, identity, "images", remedy, key="settings", write=False)
     record = {
         "settings": identity | {k: getattr(settings, k) for k in sorted(neutral)},
-        "weights": str(weights),
+        "weights": str(weights.source),
         "complete": False,
     }
     if not path.is_file():

@@ -77,7 +77,7 @@ def draw(args: argparse.Namespace, job: "PromptJob", runs: list[SampleSettings],
     )
     folders = []
     for sampler in [first.at(settings) for settings in runs]:
-        folder = Path(args.sample_dir) / sampler.settings.folder_name(engine.weights_stem(weights), prefix)
+        folder = Path(args.sample_dir) / sampler.settings.folder_name(weights.stem, prefix)
         extra = {
             "prompts": job.fingerprint,
             "images_per_prompt": job.per_group,

@@ -1,11 +1,10 @@
 """The unreadable samples of a run: each is written down once, and counts towards the budget."""
 
-import json
 import warnings
 from pathlib import Path
-from typing import Any
 
-from tim.training.logging import read_log
+from tim.data.batch import Batch
+from tim.training.logging import append_records, rank_file, read_records
 
 ALL_FILES = "bad_samples*.jsonl"  # of all ranks
 
@@ -21,19 +20,18 @@ class BadSamples:
     """
 
     def __init__(self, project_dir: Path, rank: int) -> None:
-        self.path = project_dir / ("bad_samples.jsonl" if rank == 0 else f"bad_samples-rank{rank}.jsonl")
-        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_log(path)}
+        self.path = rank_file(project_dir, "bad_samples", rank)
+        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_records(path)}
         self.elsewhere = 0 if rank == 0 else len(self.causes)
 
     def __len__(self) -> int:
         return len(self.causes) - self.elsewhere
 
-    def record(self, batch: dict[str, Any]) -> None:
+    def record(self, batch: Batch) -> None:
         """Write down the samples of a micro-batch that were replaced, unless they are known."""
         for position, cause in zip(batch["position"].tolist(), batch["problem"], strict=True):
             if cause and cause not in self.causes:
                 self.causes.add(cause)
                 step = int(batch["step"][0]) + 1
-                with open(self.path, "a", encoding="utf-8") as f:
-                    f.write(json.dumps({"step": step, "position": position, "cause": cause}, ensure_ascii=False) + "\n")
+                append_records(self.path, [{"step": step, "position": position, "cause": cause}])
                 warnings.warn(f"step {step}: replaced by another: {cause}", stacklevel=2)

@@ -4,17 +4,16 @@ Nothing here waits for the device inside a step. The decision reaches optimiser 
 is read in the step after, when the device has long finished with it.
 """
 
-import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tim.files import write_json_lines
-from tim.training.logging import read_log
+from tim.data.batch import Batch
+from tim.training.logging import append_records, drop_later_records, rank_file
 
 MAX_BAD_STEPS = 3  # steps in a row that cannot be used before the run stops
 NORMS, FEWEST_NORMS = 64, 16  # window of the running median, and how full it must be to judge by
@@ -28,26 +27,22 @@ class Verdict:
 
     Attributes:
         bad_steps: steps in a row that could not be used, this one included.
-        skipped, spikes: totals of the run.
         problem: why this step was skipped, empty when it was not.
     """
 
     step: int
     bad_steps: int
-    skipped: int
-    spikes: int
-    grad_norm: float
-    problem: str = ""
+    problem: str
 
 
 @dataclass
 class _Posted:
-    """Numbers of a step on their way to the host."""
+    """Numbers of a step on their way to the host, where they are once `arrived` (None: already) has happened."""
 
     step: int
     numbers: Tensor
-    arrived: Any
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    arrived: torch.cuda.Event | None
+    samples: list[Batch]
 
 
 class NonFiniteGuard:
@@ -63,6 +58,9 @@ class NonFiniteGuard:
         rank: of this process.
         start_step: lines of later steps, of an attempt that was cut off, go.
         spike: `training.max_grad_norm_spike`; None skips no finite step.
+
+    Attributes:
+        skipped, spikes: totals of the run, as of the last `poll`.
     """
 
     def __init__(self, device: torch.device, folder: Path, rank: int, start_step: int = 0, spike: float | None = None) -> None:
@@ -71,10 +69,8 @@ class NonFiniteGuard:
         self.norms = torch.full((NORMS,), math.nan, device=device)
         self.skipped = self.spikes = 0
         self.posted: _Posted | None = None
-        self.path = folder / ("nonfinite.jsonl" if rank == 0 else f"nonfinite-rank{rank}.jsonl")
-        known = [record for record in read_log(self.path) if record["step"] <= start_step]
-        if self.path.is_file():
-            write_json_lines(self.path, known)
+        self.path = rank_file(folder, "nonfinite", rank)
+        known = drop_later_records(self.path, start_step)
         self.written = {(record["index"], record["cause"]) for record in known if "index" in record}
 
     def judge(self, grad_norm: Tensor, loss_scale: Tensor | None = None) -> Tensor:
@@ -101,11 +97,11 @@ class NonFiniteGuard:
         self.counts = torch.stack([in_a_row, self.counts[1] + skip, self.counts[2] + spike])
         return skip.float()
 
-    def post(self, step: int, grad_norm: Tensor, micro_batches: list[tuple[dict[str, Any], Tensor]]) -> None:
+    def post(self, step: int, grad_norm: Tensor, micro_batches: list[tuple[Batch, Tensor]]) -> None:
         """Send the numbers of a finished step to the host, without waiting for them.
 
         Args:
-            micro_batches: (batch, codes (B,) of its samples on the device) of this rank.
+            micro_batches: of this rank, (`index` and `position` of a batch, codes (B,) of its samples on the device).
         """
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         parts = [self.counts, grad_norm.detach().reshape(1), *(codes for _, codes in micro_batches)]
@@ -126,30 +122,29 @@ class NonFiniteGuard:
         if posted.arrived is not None:
             posted.arrived.synchronize()
         bad_steps, skipped, spikes, norm, *codes = posted.numbers.tolist()
-        verdict = Verdict(posted.step, int(bad_steps), int(skipped), int(spikes), norm)
-        if verdict.skipped > self.skipped:
-            is_spike = verdict.spikes > self.spikes
-            verdict.problem = f"gradient norm {norm:.4g}" + (" is a spike" if is_spike else "")
-        self.skipped, self.spikes = verdict.skipped, verdict.spikes
-        self._write(posted, verdict, codes)
-        return verdict
+        problem = ""
+        if skipped > self.skipped:
+            problem = f"gradient norm {norm:.4g}" + (" is a spike" if spikes > self.spikes else "")
+        self.skipped, self.spikes = int(skipped), int(spikes)
+        self._write(posted, problem, codes)
+        return Verdict(posted.step, int(bad_steps), problem)
 
-    def _write(self, posted: _Posted, verdict: Verdict, codes: list[float]) -> None:
+    def _write(self, posted: _Posted, problem: str, codes: list[float]) -> None:
         """A line for each new non-finite sample; one with all samples of this rank for a skipped step."""
-        if not verdict.problem and not any(codes):
+        if not problem and not any(codes):
             return
-        indices, positions = ([i for batch in posted.samples for i in batch[key].tolist()] for key in ("index", "position"))
-        lines = []
+        indices = [index for batch in posted.samples for index in batch["index"].tolist()]
+        positions = [position for batch in posted.samples for position in batch["position"].tolist()]
+        lines: list[dict[str, Any]] = []
         for index, position, code in zip(indices, positions, codes, strict=True):
             cause = CAUSES.get(int(code))
             if cause and (index, cause) not in self.written:
                 self.written.add((index, cause))
                 lines.append({"step": posted.step, "index": index, "position": position, "cause": cause})
-        if verdict.problem:
-            lines.append({"step": posted.step, "cause": verdict.problem, "indices": indices})
+        if problem:
+            lines.append({"step": posted.step, "cause": problem, "indices": indices})
         if lines:
-            with open(self.path, "a") as f:
-                f.writelines(json.dumps(line) + "\n" for line in lines)
+            append_records(self.path, lines)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge alike, JSON values."""
@@ -176,11 +171,12 @@ def take_step(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.
         scaler: has unscaled the gradients, and adapts its scale now.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, skip
+        fused: Any = optimizer  # only fused ones have these attributes, while they step
+        fused.grad_scale, fused.found_inf = None, skip
         try:
-            optimizer.step()
+            fused.step()
         finally:
-            del optimizer.grad_scale, optimizer.found_inf
+            del fused.grad_scale, fused.found_inf
     elif not bool(skip):
         optimizer.step()
     if scaler is not None:

@@ -1,4 +1,4 @@
-"""What a run says of itself: progress bar, log.jsonl, trackers, loss curves."""
+"""What a run says of itself: files of records, progress bar, trackers, loss curves."""
 
 import json
 import time
@@ -13,40 +13,37 @@ from tim.files import write_json_lines
 
 
 class RunLogger:
-    """Progress on rank 0. log.jsonl gets one line per logged step; lines after `start_step` of an earlier attempt go.
+    """Progress of rank 0: a bar, and a line of log.jsonl for every logged step; the other ranks say nothing.
 
     Args:
         accelerator: its trackers receive every record.
+        start_step: lines of later steps, of an attempt that was cut off, go.
     """
 
     def __init__(self, accelerator: Accelerator, project_dir: Path, start_step: int, max_steps: int) -> None:
-        self.accelerator = accelerator
-        self.file, self.bar = None, None
-        if not accelerator.is_main_process:
-            return
-        path = project_dir / "log.jsonl"
-        write_json_lines(path, [line for line in read_log(path) if line["step"] <= start_step])
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the whole run, closed by close()
-        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self.accelerator, self.path = accelerator, project_dir / "log.jsonl"
+        if accelerator.is_main_process:
+            drop_later_records(self.path, start_step)
+        silent = not accelerator.is_main_process
+        self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=1.0, disable=silent)
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
 
     def step(self, waited: float, images: int) -> None:
         """Count one finished step, the seconds it waited for data and the images of all processes in it."""
-        if self.bar is not None:
-            self.images += images
-            self.waited += waited
-            self.bar.update()
+        self.images += images
+        self.waited += waited
+        self.bar.update()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write one record; adds images_per_second and data_wait, the share of time spent waiting for data."""
-        if self.bar is None:
+        if not self.accelerator.is_main_process:
             return
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         record: dict[str, Any] = {"step": step, **values}
         record["images_per_second"] = round(self.images / elapsed, 2)
         record["data_wait"] = round(self.waited / elapsed, 4)
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
-        self.file.write(json.dumps(record) + "\n")
+        append_records(self.path, [record])
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
         self.bar.set_postfix(
             {
@@ -59,14 +56,31 @@ class RunLogger:
         )
 
     def close(self) -> None:
-        """Finish the bar and the file."""
-        if self.bar is not None:
-            self.bar.close()
-            self.file.close()
+        """Finish the bar."""
+        self.bar.close()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a log.jsonl; a line cut off by a crash ends it."""
+def rank_file(folder: Path, name: str, rank: int) -> Path:
+    """Where a rank keeps records of its own: NAME.jsonl for rank 0, NAME-rank1.jsonl and so on for the others."""
+    return folder / (f"{name}.jsonl" if rank == 0 else f"{name}-rank{rank}.jsonl")
+
+
+def append_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add a line for each record to a .jsonl; they have left the process when this returns."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
+    """Delete the records of steps after this one from a .jsonl, if there is one; returns the others."""
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    if path.is_file():
+        write_json_lines(path, kept)
+    return kept
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a .jsonl, none when it is missing; a line cut off by a crash ends it."""
     records = []
     if path.is_file():
         for line in path.read_text().splitlines():
@@ -81,7 +95,7 @@ def plot_curves(log: Path, picture: Path) -> None:
     """Draw denoising loss and gradient norm over the steps."""
     from matplotlib.figure import Figure
 
-    records = read_log(log)
+    records = read_records(log)
     if len(records) < 2:
         return
     steps = [r["step"] for r in records]

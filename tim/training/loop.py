@@ -1,8 +1,8 @@
 """The training loop: config -> data -> objective -> optimiser -> EMA -> checkpoint."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tim import rng
 from tim.config import Config, to_yaml
+from tim.data.batch import Batch
 from tim.data.prefetch import Prefetcher
 from tim.files import write_text
 from tim.models.network import traits_of
 from tim.resumable import locked
-from tim.training.bad_samples import ALL_FILES
+from tim.training.bad_samples import ALL_FILES, BadSamples
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
 from tim.training.logging import RunLogger
 from tim.training.preemption import EXIT_AGAIN
@@ -42,25 +43,20 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
     """
     project_dir = Path(project_dir)
     run = build_run(config, project_dir, seed, task_class)
-    main = run.accelerator.is_main_process
-    if main:
-        print(summary(run), flush=True)
+    run.accelerator.print(summary(run), flush=True)
     if dry_run:
         return
     checkpoints = CheckpointManager(run)
     with locked(project_dir, PartialState()), checkpoints.preemption:
         start_step, samples_seen = checkpoints.resume()
-        max_steps = config.training.max_train_steps
+        t, max_steps = config.training, config.training.max_train_steps
         if start_step >= max_steps:
-            if main:
-                print(f"{project_dir} has reached step {start_step} of {max_steps}; nothing to do")
+            run.accelerator.print(f"{project_dir} has reached step {start_step} of {max_steps}; nothing to do")
             return
-        if main:
+        if run.accelerator.is_main_process:
             write_text(project_dir / "config.yaml", to_yaml(config))
         run.accelerator.wait_for_everyone()
-        if config.training.tracker not in (None, "none"):
-            t = config.training
-            run.accelerator.init_trackers(t.tracker_project_name, init_kwargs={t.tracker: t.tracker_kwargs})
+        run.accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
         logger = RunLogger(run.accelerator, project_dir, start_step, max_steps)
         try:
             run_steps(run, checkpoints, logger, start_step, samples_seen)
@@ -74,52 +70,31 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
 def run_steps(run: Run, checkpoints: CheckpointManager, logger: RunLogger, start_step: int, samples_seen: int) -> None:
     """The loop proper, from start_step to max_train_steps."""
     t, accelerator, guard = run.config.training, run.accelerator, checkpoints.guard
-    bad_samples = checkpoints.bad_samples
-    loader = build_loader(run, start_step, samples_seen)
+    loader, samples_per_step = build_loader(run, start_step, samples_seen)
     batches = Prefetcher(loader, accelerator.device)
     run.model.train()
     for step in range(start_step + 1, t.max_train_steps + 1):
         checkpoints.preemption.begin_step()
-        log, seen = {}, []
-        for micro in range(t.gradient_accumulation_steps):
-            batch = next(batches)
-            bad_samples.record(batch)
-            last = micro == t.gradient_accumulation_steps - 1
-            with nullcontext() if last else no_sync(run.model):
-                loss, values, codes = batch_loss(run, batch)
-                accelerator.backward(loss / t.gradient_accumulation_steps)
-            seen.append(({key: batch[key] for key in ("index", "position")}, codes))
-            for key, value in values.items():
-                log[key] = log.get(key, 0) + value / t.gradient_accumulation_steps
+        log, judged = accumulate_gradients(run, batches, checkpoints.bad_samples)
         grad_norm = clip_gradients(accelerator, run.model, t.max_grad_norm)
         check(run, checkpoints, guard.poll(), samples_seen)  # of the step before: the device is done with it, nothing waits
-        skip = guard.judge(grad_norm, loss_scale(accelerator))
+        scale = accelerator.scaler and accelerator.scaler.scale(torch.ones((), device=accelerator.device))
+        skip = guard.judge(grad_norm, scale)
         take_step(run.optimizer.optimizer, skip, accelerator.scaler)
         run.optimizer.zero_grad(set_to_none=True)
         run.lr_scheduler.step()
         if run.ema is not None:
             run.ema.update(run.network, skip)
-        samples_seen += loader.batch_sampler.samples_per_step
-        guard.post(step, grad_norm, seen)
-        logger.step(batches.waited(), int(batch["total"][0]))
+        samples_seen += samples_per_step
+        guard.post(step, grad_norm, judged)
+        logger.step(batches.waited(), int(judged[0][0]["total"][0]))
 
-        too_many, done = False, step == t.max_train_steps
+        bad_samples, done = 0.0, step == t.max_train_steps
         if step % t.log_steps == 0 or done:
-            log["bad_samples"] = log["dropped"].new_tensor(len(bad_samples) * accelerator.num_processes)
-            record = mean_over_ranks(accelerator, log)
-            too_many = record["bad_samples"] > run.config.data.max_bad_samples
-            record |= {"grad_norm": float(grad_norm), "lr": run.lr_scheduler.get_last_lr()[0]}
-            verdict = guard.poll()
-            record |= {"skipped": verdict.skipped, "spikes": verdict.spikes}
-            if accelerator.scaler is not None:
-                record["loss_scale"] = accelerator.scaler.get_scale()
-            logger.log(step, record)
-            if record["dropped"] > 0:
-                accelerator.print(
-                    f"step {step}: {record['dropped']:.2%} of the samples have non-finite latents, predictions or targets "
-                    f"and were left out; see {guard.path.name}"
-                )
+            verdict = guard.poll()  # of this step: the device is waited for
+            bad_samples = log_step(run, checkpoints, logger, step, log, grad_norm)["bad_samples"]
             check(run, checkpoints, verdict, samples_seen)
+        too_many = bad_samples > run.config.data.max_bad_samples
         reason = checkpoints.preemption.end_step()
         if reason or done or too_many or step % t.checkpointing_steps == 0 or step in t.checkpoint_list:
             check(run, checkpoints, guard.poll(), samples_seen)
@@ -128,14 +103,57 @@ def run_steps(run: Run, checkpoints: CheckpointManager, logger: RunLogger, start
             save_preview(run, step)
         if too_many:
             raise ValueError(
-                f"{record['bad_samples']:.0f} samples could not be read, more than data.max_bad_samples="
+                f"{bad_samples:.0f} samples could not be read, more than data.max_bad_samples="
                 f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend or leave out the files of "
                 f"{ALL_FILES}, delete these, and start again"
             )
         if reason and not done:
-            checkpoints.saver.wait()
+            checkpoints.close()
             accelerator.print(f"stopped by {reason} after step {step}; run the same command again to continue")
             raise SystemExit(EXIT_AGAIN)
+
+
+def accumulate_gradients(
+    run: Run, batches: Iterator[Batch], bad_samples: BadSamples
+) -> tuple[dict[str, Tensor], list[tuple[Batch, Tensor]]]:
+    """The backward passes of a step, over its micro-batches.
+
+    Returns:
+        means of the log values, and for every micro-batch where its samples are from, with their codes of `batch_loss`.
+    """
+    count = run.config.training.gradient_accumulation_steps
+    log: dict[str, Tensor] = {}
+    judged: list[tuple[Batch, Tensor]] = []
+    for micro in range(count):
+        batch = next(batches)
+        bad_samples.record(batch)
+        with nullcontext() if micro == count - 1 else no_sync(run.model):
+            loss, values, codes = batch_loss(run, batch)
+            run.accelerator.backward(loss / count)
+        judged.append(({"index": batch["index"], "position": batch["position"], "total": batch["total"]}, codes))
+        for key, value in values.items():
+            log[key] = log.get(key, 0) + value / count
+    return log, judged
+
+
+def log_step(
+    run: Run, checkpoints: CheckpointManager, logger: RunLogger, step: int, log: dict[str, Tensor], grad_norm: Tensor
+) -> dict[str, float]:
+    """Write the record of a step, means over all processes, and return it. Collective, and waits for the device."""
+    accelerator, guard = run.accelerator, checkpoints.guard
+    bad_samples = len(checkpoints.bad_samples) * accelerator.num_processes  # the mean of which is the number on all processes
+    record = mean_over_ranks(accelerator, {**log, "bad_samples": log["dropped"].new_tensor(bad_samples)})
+    record |= {"grad_norm": float(grad_norm), "lr": float(run.lr_scheduler.get_last_lr()[0])}
+    record |= {"skipped": guard.skipped, "spikes": guard.spikes}
+    if accelerator.scaler is not None:
+        record["loss_scale"] = accelerator.scaler.get_scale()
+    logger.log(step, record)
+    if record["dropped"] > 0:
+        accelerator.print(
+            f"step {step}: {record['dropped']:.2%} of the samples have non-finite latents, predictions or targets "
+            f"and were left out; see {guard.path.name}"
+        )
+    return record
 
 
 def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, samples_seen: int) -> None:
@@ -158,13 +176,6 @@ def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, sam
         )
 
 
-def loss_scale(accelerator: Accelerator) -> Tensor | None:
-    """The fp16 loss scale on the device, without waiting for it."""
-    if accelerator.scaler is None:
-        return None
-    return accelerator.scaler.scale(torch.ones((), device=accelerator.device))
-
-
 def mean_over_ranks(accelerator: Accelerator, values: dict[str, Tensor]) -> dict[str, float]:
     """Mean of each scalar over all processes, in float64 where the device has it."""
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -172,7 +183,7 @@ def mean_over_ranks(accelerator: Accelerator, values: dict[str, Tensor]) -> dict
     return dict(zip(values, means.tolist(), strict=True))
 
 
-def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Total loss of one micro-batch, its detached log values, and codes (B,): LATENT or LOSS where it is not finite, else 0."""
     model, device = run.config.model, run.accelerator.device
     step, positions = int(batch["step"][0]), batch["position"].tolist()
@@ -183,7 +194,7 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
     with run.accelerator.autocast():
         weighted, projection, log = run.schedule(
             run.model,
-            run.ema.network if run.ema else None,
+            run.modules.get("ema"),
             run.network,
             len(positions),
             x,
@@ -202,7 +213,7 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
 
 
 @torch.no_grad()
-def latents(run: Run, batch: dict[str, Any]) -> Tensor:
+def latents(run: Run, batch: Batch) -> Tensor:
     """Clean latents (B, C, h, w): stored ones, encoded images, or the pixels themselves."""
     device = run.accelerator.device
     if "latent" in batch:
@@ -217,7 +228,7 @@ def latents(run: Run, batch: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def repa_target(run: Run, batch: dict[str, Any], x: Tensor) -> Tensor | None:
+def repa_target(run: Run, batch: Batch, x: Tensor) -> Tensor | None:
     """REPA features (B, N, z_dim), one for each token of the network: stored ones, or the encoder's; None without REPA."""
     if "features" in batch:
         return batch["features"].to(x.device, non_blocking=True)

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,9 @@ class Preemption:
         self.began = self.step_began = time.monotonic()
         self.slowest_step, self.slowest_save = 0.0, 0.0
         self.received = 0
-        self.flag, self.work = torch.zeros(1, dtype=torch.int64), None
-        self.previous: dict[int, object] = {}
+        self.flag = torch.zeros(1, dtype=torch.int64)
+        self.exchange: dist.Work | None = None
+        self.previous: dict[int, Any] = {}  # handlers of the signals before
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -49,14 +51,14 @@ class Preemption:
         self.step_began = time.monotonic()
         if self.group is not None:
             self.flag.fill_(self._wanted())
-            self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self.exchange = dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
 
     def end_step(self) -> str | None:
         """Why all processes leave now, or None."""
-        if self.group is None:
+        if self.exchange is None:
             number = self._wanted()
         else:
-            self.work.wait()
+            self.exchange.wait()
             number = int(self.flag)
         self.slowest_step = max(self.slowest_step, time.monotonic() - self.step_began)
         if number == 0:
@@ -68,6 +70,7 @@ class Preemption:
         self.slowest_save = max(self.slowest_save, seconds)
 
     def _wanted(self) -> int:
+        """The signal that this process received, WALLTIME when a step and a save more would not fit, or 0."""
         if self.received or self.walltime is None:
             return self.received
         save = 1.5 * self.slowest_save or min(SAVE_GUESS, self.walltime / 20)
@@ -75,6 +78,7 @@ class Preemption:
         return WALLTIME if time.monotonic() - self.began + needed > self.walltime else 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; the second Ctrl-C ends the process at once."""
         if number == signal.SIGINT and self.received == signal.SIGINT:
             os._exit(128 + number)  # whatever is half-written is no checkpoint
         self.received = number

@@ -22,7 +22,7 @@ def save_preview(run: Run, step: int) -> None:
     """
     if not (run.sharded or run.accelerator.is_main_process):
         return
-    network = run.ema.network if run.ema else run.network
+    network = run.modules.get("ema", run.network)
     cond, (height, width), contents = run.task.preview(network)
     shape = run.vae.latent_shape(height, width) if run.vae else (run.task.channels, height, width)
     z = rng.normals(run.seed, "preview", 0, range(len(contents)), shape).to(run.accelerator.device)

@@ -1,4 +1,4 @@
-"""What a run needs to stop and to go on: its checkpoints, the wish to leave, and how the batch is split anew."""
+"""Stopping a run and going on with it: checkpoints, preemption, and how the global batch is split anew."""
 
 import copy
 import time
@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tim.checkpoint.async_save import Saver
 from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
 from tim.checkpoint.store import (
+    Saver,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -26,22 +26,25 @@ from tim.training.setup import Run
 
 
 class CheckpointManager:
-    """One attempt at a run, from a checkpoint to the next interruption.
+    """The checkpoints of a run in its project folder, and what else outlives an interruption.
 
     Attributes:
-        preemption: whether to leave. bad_samples: what could not be read. guard: judges the steps, set by `resume`.
+        preemption: whether to leave after this step; a context manager that handles signals while it is open.
+        bad_samples: the samples that could not be read so far.
+        guard: judges the steps; there is none before `resume`.
     """
 
     def __init__(self, run: Run) -> None:
         t = run.config.training
         self.run, self.root = run, run.project_dir / "checkpoints"
+        # As configured: `fit_global_batch` may change the run's config, and a third start must compare with what was asked for.
         self.batch = {"size": run.config.data.dataloader.batch_size, "accumulation": t.gradient_accumulation_steps}
         self.group = cpu_group()  # of whoever writes, possibly a thread; the steps have their own
         self.preemption = Preemption(cpu_group(), parse_walltime(t.walltime))
         self.saver = Saver(t.async_checkpoint)
         self.stager = build_stager(run.accelerator.device) if t.async_checkpoint else None
         self.bad_samples = BadSamples(run.project_dir, run.accelerator.process_index)  # before any rank meets a new one
-        self.guard: NonFiniteGuard | None = None
+        self.guard: NonFiniteGuard
 
     def resume(self) -> tuple[int, int]:
         """Load the checkpoint that `resume_from_checkpoint` names; returns (step, samples_seen), (0, 0) for a fresh start.
@@ -49,47 +52,50 @@ class CheckpointManager:
         Raises:
             ValueError, FileNotFoundError: when it is not there, is damaged or belongs to another run.
         """
+        run, accelerator = self.run, self.run.accelerator
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
         if path is not None:
-            run, ema = self.run, self.run.ema.network if self.run.ema else None
-            scaler = run.accelerator.scaler
-            state = load_checkpoint(path, run.network, ema, run.optimizer.optimizer, scaler, self.group, verified)
+            state = load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
             if state["seed"] != run.seed:
                 raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
+            if accelerator.scaler is not None and state["scaler"]:
+                accelerator.scaler.load_state_dict(state["scaler"])
             fit_global_batch(run, state["batch"])
             run.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if run.lr != state["lr"]:
-                run.accelerator.print(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
+                accelerator.print(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
                 _set_base_lr(run)
-            run.accelerator.print(f"resuming from {path} at step {state['step']}")
-        self._make_guard(state)
+            accelerator.print(f"resuming from {path} at step {state['step']}")
+        spike = run.config.training.max_grad_norm_spike
+        self.guard = NonFiniteGuard(accelerator.device, run.project_dir, accelerator.process_index, state["step"], spike)
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         return state["step"], state.get("samples_seen", state.get("visits", 0))  # version 0.1 wrote visits
 
     def save(self, step: int, samples_seen: int) -> None:
         """Checkpoint the state after `step`, retire old ones, draw the curves; at once or, once it is copied, in a thread."""
         began, run = time.monotonic(), self.run
-        self.saver.wait()
-        ema = run.ema.network if run.ema else None
-        t, scaler = run.config.training, run.accelerator.scaler
-        sharded = t.checkpoint_format == "sharded"
-        snapshot = take_snapshot(run.network, ema, run.optimizer.optimizer, scaler, sharded, self.stager)
-        batch = {**self.batch, "processes": run.accelerator.num_processes, "global": run.global_batch_size}
+        self.saver.wait()  # it reads the snapshot before this one, whose memory is taken again
+        scaler, sharded = run.accelerator.scaler, run.config.training.checkpoint_format == "sharded"
+        snapshot = take_snapshot(run.modules, run.optimizer.optimizer, sharded, self.stager)
         state = {
+            "scaler": scaler.state_dict() if scaler else None,
             "seed": run.seed,
             "samples_seen": samples_seen,
             "lr": run.lr,
             "lr_scheduler": copy.deepcopy(run.lr_scheduler.state_dict()),
-            "batch": batch,
+            "batch": {**self.batch, "processes": run.accelerator.num_processes, "global": run.global_batch_size},
             "guard": self.guard.state_dict(),
         }
         self.saver.submit(partial(self._write, step, snapshot, state, began))
 
     def close(self) -> None:
-        """Wait for the last save."""
-        self.saver.close()
+        """Wait for the last save; raises its error."""
+        self.saver.wait()
 
     def _write(self, step: int, snapshot: Snapshot, state: dict[str, Any], began: float) -> None:
+        """The part of `save` that does not need the network, maybe in a thread. Collective over the writers' group."""
         t = self.run.config.training
         write_checkpoint(self.root, step, snapshot, state, self.group)
         if self.run.accelerator.is_main_process:
@@ -99,15 +105,15 @@ class CheckpointManager:
 
     def _wanted_checkpoint(self) -> tuple[Path | None, bool]:
         """The folder to load, the same on all ranks, and whether it is known to be whole."""
-        wanted, main = self.run.config.training.resume_from_checkpoint, self.run.accelerator.is_main_process
-
-        def find() -> Path | None:
-            if not main or not self.root.is_dir():
-                return None
-            tidy_checkpoints(self.root)
-            return latest_checkpoint(self.root)
-
+        wanted = self.run.config.training.resume_from_checkpoint
         if wanted == "latest":
+
+            def find() -> Path | None:
+                if not self.run.accelerator.is_main_process:
+                    return None
+                tidy_checkpoints(self.root)
+                return latest_checkpoint(self.root)
+
             return on_all_ranks(self.group, find)[0], True
         if wanted is None:
             if list_checkpoints(self.root):
@@ -119,13 +125,6 @@ class CheckpointManager:
         if not Path(wanted).is_dir():
             raise FileNotFoundError(f"training.resume_from_checkpoint={wanted!r} is no checkpoint folder")
         return Path(wanted), False
-
-    def _make_guard(self, state: dict[str, Any]) -> None:
-        accelerator, spike = self.run.accelerator, self.run.config.training.max_grad_norm_spike
-        rank = accelerator.process_index
-        self.guard = NonFiniteGuard(accelerator.device, self.run.project_dir, rank, state["step"], spike)
-        if "guard" in state:
-            self.guard.load_state_dict(state["guard"])
 
 
 def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
@@ -147,18 +146,18 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
         run.accelerator.print(f"the global batch changes from {total} to {run.global_batch_size}, as configured")
         return
     packed = config.data.data_type == "image_ms"  # its batches come packed and cannot be cut
-    fitting = [
+    fitting = (
         a
         for a in range(1, total // processes + 1)
         if total % (processes * a) == 0 and (total == processes * a * size if packed else total <= processes * a * size)
-    ]
-    if not fitting:
+    )
+    accumulation = next(fitting, 0)
+    if accumulation == 0:
         raise ValueError(
             f"the global batch of the checkpoint, {total}, cannot be split over {processes} processes with "
             f"data.dataloader.batch_size={size}; use another number of processes, or set batch_size or "
             "training.gradient_accumulation_steps to train on with another global batch"
         )
-    accumulation = fitting[0]
     size = total // (processes * accumulation)
     run.config = copy.deepcopy(config)
     run.config.data.dataloader.batch_size, run.config.training.gradient_accumulation_steps = size, accumulation

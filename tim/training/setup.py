@@ -10,10 +10,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from tim.checkpoint.weights import start_from
-from tim.config import Config
+from tim.checkpoint.warm_start import warm_start
+from tim.checkpoint.weights import find_weights
+from tim.config import Config, Training
 from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
@@ -48,9 +50,14 @@ class Run:
     vae: Autoencoder | None
     encoder: nn.Module | None
     optimizer: Any
-    lr_scheduler: Any
+    lr_scheduler: LambdaLR
     lr: float
     global_batch_size: int
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The network as "model", and its moving average, if the run keeps one, as "ema": names that checkpoints use."""
+        return {"model": self.network} | ({"ema": self.ema.network} if self.ema else {})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,8 +104,10 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)
     network = build_network(m.network).to(getattr(torch, t.dtype))
-    for note in start_from(network, m) if m.ckpt else []:
-        accelerator.print(note)
+    if m.ckpt:
+        start = find_weights(m.ckpt, name="model.ckpt").read()
+        for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
+            accelerator.print(note)
     if not m.enc_dir:
         freeze_projector(network)
     encoder = build_encoder(config, network, accelerator.device)
@@ -110,18 +119,13 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         compile_blocks(network)
         if schedule.derivative_type == "jvp":
             accelerator.print("training.compile: jvp derivatives run eagerly, because compiled graphs carry no tangents")
-        if schedule.transport.enhance_target:
+        if ema is not None and schedule.transport.enhance_target:
             compile_blocks(ema.network)
     global_batch_size = config.data.dataloader.batch_size * t.gradient_accumulation_steps * accelerator.num_processes
     lr = t.learning_rate * (global_batch_size / t.learning_rate_base_batch_size if t.scale_lr else 1.0)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = t.optimizer.build(trained, lr=lr)
-    if t.lr_scheduler not in [s.value for s in SchedulerType]:
-        choices = ", ".join(s.value for s in SchedulerType)
-        raise ValueError(f"training.lr_scheduler={t.lr_scheduler!r} is not one of {choices}")
-    lr_scheduler = get_scheduler(
-        t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
-    )
+    lr_scheduler = build_lr_scheduler(t, optimizer)
     optimizer = accelerator.prepare_optimizer(optimizer)
     alone = is_sharded(network) or accelerator.num_processes == 1  # no wrapper to synchronise gradients
     model = network if alone else accelerator.prepare_model(network)
@@ -151,6 +155,14 @@ def build_encoder(config: Config, network: nn.Module, device: torch.device) -> n
     return encoder
 
 
+def build_lr_scheduler(t: Training, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """The learning-rate schedule over optimiser steps; ValueError when `training.lr_scheduler` names none of diffusers'."""
+    if t.lr_scheduler not in [s.value for s in SchedulerType]:
+        choices = ", ".join(s.value for s in SchedulerType)
+        raise ValueError(f"training.lr_scheduler={t.lr_scheduler!r} is not one of {choices}")
+    return get_scheduler(t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps)
+
+
 def to_device_or_shard(
     network: nn.Module, ema: EMA | None, plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator
 ) -> bool:
@@ -166,8 +178,12 @@ def to_device_or_shard(
     return plugin is not None
 
 
-def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
-    """This rank's micro-batches from start_step on; `samples_seen` counts what was taken before it."""
+def build_loader(run: Run, start_step: int, samples_seen: int) -> tuple[DataLoader, int]:
+    """This rank's micro-batches from start_step on, and what a step takes of all ranks, in the unit of `samples_seen`.
+
+    Args:
+        samples_seen: what was taken before start_step: samples, or packed batches.
+    """
     sampler = run.task.sampler(
         run.config,
         seed=run.seed,
@@ -178,7 +194,7 @@ def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
         max_steps=run.config.training.max_train_steps,
         samples_seen=samples_seen,
     )
-    return DataLoader(
+    loader = DataLoader(
         ReplacingDataset(run.task.dataset, run.seed),
         batch_sampler=sampler,
         num_workers=run.config.data.dataloader.num_workers,
@@ -186,3 +202,4 @@ def build_loader(run: Run, start_step: int, samples_seen: int) -> DataLoader:
         worker_init_fn=ignore_signals,
         generator=torch.Generator().manual_seed(run.seed),  # else the workers' seeds come from the global state
     )
+    return loader, sampler.samples_per_step

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -65,10 +65,17 @@ def sharding_plugin(fsdp_config: dict[str, Any] | None) -> FullyShardedDataParal
         values.setdefault("fsdp_version", 2)
     if "FSDP_AUTO_WRAP_POLICY" not in os.environ:
         values.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
-    return _checked(FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(), **_versioned(values)))
+    _check_version(values)
+    plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(), **values)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError("fsdp_config: cpu_offload (fsdp_offload_params) is not supported; set it to false")
+    if plugin.auto_wrap_policy not in (None, transformer_auto_wrap_policy):
+        raise ValueError("fsdp_config: auto_wrap_policy must be TRANSFORMER_BASED_WRAP or NO_WRAP, got SIZE_BASED_WRAP")
+    return plugin
 
 
-def _versioned(values: dict[str, Any]) -> dict[str, Any]:
+def _check_version(values: dict[str, Any]) -> None:
+    """ValueError for settings of FSDP1, before the plugin takes them for its own."""
     version = values.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
     if str(version) != "2":
         raise ValueError(
@@ -77,15 +84,6 @@ def _versioned(values: dict[str, Any]) -> dict[str, Any]:
     reshard = values.get("reshard_after_forward", True)
     if not isinstance(reshard, bool):
         raise ValueError(f"training.fsdp_config.reshard_after_forward must be true or false, got {reshard!r}")
-    return values
-
-
-def _checked(plugin: FullyShardedDataParallelPlugin) -> FullyShardedDataParallelPlugin:
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise ValueError("fsdp_config: cpu_offload (fsdp_offload_params) is not supported; set it to false")
-    if plugin.auto_wrap_policy not in (None, transformer_auto_wrap_policy):
-        raise ValueError("fsdp_config: auto_wrap_policy must be TRANSFORMER_BASED_WRAP or NO_WRAP, got SIZE_BASED_WRAP")
-    return plugin
 
 
 def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device, trained: bool = True) -> None:
@@ -106,7 +104,7 @@ def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: to
             f"fsdp_config: transformer_cls_names_to_wrap={names}, but the network has no {missing.pop()}; use Block"
         )
     if plugin.activation_checkpointing:
-        network.use_checkpoint = True
+        vars(network)["use_checkpoint"] = True  # the network's own checkpointing, block by block
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for unit in reversed(units):
         fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward or not trained)
@@ -116,7 +114,7 @@ def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: to
 def reshard(network: nn.Module) -> None:
     """Free what forward passes without a backward pass left gathered; an unsharded network stays as it is."""
     for module in network.modules():
-        if isinstance(module, FSDPModule):
+        if is_sharded(module):
             module.reshard()
 
 

@@ -1,13 +1,14 @@
 """What differs between class-conditional and text-to-image training: data, conditions, previews."""
 
 from collections import Counter
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tim.config import Config
+from tim.data.batch import Batch
 from tim.data.c2i import build_c2i_dataset
 from tim.data.features import CachedFeatures, check_features, has_features
 from tim.data.replacement import PROBED, Samples, first_readable
@@ -34,6 +35,8 @@ class Task(Protocol):
     drop_prob: float
     channels: int
 
+    def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None: ...
+
     def check(self, network: Network) -> None:
         """Compare data, conditions and network; ValueError when they do not fit."""
         ...
@@ -42,7 +45,7 @@ class Task(Protocol):
         """The order of samples of one rank."""
         ...
 
-    def conditions(self, batch: dict[str, Any], dropped: Tensor) -> tuple[dict, dict]:
+    def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
         """Network keywords of a micro-batch, and those of its null condition; `dropped` (B,) bool loses its condition."""
         ...
 
@@ -59,9 +62,10 @@ class ClassTask:
     """Class labels; the null class is the last row of the label table."""
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
-        self.dataset = build_c2i_dataset(config.data, with_image=config.model.enc_dir is not None and not has_features(config))
-        if has_features(config):
-            self.dataset = CachedFeatures(self.dataset, config.data.dataset, config.model.enc_dir)
+        enc_dir, cached = config.model.enc_dir, has_features(config)
+        self.dataset = build_c2i_dataset(config.data, with_image=enc_dir is not None and not cached)
+        if enc_dir is not None and cached:
+            self.dataset = CachedFeatures(self.dataset, config.data.dataset, enc_dir)
         self.vae, self.device = vae, device
         traits = traits_of(config.model.network)
         self.num_classes, self.drop_prob = traits.num_classes or self.dataset.num_labels, traits.class_dropout_prob
@@ -83,7 +87,7 @@ class ClassTask:
         """A global batch is any `batch_size` x accumulation x world samples."""
         return StepBatchSampler(len(self.dataset), config.data.dataloader.batch_size, **place)
 
-    def conditions(self, batch: dict[str, Any], dropped: Tensor) -> tuple[dict, dict]:
+    def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
         """Labels (B,), the null class where dropped."""
         label = batch["label"]
         largest = int(label.max())
@@ -101,6 +105,7 @@ class ClassTask:
         return {"y": y}, (side, side), [f"class {k}" for k in y.tolist()]
 
     def summary(self) -> str:
+        """Samples and classes."""
         return f"{len(self.dataset)} samples, {self.dataset.num_labels} classes"
 
 
@@ -124,7 +129,7 @@ class CaptionTask:
         """The batches of packed_json."""
         return BucketBatchSampler(self.dataset.batches, **place)
 
-    def conditions(self, batch: dict[str, Any], dropped: Tensor) -> tuple[dict, dict]:
+    def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
         """Text features (B, M, width) and mask (B, M), those of the empty caption where dropped."""
         captions = ["" if gone else caption for caption, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
         y, y_mask = self.encoder(captions)
@@ -141,6 +146,7 @@ class CaptionTask:
         return {"y": y, "y_mask": y_mask}, size, captions
 
     def summary(self) -> str:
+        """Images, and the packed batches that they come in."""
         lengths = [len(batch) for batch in self.dataset.batches]
         sizes = {self.dataset.size(int(batch[0])) for batch in self.dataset.batches}
         return (

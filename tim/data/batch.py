@@ -1,0 +1,39 @@
+"""What a micro-batch is, from the loader to the loss."""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """A micro-batch of B samples of one rank; the loader collates it from samples with the same keys.
+
+    What is trained on, as the dataset has it. On the GPU once prefetched, where there is one:
+
+    Attributes:
+        latent: (B, C, h, w) float32, stored latents.
+        image: (B, C, H, W) float32 in [-1, 1]: to encode, to train on as it is, or for REPA's encoder beside a latent.
+        features: (B, N, D) in the stored dtype, REPA features made before.
+
+        label: (B,) int64, the class; class-conditional data.
+        caption: B strings, one of each sample's captions; text-to-image data.
+        mirrored: (B,) bool, whether image, latent and features are those of the mirrored file.
+
+        index: (B,) int64, which sample of the dataset each is.
+        step: (B,) int64, the same for all: optimiser steps before this one.
+        position: (B,) int64, increasing: places in the global batch, to which all random numbers belong.
+        total: (B,) int64, the same for all: size of the global batch.
+        problem: B strings, why the wanted sample could not be read and another stands in; empty where it could.
+    """
+
+    latent: Tensor
+    image: Tensor
+    features: Tensor
+    label: Tensor
+    caption: list[str]
+    mirrored: Tensor
+    index: Tensor
+    step: Tensor
+    position: Tensor
+    total: Tensor
+    problem: list[str]
