@@ -29,6 +29,7 @@ setup(
         "transformers>=4.50",
         "timm>=1.0",
         "tqdm>=4.66",
+        "einops>=0.8.2",
         "matplotlib>=3.8",
     ],
     extras_require={

@@ -86,12 +86,14 @@ def test_a_base_is_inherited_key_by_key(tmp_path):
     """Over several files in several folders; --print-config shows the merged result."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.yaml").write_text(DIGITS.read_text())
-    (tmp_path / "sub" / "b.yaml").write_text("base: ../a.yaml\nmodel: {network: {params: {depth: 2}}}\ntraining: {log_steps: 7}\n")
+    (tmp_path / "sub" / "b.yaml").write_text(
+        "base: ../a.yaml\nmodel: {network: {params: {depth: 2}}}\ntraining: {log_steps: 7}\n"
+    )
     (tmp_path / "c.yaml").write_text("base: sub/b.yaml\ntraining: {log_steps: 9}\n")
     want = load_config(DIGITS, ["model.network.params.depth=2", "training.log_steps=9", "training.max_train_steps=3"])
     assert load_config(tmp_path / "c.yaml", ["training.max_train_steps=3"]) == want
     printed = command("projects/train/trainer_c2i.py", "--config", tmp_path / "c.yaml", "--project_dir", "x", "--print-config")
-    assert parse_config(yaml.safe_load(printed.stdout)) == load_config(tmp_path / "c.yaml") and "base" not in printed.stdout
+    assert parse_config(yaml.safe_load(printed.stdout)) == load_config(tmp_path / "c.yaml") and "base:" not in printed.stdout
 
 
 def test_a_base_in_a_circle_and_an_absent_one_are_named(tmp_path):

@@ -19,18 +19,19 @@ def main() -> None:
     from tim.checkpoint.weights import find_weights
     from tim.config import load_config
     from tim.models.loading import load_strict, read_state_dict
+    from tim.models.network import build_network, traits_of
     from tim.schedulers.transition import TransitionSchedule
 
     config, device = load_config(args.config, args.overrides), best_device()
     torch.manual_seed(0)
-    network = config.model.network.build().to(device).requires_grad_(False)
+    network = build_network(config.model.network).to(device).requires_grad_(False)
     if args.ckpt:
         load_strict(network, read_state_dict(find_weights(args.ckpt)), args.ckpt)
     else:
         for p in network.parameters():
             p.normal_(std=0.05)
     transport, n = config.model.transport.build(), args.batch_size
-    x, z = (torch.randn(n, network.in_channels, network.input_size, network.input_size, device=device) for _ in range(2))
+    x, z = (torch.randn(n, *traits_of(network).latent_shape(), device=device) for _ in range(2))
     cond, _ = conditions(network, n, device)
     t, r, _ = TransitionSchedule(transport).sample_t_and_r(n, torch.float32, device)
 

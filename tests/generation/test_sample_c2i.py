@@ -147,7 +147,7 @@ def test_class_labels():
     from tim.config import Target
     from tim.generation.c2i import class_conditions
 
-    network, cpu = Target("", {"num_classes": 10}), torch.device("cpu")
+    network, cpu = Target("tim.models.c2i.tim_model.TiM", {"num_classes": 10}), torch.device("cpu")
     cycle, null = class_conditions("cycle", 4, network, 0, cpu)(range(6))
     assert cycle["y"].tolist() == [0, 1, 2, 3, 0, 1] and null["y"].tolist() == [10] * 6
     assert class_conditions("7,2", None, network, 0, cpu)([0, 1, 5])[0]["y"].tolist() == [7, 2, 2]
@@ -157,7 +157,7 @@ def test_class_labels():
     for labels, classes, match in (("7,10", None, "label 10"), ("seven", None, "'seven'"), ("cycle", 11, "11")):
         with pytest.raises(ValueError, match=match):
             class_conditions(labels, classes, network, 0, cpu)
-    no_null = class_conditions("cycle", None, Target("", {"num_classes": 10, "class_dropout_prob": 0}), 0, cpu)
+    no_null = class_conditions("cycle", None, Target(network.target, {"num_classes": 10, "class_dropout_prob": 0}), 0, cpu)
     assert no_null([0])[1] is None
 
 

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tim.config import Config
 from tim.distributed import HALF, set_tf32, use_cpu
 from tim.generation.engine import network_dtype
+from tim.models.network import build_network, freeze_projector, traits_of
+from tim.schedulers.objective import Objective
 from tim.schedulers.sampling import sample
-from tim.schedulers.transition import TransitionSchedule
 from tim.training.ema import EMA
 
 
@@ -57,22 +58,21 @@ def bench_train(config: Config, batch_size: int, steps: int, warmup: int, compil
     REPA is left out: its frozen encoder is not part of the network.
     """
     device = best_device()
-    network = config.model.network.build().to(device)
-    network.projector.requires_grad_(False)
+    network = build_network(config.model.network).to(device)
+    freeze_projector(network)
     ema = EMA(network, config.model.ema_decay)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = config.training.optimizer.build(trained, lr=config.training.learning_rate)
-    schedule = TransitionSchedule(config.model.transport.build(), **config.model.transition_loss)
-    side = network.input_size
-    x = torch.randn(batch_size, network.in_channels, side, side, device=device)
-    cond, null = conditions(network, batch_size, device)
+    schedule: Objective = config.model.build_objective()
+    x = torch.randn(batch_size, *traits_of(network).latent_shape(), device=device)
+    cond, uncond = conditions(network, batch_size, device)
     set_tf32(config.training.allow_tf32)
 
     def step(model: nn.Module) -> None:
         with autocast(config, device):
             loss, _, _ = schedule(
                 model, ema.network, model, batch_size, x, torch.randn_like(x), cond,
-                use_dir_loss=config.model.use_dir_loss, null_kwargs=null,
+                use_dir_loss=config.model.use_dir_loss, null_kwargs=uncond,
             )  # fmt: skip
         loss.backward()
         nn.utils.clip_grad_norm_(trained, config.training.max_grad_norm)
@@ -88,16 +88,15 @@ def bench_sample(
 ) -> Measurement:
     """Time drawing one batch of latents, without text encoder and decoder."""
     device = best_device()
-    network = config.model.network.build().to(device, network_dtype(config, "auto", device)).eval()
+    network = build_network(config.model.network).to(device, network_dtype(config, "auto", device)).eval()
     transport = config.model.transport.build()
-    side = network.input_size
-    z = torch.randn(batch_size, network.in_channels, side, side, device=device)
-    cond, null = conditions(network, batch_size, device)
+    z = torch.randn(batch_size, *traits_of(network).latent_shape(), device=device)
+    cond, uncond = conditions(network, batch_size, device)
     set_tf32(config.training.allow_tf32)
     spent = []
 
     def step(model: nn.Module) -> None:
-        spent.append(sample(transport, model, z, cond, null, num_steps=num_steps, cfg_scale=cfg_scale).nfe)
+        spent.append(sample(transport, model, z, cond, uncond, num_steps=num_steps, cfg_scale=cfg_scale).nfe)
 
     result = measure("sample", config, device, network, step, batch_size, steps, warmup, compiled, num_steps)
     return dataclasses.replace(result, nfe=spent[-1])
@@ -164,10 +163,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def conditions(network: nn.Module, batch_size: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Random labels or captions of 64 tokens, and their null."""
-    if hasattr(network, "num_classes"):
-        y = torch.randint(network.num_classes, (batch_size,), device=device)
-        return {"y": y}, {"y": torch.full_like(y, network.num_classes)}
-    y = torch.randn(batch_size, 64, network.cap_feat_dim, device=device)
+    traits = traits_of(network)
+    if traits.cap_feat_dim is None:
+        classes = traits.num_classes or 1
+        y = torch.randint(classes, (batch_size,), device=device)
+        return {"y": y}, {"y": torch.full_like(y, classes)}
+    y = torch.randn(batch_size, 64, traits.cap_feat_dim, device=device)
     return {"y": y}, {"y": torch.zeros_like(y)}
 
 

@@ -18,6 +18,7 @@ from tim.generation.captions import CaptionConditions
 from tim.generation.engine import Sampler, network_dtype
 from tim.generation.settings import SampleSettings
 from tim.models.autoencoders import Autoencoder
+from tim.models.network import build_network
 from tim.schedulers.sampling import guided_steps, join_conditions
 
 # Architectures of the published companions; speed does not depend on weights, so random ones do without a download.
@@ -96,7 +97,7 @@ def bench_phases(
     dtype = network_dtype(config, settings.dtype, device)
     encoder, text_random = load_encoder(config, dtype, device, tokens)
     vae, vae_random = load_vae(config, getattr(torch, settings.vae_dtype), device)
-    network = config.model.network.build().to(device, dtype).eval().requires_grad_(False)
+    network = build_network(config.model.network).to(device, dtype).eval().requires_grad_(False)
     with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
         for p in network.parameters():
             p.normal_(std=0.02)

@@ -17,6 +17,7 @@ import torch
 from tim.benchmarks.measure import Report, device_name, timed
 from tim.config import Config, Training
 from tim.data.latents import write_latent
+from tim.models.network import traits_of
 from tim.training.guards import NonFiniteGuard
 from tim.training.loop import run_steps
 from tim.training.resume import CheckpointManager
@@ -194,12 +195,11 @@ def _use_random_latents(config: Config, folder: Path, count: int) -> None:
     """Write latents of the network's shape in two classes, and let the config train on them."""
     if config.data.data_type == "image_ms":
         raise ValueError("--random-latents works for class-conditional training only")
-    network = config.model.network.params
-    side, generator = network["input_size"], torch.Generator().manual_seed(0)
+    shape, generator = traits_of(config.model.network).latent_shape(), torch.Generator().manual_seed(0)
     for label in (0, 1):
         (folder / f"{label}").mkdir(parents=True)
         for k in range(math.ceil(count / 2)):
-            latent = torch.randn(2, network["in_channels"], side, side, generator=generator)
+            latent = torch.randn(2, *shape, generator=generator)
             write_latent(folder / f"{label}" / f"{k:06d}.safetensors", latent, label)
     config.data.data_type, config.data.dataset = "latent", type(config.data.dataset)(latent_dir=str(folder))
     config.model.vae_dir = config.model.enc_dir = None

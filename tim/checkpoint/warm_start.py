@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tim.models.loading import load_strict
+from tim.models.network import traits_of
 
 LABELS = "y_embedder.embedding_table.weight"
 DELTA, DELTA_OUTPUT, QKV_D = "delta_embedder.*", "delta_embedder.mlp.2.*", "blocks.*.attn.qkv_d.weight"
@@ -86,10 +87,11 @@ def _new_labels(network: nn.Module, own: Tensor, table: Tensor, source: str) -> 
     null = table[-1:].to(own)
     rows = null + own
     kept = ""
-    if network.class_dropout_prob > 0:
-        rows[network.num_classes] = null[0]
-        kept = f", kept here as row {network.num_classes}"
+    traits = traits_of(network)
+    if traits.class_dropout_prob > 0:
+        rows[traits.num_classes] = null[0]
+        kept = f", kept here as row {traits.num_classes}"
     return rows, (
-        f"{source} has a label table of {len(table)} rows, the network one of {len(own)}: all {network.num_classes} classes "
+        f"{source} has a label table of {len(table)} rows, the network one of {len(own)}: all {traits.num_classes} classes "
         f"start anew from the file's null class (its last row{kept})"
     )

@@ -15,6 +15,7 @@ from tim.checkpoint.warm_start import warm_start
 from tim.config import Config, Model
 from tim.files import replacing
 from tim.models.loading import check_state, read_state_dict
+from tim.models.network import build_network
 
 KINDS = {"ema": "ema", "raw": "model"}  # names of weights on the command line and in a checkpoint
 
@@ -110,7 +111,7 @@ def start_from(network: nn.Module, model: Model) -> list[str]:
 def empty_network(config: Config) -> nn.Module:
     """The network of a config without memory for its weights, to compare shapes with."""
     with torch.device("meta"):
-        return config.model.network.build()
+        return build_network(config.model.network)
 
 
 def export_weights(source: str, out: Path, kind: str | None = None, config: Config | None = None) -> dict[str, str]:

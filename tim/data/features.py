@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from tim.config import Config, Dataset
 from tim.data.c2i import C2IDataset, ImageFolderDataset, LatentDataset
 from tim.files import sha256, write_tensors
+from tim.models.network import Network, traits_of
 
 RECORD = "features.json"
 
@@ -72,10 +73,11 @@ class CachedFeatures(C2IDataset):
         return self.samples.peers(index)
 
 
-def check_features(features: Tensor, latent: Sequence[int], network: nn.Module) -> None:
+def check_features(features: Tensor, latent: Sequence[int], network: Network) -> None:
     """ValueError unless features (N, D) have one row per token of latents (C, h, w), of the projector's width."""
-    p = network.patch_size
-    wanted = (latent[1] // p * (latent[2] // p), network.projector[-1].out_features)
+    traits = traits_of(network)
+    p = traits.patch_size
+    wanted = (latent[1] // p * (latent[2] // p), traits.z_dim)
     if tuple(features.shape) != wanted:
         raise ValueError(
             f"data.dataset.features_dir holds {features.shape[0]} features of width {features.shape[1]} for each image; "

@@ -111,9 +111,10 @@ def build_t2i_dataset(data: Data, factor: int) -> CaptionedImages:
 def load_t2i_dataset(config: Config) -> CaptionedImages:
     """The dataset of a config at the sizes that its autoencoder and network see; see `build_t2i_dataset`."""
     from tim.models.autoencoders import Autoencoder
+    from tim.models.network import traits_of
 
     factor = Autoencoder.factor_of(config.model.vae_dir)
-    return build_t2i_dataset(config.data, factor * config.model.network.params.get("patch_size", 2))
+    return build_t2i_dataset(config.data, factor * traits_of(config.model.network).patch_size)
 
 
 def prompts_by_size(dataset: CaptionedImages, limit: int | None = None) -> dict[tuple[int, int], list[str]]:

@@ -7,6 +7,7 @@ import torch
 from tim import rng
 from tim.config import Target
 from tim.generation.engine import Conditions
+from tim.models.network import traits_of
 
 
 def class_conditions(labels: str, num_classes: int | None, network: Target, seed: int, device: torch.device) -> Conditions:
@@ -19,8 +20,10 @@ def class_conditions(labels: str, num_classes: int | None, network: Target, seed
     Raises:
         ValueError: for a label that the network does not have.
     """
-    network_classes = network.params.get("num_classes", 1000)
-    has_null = network.params.get("class_dropout_prob", 0.1) > 0
+    traits = traits_of(network)
+    if traits.num_classes is None:
+        raise ValueError("the network does not say how many classes it has: give its constructor the keyword num_classes")
+    network_classes, has_null = traits.num_classes, traits.class_dropout_prob > 0
     num_classes = network_classes if num_classes is None else num_classes
     if not 1 <= num_classes <= network_classes:
         raise ValueError(f"--num-classes must lie between 1 and the network's {network_classes}, got {num_classes}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tim.models.t2i.tim_model import TiM
+from tim.models.network import Network, caption_inputs, traits_of
 from tim.models.text_encoders import TextEncoder
 
 
@@ -21,11 +21,11 @@ class CaptionConditions:
         guided: whether the null condition is needed.
     """
 
-    def __init__(self, prompts: Sequence[str], encoder: TextEncoder, network: TiM, guided: bool) -> None:
+    def __init__(self, prompts: Sequence[str], encoder: TextEncoder, network: Network, guided: bool) -> None:
         self.prompts, self.encoder, self.network, self.guided = prompts, encoder, network, guided
-        network.check_caption_width(encoder.width)
+        traits_of(network).check_caption_width(encoder.width)
         self.batch_padding = encoder.padding == "batch"
-        self.null = None if self.batch_padding or not guided else self._keys_values([""])
+        self.uncond = None if self.batch_padding or not guided else self._keys_values([""])
         self.last: tuple[list[str], tuple[Tensor, Tensor | None]] | None = None
 
     @torch.no_grad()
@@ -40,28 +40,28 @@ class CaptionConditions:
         rows = torch.tensor([unique.index(w) for w in wanted], device=kv.device)
         if not self.guided:
             return _rows(kv, mask, rows), None
-        nulls = torch.full_like(rows, len(unique))
+        uncond = torch.full_like(rows, len(unique))
         if self.batch_padding:
-            return _rows(kv, mask, rows), _rows(kv, mask, nulls)
-        kv, mask = _append(kv, mask, self.null[0])
-        return _rows(kv, mask, rows), _rows(kv, mask, nulls)
+            return _rows(kv, mask, rows), _rows(kv, mask, uncond)
+        kv, mask = _append(kv, mask, self.uncond[0])
+        return _rows(kv, mask, rows), _rows(kv, mask, uncond)
 
     def _keys_values(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
         y, mask = self.encoder(captions)
-        return self.network.caption_keys_values(y), mask
+        return caption_inputs(self.network, y), mask
 
 
-def _append(kv: Tensor, mask: Tensor | None, null: Tensor) -> tuple[Tensor, Tensor | None]:
+def _append(kv: Tensor, mask: Tensor | None, uncond: Tensor) -> tuple[Tensor, Tensor | None]:
     """One more row, the null caption's keys and values, all padded to one length."""
-    length, null_length = kv.shape[4], null.shape[4]
-    if mask is None and length == null_length:
-        return torch.cat([kv, null]), None
-    longest = max(length, null_length)
+    length, uncond_length = kv.shape[-2], uncond.shape[-2]
+    if mask is None and length == uncond_length:
+        return torch.cat([kv, uncond]), None
+    longest = max(length, uncond_length)
     mask = torch.ones(kv.shape[0], length, dtype=torch.bool, device=kv.device) if mask is None else mask
-    null_mask = torch.arange(longest, device=kv.device)[None] < null_length
-    mask = torch.cat([torch.nn.functional.pad(mask, (0, longest - length)), null_mask])
-    kv, null = (torch.nn.functional.pad(u, (0, 0, 0, longest - u.shape[4])) for u in (kv, null))
-    return torch.cat([kv, null]), mask
+    uncond_mask = torch.arange(longest, device=kv.device)[None] < uncond_length
+    mask = torch.cat([torch.nn.functional.pad(mask, (0, longest - length)), uncond_mask])
+    kv, uncond = (torch.nn.functional.pad(u, (0, 0, 0, longest - u.shape[-2])) for u in (kv, uncond))
+    return torch.cat([kv, uncond]), mask
 
 
 def _rows(kv: Tensor, mask: Tensor | None, rows: Tensor) -> dict[str, Tensor | None]:

@@ -28,6 +28,7 @@ from tim.generation.settings import SampleSettings
 from tim.images import make_grid, save_png, shrink, to_uint8
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict, read_state_dict
+from tim.models.network import Network, build_network, traits_of
 from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transports import Transport
 
@@ -60,10 +61,10 @@ class Sampler:
         """
         settings = replace(settings)
         settings.check(self.transport)
-        factor = self.vae.factor if self.vae else 1
-        settings.height = settings.height or self.network.input_size * factor
-        settings.width = settings.width or self.network.input_size * factor
-        step = factor * self.network.patch_size
+        factor, traits = self.vae.factor if self.vae else 1, traits_of(self.network)
+        settings.height = settings.height or traits.latent_shape()[1] * factor
+        settings.width = settings.width or traits.latent_shape()[2] * factor
+        step = factor * traits.patch_size
         for flag, side in (("--height", settings.height), ("--width", settings.width)):
             if side <= 0 or side % step:
                 below = max(0, side // step * step)
@@ -82,7 +83,7 @@ class Sampler:
         """(C, h, w) of the state."""
         if self.vae is not None:
             return self.vae.latent_shape(self.settings.height, self.settings.width)
-        return self.network.in_channels, self.settings.height, self.settings.width
+        return traits_of(self.network).latent_shape()[0], self.settings.height, self.settings.width
 
     def draw(self, indices: Sequence[int], repetitions: Sequence[int] | None = None) -> tuple[np.ndarray, Tensor]:
         """One image for each index (of a class image or a prompt), a function of (seed, index, repetition).
@@ -135,7 +136,7 @@ def load_sampler(
     config: Config,
     weights: Path,
     settings: SampleSettings,
-    make_conditions: Callable[[nn.Module], Conditions],
+    make_conditions: Callable[[Network], Conditions],
     device: torch.device,
 ) -> Sampler:
     """Load network and autoencoder and check the settings against them.
@@ -149,7 +150,7 @@ def load_sampler(
     transport = config.model.transport.build()
     replace(settings).check(transport)
     set_tf32(settings.tf32)
-    network = config.model.network.build()
+    network = build_network(config.model.network)
     load_strict(network, read_state_dict(weights), weights)
     network = network.to(device, network_dtype(config, settings.dtype, device)).eval().requires_grad_(False)
     vae = None

@@ -1,15 +1,19 @@
-"""Attention over (B, heads, N, head_dim) by three interchangeable backends, and the two attention layers."""
+"""Attention over (B, heads, N, head_dim) by three interchangeable backends, and the two attention layers.
+
+Self-attention is interval-aware (arXiv 2509.04394, Eq. 15). Queries and keys may be normalised per head (arXiv 2302.05442),
+which keeps the logits of a deep network in range.
+"""
 
 import importlib.util
 
 import torch
 import torch.nn.functional as nnf
+from einops import rearrange
 from torch import Tensor, nn
 
 from tim.models.rope import apply_rope
 
 ATTN_TYPES = ("flash_attn", "fused_attn", "vanilla_attn")
-
 
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None  # imported on first use only
 
@@ -38,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
             )
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(*(u.transpose(1, 2) for u in (q, k, v))).transpose(1, 2)
+        return flash_attn_func(*(u.transpose(1, 2) for u in (q, k, v))).transpose(1, 2)  # it wants heads after tokens
     if mask is not None:
         mask = mask[:, None, None, :]
     if attn_type == "fused_attn":
@@ -46,13 +50,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
     if attn_type == "vanilla_attn":
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores.masked_fill(~mask, float("-inf"))  # a row of nothing but -inf is NaN: captions keep a token
         return scores.softmax(dim=-1) @ v
     raise ValueError(f"attn_type={attn_type!r} is not one of {', '.join(map(repr, ATTN_TYPES))}")
 
 
 class SelfAttention(nn.Module):
-    """Interval-aware self-attention: the interval embedding d adds to q, k and v."""
+    """Interval-aware self-attention (Eq. 15): the interval embedding d adds to q, k and v."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, distance_aware: bool) -> None:
         super().__init__()
@@ -69,9 +73,11 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(u)
         if self.qkv_d is not None:
             qkv = qkv + self.qkv_d(d)[:, None]
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(qkv, "b n (three heads c) -> three b heads n c", three=3, heads=self.num_heads)
         q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        return self.proj(attention(q.to(v.dtype), k.to(v.dtype), v, attn_type).transpose(1, 2).flatten(2))
+        # Under autocast the norms return float32; the attention kernels want one dtype.
+        out = attention(q.to(v.dtype), k.to(v.dtype), v, attn_type)
+        return self.proj(rearrange(out, "b heads n c -> b n (heads c)"))
 
 
 class CrossAttention(nn.Module):
@@ -89,14 +95,14 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, y: Tensor) -> Tensor:
         """Keys and values (B, 2, heads, M, head_dim) of caption tokens y (B, M, C); they depend on the caption alone."""
-        k, v = self.kv(y).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return torch.stack([self.k_norm(k).to(v.dtype), v], dim=1)
+        k, v = rearrange(self.kv(y), "b m (two heads c) -> two b heads m c", two=2, heads=self.num_heads)
+        return torch.stack([self.k_norm(k).to(v.dtype), v], dim=1)  # one tensor, which the sampler keeps for all steps
 
     def forward(
         self, u: Tensor, kv: Tensor, rope: Tensor, y_mask: Tensor | None = None, attn_type: str | None = None
     ) -> Tensor:
         """u: image tokens (B, N, C); kv: from `keys_values`; y_mask: (B, M) bool; returns (B, N, C)."""
-        q = self.q(u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q = rearrange(self.q(u), "b n (heads c) -> b heads n c", heads=self.num_heads)
         k, v = kv.unbind(1)
-        q = apply_rope(self.q_norm(q), rope).to(v.dtype)
-        return self.proj(attention(q, k, v, attn_type, y_mask).transpose(1, 2).flatten(2))
+        q = apply_rope(self.q_norm(q), rope).to(v.dtype)  # caption tokens have no place in the image: k stays unturned
+        return self.proj(rearrange(attention(q, k, v, attn_type, y_mask), "b heads n c -> b n (heads c)"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers.models import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
 
@@ -28,6 +28,7 @@ class Autoencoder:
         self.model = model.eval().requires_grad_(False)
         config = model.config
         self.factor, self.channels = _factor(config), config.latent_channels
+        # AutoencoderDC knows no shift_factor; AutoencoderKL's is null unless the latents are not centred.
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
 
     @property
@@ -46,7 +47,7 @@ class Autoencoder:
         """
         try:
             kind, _, subfolder = _read_config(vae_dir)
-            return cls(kind.from_pretrained(vae_dir, subfolder=subfolder, torch_dtype=dtype).to(device))
+            return cls(kind.from_pretrained(vae_dir, subfolder=subfolder, torch_dtype=dtype)).to(device=device)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
 
@@ -130,6 +131,7 @@ class Autoencoder:
         if not self.is_kl:
             return (self.model.encode(images).latent.float() - self.shift) * self.scale
         posterior = self.model.encode(images).latent_dist
+        # A sample, as in training of the released weights; by hand, so that it is a function of the caller's noise.
         noise = torch.randn_like(posterior.mean) if noise is None else noise.to(posterior.mean)
         return ((posterior.mean + posterior.std * noise).float() - self.shift) * self.scale
 

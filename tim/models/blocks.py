@@ -1,4 +1,4 @@
-"""The transformer block, its gated MLP and the output layer."""
+"""The transformer block, its gated MLP and the output layer, all modulated by the condition (adaLN-Zero, arXiv 2212.09748)."""
 
 import torch
 import torch.nn.functional as nnf
@@ -8,7 +8,7 @@ from tim.models.attention import CrossAttention, SelfAttention
 
 
 class SwiGLU(nn.Module):
-    """fc2(silu(fc1_g(u)) * fc1_x(u))."""
+    """Gated MLP fc2(silu(fc1_g(u)) * fc1_x(u)) (arXiv 2002.05202)."""
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
         super().__init__()
@@ -23,11 +23,19 @@ class SwiGLU(nn.Module):
 
 def modulate(u: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """u (1 + scale) + shift; u (B, N, C), shift and scale (B, C)."""
-    return torch.addcmul(shift[:, None], u, 1 + scale[:, None])
+    return torch.addcmul(shift[:, None], u, 1 + scale[:, None])  # one pass over memory instead of two
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the caption when `cross_attention`, gated MLP; each modulated by c."""
+    """Self-attention, cross-attention to the caption when `cross_attention`, gated MLP.
+
+    The condition c gives each branch shift and scale of its normalised input and the gate of its output; the gates start at
+    zero, and the block as the identity.
+
+    Args:
+        lora_hidden_size: hidden width of the modulation MLP. It is no low-rank adapter: the published configs and
+            checkpoints call it so.
+    """
 
     def __init__(
         self,
@@ -43,6 +51,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(hidden_size, num_heads, qk_norm, distance_aware)
         self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm) if cross_attention else None
+        # Two thirds: the gate is a third matrix, and the MLP keeps the parameters of one without it.
         self.mlp = SwiGLU(hidden_size, 2 * int(mlp_ratio * hidden_size) // 3, hidden_size)
         self.chunks = 9 if cross_attention else 6
         self.adaLN_modulation = SwiGLU(hidden_size, lora_hidden_size, self.chunks * hidden_size)
@@ -57,20 +66,34 @@ class Block(nn.Module):
         y_mask: Tensor | None = None,
         attn_type: str | None = None,
     ) -> Tensor:
-        """x: tokens (B, N, C); c, d: condition and interval embedding (B, C); y: see `caption_keys_values`."""
+        """Tokens through the block.
+
+        Args:
+            x: tokens (B, N, C).
+            c, d: condition and interval embedding (B, C).
+            rope: of `tim.models.rope.rope_table`.
+            y: caption tokens (B, M, C), or their keys and values (B, 2, heads, M, head_dim); with cross_attention alone.
+            y_mask: (B, M) bool, True for real tokens.
+
+        Returns:
+            (B, N, C).
+        """
         parts = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
         shift, scale, gate = parts[:3]
         x = torch.addcmul(x, gate[:, None], self.attn(modulate(self.norm(x), shift, scale), d, rope, attn_type))
         if self.cross_attn is not None:
+            assert y is not None, "cross-attention needs a caption"
+            kv = self.caption_keys_values(y) if y.ndim == 3 else y
             shift, scale, gate = parts[3:6]
             u = modulate(self.norm(x), shift, scale)
-            x = torch.addcmul(x, gate[:, None], self.cross_attn(u, self.caption_keys_values(y), rope, y_mask, attn_type))
+            x = torch.addcmul(x, gate[:, None], self.cross_attn(u, kv, rope, y_mask, attn_type))
         shift, scale, gate = parts[-3:]
         return torch.addcmul(x, gate[:, None], self.mlp(modulate(self.norm(x), shift, scale)))
 
     def caption_keys_values(self, y: Tensor) -> Tensor:
-        """Cross-attention keys and values of caption tokens (B, M, C); keys and values themselves pass through."""
-        return self.cross_attn.keys_values(self.norm(y)) if y.ndim == 3 else y
+        """Cross-attention keys and values (B, 2, heads, M, head_dim) of caption tokens (B, M, C)."""
+        assert self.cross_attn is not None, "the block has no cross-attention"
+        return self.cross_attn.keys_values(self.norm(y))
 
 
 class FinalLayer(nn.Module):

@@ -1,6 +1,7 @@
 """Embeddings of patches, times, class labels and captions."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tim.models.blocks import SwiGLU
@@ -15,11 +16,14 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, hidden_size)."""
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(x), "b c h w -> b (h w) c")
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features [cos | sin] of t * 10000^(-k/128), then Linear-SiLU-Linear."""
+    """Sinusoidal features [cos | sin] of t * 10000^(-k/128), then Linear-SiLU-Linear.
+
+    The time is not multiplied by 1000 first, as that of discrete steps is: dF/dt would grow by as much.
+    """
 
     frequency_size = 256
 
@@ -33,8 +37,9 @@ class TimestepEmbedder(nn.Module):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         frequencies = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
         angles = t[:, None] * frequencies
+        # cos first: the order is part of the released weights.
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -42,6 +47,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
+        # Without dropout nothing trains a null row, and released tables of such runs have none.
         self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RADIO-v2.5 image features, the REPA target, on timm's transformer blocks."""
+"""RADIO-v2.5 (arXiv 2412.07679) image features, the REPA (arXiv 2410.06940) target, on timm's transformer blocks."""
 
 import argparse
 import pickle
@@ -8,6 +8,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as nnf
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -24,6 +25,11 @@ class Radio(nn.Module):
     """
 
     patch_size = 16
+    position: Tensor  # (1, side², width)
+    embedder: Tensor  # (width, 3 * 16²)
+    prefix_tokens: Tensor  # class and register tokens, which are no features
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, blocks: nn.Module, state: dict[str, Tensor]) -> None:
         super().__init__()
@@ -56,7 +62,7 @@ class Radio(nn.Module):
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             state, args = checkpoint["state_dict"], checkpoint["args"]
             network = timm.create_model(args.model, pretrained=False, **(getattr(args, "model_kwargs", None) or {}))
-            return cls(network.blocks, state)
+            return cls(network.get_submodule("blocks"), state)
         except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
             raise ValueError(f"model.enc_dir={path} is not a RADIO checkpoint: {str(error).splitlines()[0]}") from error
 
@@ -71,22 +77,23 @@ class Radio(nn.Module):
         p = self.patch_size
         if height % p or width % p:
             raise ValueError(f"RADIO needs sides that are multiples of {p}, got {height}x{width}")
+        # The checkpoint embeds patches by a matrix without bias, on what its own conditioner normalised.
         patches = nnf.unfold((images - self.mean) / self.std, p, stride=p).transpose(1, 2)
         tokens = nnf.linear(patches, self.embedder) + self._position_grid(height // p, width // p)
         prefix = self.prefix_tokens.expand(len(tokens), -1, -1)
         tokens = self.blocks(torch.cat([prefix.to(tokens.dtype), tokens], dim=1))
-        return tokens[:, len(self.prefix_tokens) :]
+        return tokens[:, len(self.prefix_tokens) :]  # the prefix belongs to no patch
 
     def tokens(self, images: Tensor, grid: Sequence[int]) -> Tensor:
         """Features (B, h * w, width) of images (B, 3, H, W) in [-1, 1], resized so that one patch meets one of h x w tokens."""
         size = [self.patch_size * side for side in grid]
         images = nnf.interpolate((images.float() + 1) / 2, size, mode="bicubic", antialias=True, align_corners=False)
-        return self(images.clamp(0, 1))
+        return self(images.clamp(0, 1))  # bicubic overshoots at edges
 
     def _position_grid(self, h: int, w: int) -> Tensor:
         """Position embedding (1, h*w, D): the stored square grid resized to the longer side, then cut."""
         side, longer = round(self.position.shape[1] ** 0.5), max(h, w)
-        grid = self.position.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        grid = rearrange(self.position, "1 (h w) c -> 1 c h w", h=side)
         if longer != side:
             grid = nnf.interpolate(grid, (longer, longer), mode="bilinear", align_corners=True)
-        return grid[:, :, :h, :w].flatten(2).transpose(1, 2)
+        return rearrange(grid[:, :, :h, :w], "1 c h w -> 1 (h w) c")

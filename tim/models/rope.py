@@ -1,6 +1,7 @@
-"""Two-dimensional rotary position embedding (RoPE)."""
+"""Two-dimensional rotary position embedding (RoPE, arXiv 2104.09864)."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 ROPE_GRIDS = ("legacy", "row_major")
@@ -26,7 +27,7 @@ def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype, theta: floa
     dtype = torch.promote_types(dtype, torch.float32)
     half = head_dim // 2
     frequencies = theta ** (-torch.arange(0, half, 2, device=positions.device, dtype=dtype) / half)
-    angles = (positions[:, :, None] * frequencies).flatten(1)
+    angles = rearrange(positions[:, :, None] * frequencies, "n xy f -> n (xy f)")
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -36,10 +37,10 @@ def apply_rope(u: Tensor, table: Tensor) -> Tensor:
     Eagerly this is one complex product, the fewest passes over memory; compilers fuse the real form and have no
     code for complex numbers.
     """
-    pairs = u.to(table.dtype).unflatten(-1, (-1, 2))
+    pairs = rearrange(u.to(table.dtype), "b heads n (f two) -> b heads n f two", two=2)
     if torch.compiler.is_compiling() or u.device.type == "mps":
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(table))
-    return turned.flatten(-2).to(u.dtype)
+    return rearrange(turned, "b heads n f two -> b heads n (f two)").to(u.dtype)

@@ -1,6 +1,7 @@
-"""The trunk that the class-conditional and the text-to-image network share."""
+"""The trunk that the class-conditional and the text-to-image network share (arXiv 2509.04394, section 3.3)."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -19,13 +20,13 @@ class TransitionTransformer(nn.Module):
         input_size: side of the training latents; any other size divisible by patch_size works too.
         patch_size, in_channels, hidden_size, depth, num_heads, mlp_ratio: shape of the transformer.
         encoder_depth: blocks before the REPA projector reads the tokens.
-        z_dim, projector_dim: REPA feature width and projector width.
+        z_dim, projector_dim: REPA (arXiv 2410.06940) feature width and projector width.
         use_checkpoint: recompute block activations in the backward pass.
         new_condition: which of t, r, t-r form the interval embedding, see `interval_embedding`.
-        use_new_embed: a separate delta_embedder for the last of them.
+        use_new_embed: a separate delta_embedder for the last of them, the decoupled time embedding (De-TE of Tab. 4).
         qk_norm: LayerNorm on queries and keys.
-        distance_aware: interval-aware attention.
-        lora_hidden_size: hidden width of the modulation MLPs, 3 * (hidden_size // 4) when None.
+        distance_aware: interval-aware attention (Eq. 15).
+        lora_hidden_size: hidden width of the modulation MLPs, 3 * (hidden_size // 4) when None; the name is the published one.
         rope_grid: 'legacy' (released weights) or 'row_major'.
 
     Raises:
@@ -70,8 +71,9 @@ class TransitionTransformer(nn.Module):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.hidden_size = hidden_size
         self.head_dim, self.encoder_depth = hidden_size // num_heads, encoder_depth
-        self.use_checkpoint, self.new_condition, self.rope_grid = use_checkpoint, new_condition, rope_grid
+        self.use_checkpoint, self.new_condition, self.rope_grid, self.z_dim = use_checkpoint, new_condition, rope_grid, z_dim
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -81,6 +83,7 @@ class TransitionTransformer(nn.Module):
             Block(hidden_size, num_heads, mlp_ratio, qk_norm, distance_aware, modulation, self.cross_attention)
             for _ in range(depth)
         )
+        # Always there, with or without REPA: weights are loaded strictly, and released ones hold it.
         self.projector = nn.Sequential(
             nn.Linear(hidden_size, projector_dim),
             nn.SiLU(),
@@ -99,10 +102,13 @@ class TransitionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         patch = self.x_embedder.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
-        nn.init.zeros_(patch.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.xavier_uniform_(patch.weight.flatten(1))  # a linear map of patches: its fan is that of a matrix
+        if patch.bias is not None:
+            nn.init.zeros_(patch.bias)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-Zero: every gate is 0, each block the identity. delta_embedder keeps its xavier layers, as released.
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation.fc2.weight)
             nn.init.zeros_(module.adaLN_modulation.fc2.bias)
@@ -110,7 +116,13 @@ class TransitionTransformer(nn.Module):
         nn.init.zeros_(self.final_layer.linear.bias)
 
     def interval_embedding(self, t: Tensor, r: Tensor) -> Tensor:
-        """d (B, hidden_size): the sum of T(t), T(r) and D(.) that `new_condition` names; its last term goes through D."""
+        """d (B, hidden_size): the sum of T(t), T(r) and D(.) that `new_condition` names; its last term goes through D.
+
+        With 't-r' and c = T(t) + d this is the decoupled time embedding T(t) + D(t - r) of section 3.3.
+
+        Args:
+            t, r: c_noise of both times (B,).
+        """
         D = self.t_embedder if self.delta_embedder is None else self.delta_embedder
         *others, last = self.new_condition.split(",")
         d = D(t - r if last == "t-r" else r)
@@ -144,22 +156,24 @@ class TransitionTransformer(nn.Module):
             (B, C, H, W), or that and the projection.
         """
         h, w = self._token_grid(x)
+        # The caller may have left attn_type to us, and fused kernels have no forward-mode derivative.
         if jvp and forward_ad.unpack_dual(x).tangent is not None:
             attn_type = "vanilla_attn"
         tokens = self.x_embedder(x)
+        # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
+        # A derivative pass has no backward pass, so there is nothing to recompute for.
         remember = self.use_checkpoint and torch.is_grad_enabled() and not jvp
-        ready = y is not None and y.ndim == 6
+        captions = y.unbind(1) if y is not None and y.ndim == 6 else [y] * len(self.blocks)
         h_proj = self.projector(tokens) if return_zs and self.encoder_depth == 0 else None
-        for number, block in enumerate(self.blocks, start=1):
-            arguments = (tokens, c, d, rope, y[:, number - 1] if ready else y, y_mask, attn_type)
+        for number, (block, caption) in enumerate(zip(self.blocks, captions, strict=True), start=1):
+            arguments = (tokens, c, d, rope, caption, y_mask, attn_type)
             tokens = checkpoint(block, *arguments, use_reentrant=False) if remember else block(*arguments)
             if return_zs and number == self.encoder_depth:
                 h_proj = self.projector(tokens)
-        patches = self.final_layer(tokens, c)
-        p = self.patch_size
-        out = patches.view(-1, h, w, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
-        return (out, h_proj) if return_zs else out
+        patches, p = self.final_layer(tokens, c), self.patch_size
+        out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+        return out if h_proj is None else (out, h_proj)
 
     def _token_grid(self, x: Tensor) -> tuple[int, int]:
         _, channels, height, width = x.shape

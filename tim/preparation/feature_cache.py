@@ -20,6 +20,7 @@ from tim.data.features import RECORD, compare_records, find_corruption, read_rec
 from tim.distributed import set_tf32, use_cpu
 from tim.files import sha256, write_json
 from tim.models.autoencoders import Autoencoder
+from tim.models.network import traits_of
 from tim.models.radio import Radio
 from tim.preparation.encoding import PATIENCE, encode_missing, find_missing, list_sources
 
@@ -94,7 +95,7 @@ def token_grid(config: Config) -> tuple[int, int]:
     Raises:
         ValueError: when the latents do not divide into patches.
     """
-    d, patch = config.data.dataset, config.model.network.params.get("patch_size", 2)
+    d, patch = config.data.dataset, traits_of(config.model.network).patch_size
     if config.data.data_type == "latent":
         sides = build_c2i_dataset(config.data).load(0, rng.generator(0, "data"))["latent"].shape[1:]
     else:

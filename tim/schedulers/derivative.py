@@ -1,9 +1,11 @@
-"""dF/dt along the path: x_t moves with the path, t moves at unit speed, r is fixed."""
+"""dF/dt along the path, which the training target contains (Eq. 9): x_t moves with the path, t at unit speed, r is fixed."""
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tim.schedulers.transports import Transport
@@ -16,7 +18,15 @@ def expand_times(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, *([1] * (like.ndim - 1)))
 
 
-def take_batch(kwargs: dict, start: int, batch_size: int, repeat: int = 1) -> dict:
+def accepted(model: Callable[..., Tensor], **options: object) -> dict[str, Any]:
+    """Those of the options that the model's forward pass takes: a plain network knows neither `jvp` nor `attn_type`."""
+    known = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return options
+    return {key: value for key, value in options.items() if key in known}
+
+
+def take_batch(kwargs: dict[str, Any], start: int, batch_size: int, repeat: int = 1) -> dict[str, Any]:
     """Rows [start:] of every tensor that has one row per sample, repeated; everything else as it is."""
 
     def rows(value: object) -> object:
@@ -34,6 +44,7 @@ def difference_times(t: Tensor, r: Tensor, transport: Transport, epsilon: float)
     fall under 1e-4 the difference is one-sided: forward when the domain has room above t, else backward.
     """
     above, below = transport.T_max - t, t - transport.T_min
+    # Half of t - r: the difference must not look at times before r, where F(., ., r) was never trained.
     central = torch.minimum(torch.minimum(above, below), (t - r) / 2).clamp(max=epsilon)
     forward = above.clamp(max=epsilon)
     room = torch.where(t - r >= MIN_DIFFERENCE, torch.minimum(below, t - r), below)
@@ -55,10 +66,13 @@ def difference_derivative(
     z: Tensor,
     t: Tensor,
     r: Tensor,
-    model_kwargs: dict,
+    model_kwargs: dict[str, Any],
     epsilon: float,
 ) -> Tensor:
-    """Differential derivative equation: [F(x_hi, t_hi, r) - F(x_lo, t_lo, r)] / (t_hi - t_lo), one batched forward.
+    """Differential derivative equation (section 3.3): [F(x_hi, t_hi, r) - F(x_lo, t_lo, r)] / (t_hi - t_lo).
+
+    Both evaluations are one forward pass of twice the batch. x_hi and x_lo are interpolated anew from the same x and z, so
+    the difference follows the path itself, not its tangent.
 
     Args:
         x, z: clean latents and noise (B, C, H, W) that define the path.
@@ -73,7 +87,8 @@ def difference_derivative(
     x_both = at.alpha * torch.cat([x, x]) + at.sigma * torch.cat([z, z])
     kwargs = take_batch(model_kwargs, 0, x.shape[0], repeat=2)
     r_both = transport.c_noise(torch.cat([r, r]))
-    F_hi, F_lo = at_least_float32(model(x_both.to(x.dtype), transport.c_noise(times), r_both, jvp=True, **kwargs)).chunk(2)
+    F_both = model(x_both.to(x.dtype), transport.c_noise(times), r_both, **accepted(model, jvp=True), **kwargs)
+    F_hi, F_lo = at_least_float32(F_both).chunk(2)  # before the subtraction, which cancels most digits
     t_hi, t_lo = times.chunk(2)
     return (F_hi - F_lo) / expand_times(t_hi - t_lo, x)
 
@@ -86,17 +101,21 @@ def jvp_derivative(
     z: Tensor,
     t: Tensor,
     r: Tensor,
-    model_kwargs: dict,
+    model_kwargs: dict[str, Any],
 ) -> Tensor:
-    """Exact forward-mode derivative with tangents (v_t, 1, 0) in raw time; arguments as in `difference_derivative`."""
-    at = transport.interpolant(expand_times(t, x))
-    x_t, v_t = at.alpha * x + at.sigma * z, at.d_alpha * x + at.d_sigma * z
+    """Exact forward-mode derivative with tangents (v_t, 1, 0) in raw time, as MeanFlow and sCM take it.
+
+    Arguments and result are those of `difference_derivative`, without epsilon.
+    """
+    x_t, v_t = transport.path(x, z, expand_times(t, x))
+    # Fused attention kernels have no forward-mode derivative.
+    options = {**model_kwargs, **accepted(model, jvp=True, attn_type="vanilla_attn")}
     with forward_ad.dual_level():
         x_dual = forward_ad.make_dual(x_t.to(x.dtype), v_t.to(x.dtype))
         t_dual = transport.c_noise(forward_ad.make_dual(t, torch.ones_like(t)))
-        F_dual = model(x_dual, t_dual, transport.c_noise(r), jvp=True, **{**model_kwargs, "attn_type": "vanilla_attn"})
+        F_dual = model(x_dual, t_dual, transport.c_noise(r), **options)
         tangent = forward_ad.unpack_dual(F_dual).tangent
-    return at_least_float32(torch.zeros_like(x) if tangent is None else tangent)
+    return at_least_float32(torch.zeros_like(x) if tangent is None else tangent)  # None: F depends on neither x nor t
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

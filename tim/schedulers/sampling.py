@@ -1,10 +1,11 @@
-"""The any-step sampler: N transitions x_r = A(t, r) x_t + B(t, r) F(x_t, t, r) from T_max down to T_min."""
+"""The any-step sampler (arXiv 2509.04394, Alg. 2): N transitions x_r = A(t, r) x_t + B(t, r) F(x_t, t, r)."""
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,13 @@ SAMPLE_TYPES = ("transition", "diffusion")
 
 @dataclass
 class SampleResult:
-    """x: final state (B, C, H, W). trajectory: every state from the start on, when asked for. nfe: network
-    evaluations spent per image (a guided step costs two)."""
+    """What a run returns.
+
+    Attributes:
+        x: final state (B, C, H, W).
+        nfe: network evaluations spent per image (a guided step costs two).
+        trajectory: every state from the start on, when asked for.
+    """
 
     x: Tensor
     nfe: int
@@ -32,7 +38,17 @@ def guided_steps(
     cfg_high: float,
     guide_first_step: bool = False,
 ) -> list[bool]:
-    """Which steps are guided: cfg_low T_max < t < cfg_high T_max, strictly; `guide_first_step` closes the window."""
+    """Which steps are guided: cfg_low T_max < t < cfg_high T_max, strictly; `guide_first_step` closes the window.
+
+    Strictly, because the published numbers are: with the whole window 4 steps cost 7 evaluations, the first being unguided.
+    Guidance in a limited window is that of arXiv 2404.07724.
+
+    Args:
+        times: the grid, N + 1 decreasing times.
+
+    Returns:
+        N values, one for each step.
+    """
     low, high = cfg_low * T_max, cfg_high * T_max
     if cfg_scale <= 1:
         return [False] * (len(times) - 1)
@@ -46,8 +62,8 @@ def sample(
     transport: Transport,
     model: Callable[..., Tensor],
     z: Tensor,
-    cond: dict,
-    uncond: dict | None = None,
+    cond: dict[str, Any],
+    uncond: dict[str, Any] | None = None,
     *,
     num_steps: int = 4,
     times: Sequence[float] | Tensor | None = None,
@@ -72,7 +88,7 @@ def sample(
         cond, uncond: conditioning keywords, e.g. {'y': labels} and {'y': null labels}.
         times: N + 1 decreasing times that replace the transport's grid of num_steps.
         T_max, T_min: ends of the grid, the transport's own when None.
-        cfg_scale, cfg_low, cfg_high, guide_first_step: classifier-free guidance and its window (fractions of T_max).
+        cfg_scale, cfg_low, cfg_high, guide_first_step: classifier-free guidance and its window, see `guided_steps`.
         stochasticity_ratio: share of noise drawn anew at every step but the first and the last.
         sample_type: 'transition' conditions on r = t_{i+1}, 'diffusion' on r = t_i.
         noise_fn: step index -> fresh noise shaped like z; torch's default generator when None.
@@ -82,56 +98,84 @@ def sample(
     Raises:
         ValueError: for an impossible grid, guidance without `uncond`, or a value out of range.
     """
-    T_max = transport.T_max if T_max is None else float(T_max)
-    T_min = transport.T_min if T_min is None else float(T_min)
     grid = _grid(transport, num_steps, times, T_max, T_min)
     _check(transport, grid, cfg_scale, uncond, stochasticity_ratio, sample_type)
     guided = guided_steps(grid, grid[0], cfg_scale, cfg_low, cfg_high, guide_first_step)
     if cfg_scale > 1 and not any(guided):
-        warnings.warn(
-            f"cfg_scale={cfg_scale} has no effect: no step of {[round(t, 4) for t in grid[:-1]]} lies strictly inside "
-            f"({cfg_low * grid[0]:g}, {cfg_high * grid[0]:g}); guide_first_step closes the window",
-            stacklevel=2,
-        )
-
-    network_dtype = _network_dtype(model, z)
-    state_dtype = torch.float32 if z.device.type == "mps" else torch.float64
-    x = transport.initial_scale(grid[0]) * z.to(state_dtype)
+        window = f"({cfg_low * grid[0]:g}, {cfg_high * grid[0]:g})"
+        inside = f"no step of {[round(t, 4) for t in grid[:-1]]} lies strictly inside {window}"
+        warnings.warn(f"cfg_scale={cfg_scale} has no effect: {inside}; guide_first_step closes the window", stacklevel=2)
+    states = _states(transport, model, z, cond, uncond, grid, guided, cfg_scale, stochasticity_ratio, sample_type, noise_fn)
+    x = next(states)
     trajectory = [x] if return_trajectory else []
-    last = len(grid) - 2
-    joined = join_conditions(cond, uncond) if any(guided) else None
-    for i, (t, r) in enumerate(pairwise(grid)):
-        r_seen = r if sample_type == "transition" else t
-        if not guided[i]:
-            F = _predict(transport, model, x.to(network_dtype), t, r_seen, cond)
-        elif joined is not None:
-            F_c, F_u = _predict(transport, model, torch.cat([x, x]).to(network_dtype), t, r_seen, joined).chunk(2)
-            F = F_u + cfg_scale * (F_c - F_u)
-        else:
-            F_c, F_u = (_predict(transport, model, x.to(network_dtype), t, r_seen, y) for y in (cond, uncond))
-            F = F_u + cfg_scale * (F_c - F_u)
-        rho = stochasticity_ratio if 0 < i < last else 0.0
-        noise = None if rho == 0 else (noise_fn(i).to(x) if noise_fn else torch.randn_like(x))
-        t_x, r_x = (torch.tensor(u, dtype=state_dtype) for u in (t, r))
-        x = transport.from_x_t_to_x_r(x, t_x, r_x, F.to(state_dtype), rho, noise)
-        if i == last:
-            x = transport.final_state(x, r)
+    for i, x in enumerate(states):
         if return_trajectory:
             trajectory.append(x)
         if callback is not None:
-            callback(i, r, x)
+            callback(i, grid[i + 1], x)
     return SampleResult(x, len(guided) + sum(guided), trajectory)
 
 
-def join_conditions(cond: dict, uncond: dict) -> dict | None:
-    """Keywords of one forward over [cond, uncond], or None where the shapes of the two differ."""
+def _states(
+    transport: Transport,
+    model: Callable[..., Tensor],
+    z: Tensor,
+    cond: dict[str, Any],
+    uncond: dict[str, Any] | None,
+    grid: list[float],
+    guided: list[bool],
+    cfg_scale: float,
+    stochasticity_ratio: float,
+    sample_type: str,
+    noise_fn: Callable[[int], Tensor] | None,
+) -> Iterator[Tensor]:
+    """The start and the state after each transition (Alg. 2); arguments as in `sample`, checked."""
+    # Hundreds of small steps add up the rounding of the state, so it is wider than the network's input.
+    state_dtype = torch.float32 if z.device.type == "mps" else torch.float64
+    network_dtype = _network_dtype(model, z)
+    pair: list[dict[str, Any]] = []  # of a guided step: both conditions in one forward pass where they can be joined
+    if uncond is not None and any(guided):
+        joined = join_conditions(cond, uncond)
+        pair = [cond, uncond] if joined is None else [joined]
+    x = transport.initial_scale(grid[0]) * z.to(state_dtype)
+    yield x
+    last = len(grid) - 2
+    for i, (t, r) in enumerate(pairwise(grid)):
+        r_seen = r if sample_type == "transition" else t  # r = t asks for the instantaneous F: a step of the diffusion ODE
+        if guided[i]:
+            F = _guided(transport, model, x.to(network_dtype), t, r_seen, pair, cfg_scale)
+        else:
+            F = _predict(transport, model, x.to(network_dtype), t, r_seen, cond)
+        rho = stochasticity_ratio if 0 < i < last else 0.0  # the start is noise already; the end would keep what is added
+        noise = None if rho == 0 else (noise_fn(i).to(x) if noise_fn else torch.randn_like(x))
+        t_x, r_x = (torch.tensor(u, dtype=state_dtype) for u in (t, r))
+        x = transport.from_x_t_to_x_r(x, t_x, r_x, F.to(state_dtype), rho, noise)
+        yield transport.final_state(x, r) if i == last else x
+
+
+def _guided(
+    transport: Transport, model: Callable[..., Tensor], x: Tensor, t: float, r: float, pair: list[dict[str, Any]], scale: float
+) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): F_u + w (F_c - F_u)."""
+    if len(pair) == 1:
+        F_c, F_u = _predict(transport, model, torch.cat([x, x]), t, r, pair[0]).chunk(2)
+    else:
+        F_c, F_u = (_predict(transport, model, x, t, r, condition) for condition in pair)
+    return F_u + scale * (F_c - F_u)
+
+
+def join_conditions(cond: dict[str, Any], uncond: dict[str, Any]) -> dict[str, Any] | None:
+    """Keywords of one forward over [cond, uncond], or None where the shapes of the two differ, as captions' may."""
     if any(getattr(cond[k], "shape", None) != getattr(uncond.get(k), "shape", None) for k in cond):
         return None
     return {k: torch.cat([v, uncond[k]]) if torch.is_tensor(v) else v for k, v in cond.items()}
 
 
-def _predict(transport: Transport, model: Callable[..., Tensor], x: Tensor, t: float, r: float, condition: dict) -> Tensor:
+def _predict(
+    transport: Transport, model: Callable[..., Tensor], x: Tensor, t: float, r: float, condition: dict[str, Any]
+) -> Tensor:
     """F(x, t, r, condition), float32 or wider, t and r being the same for all of x."""
+    # Half precision has no room for c_noise of neighbouring times: they stay float32 whatever the network's dtype is.
     dtype = torch.promote_types(x.dtype, torch.float32)
     t_c, r_c = (
         torch.full((x.shape[0],), float(transport.c_noise(torch.tensor(u, dtype=torch.float64))), dtype=dtype, device=x.device)
@@ -141,9 +185,11 @@ def _predict(transport: Transport, model: Callable[..., Tensor], x: Tensor, t: f
 
 
 def _grid(
-    transport: Transport, num_steps: int, times: Sequence[float] | Tensor | None, T_max: float, T_min: float
+    transport: Transport, num_steps: int, times: Sequence[float] | Tensor | None, T_max: float | None, T_min: float | None
 ) -> list[float]:
     """The N + 1 times as Python floats, so that the loop never waits for the device."""
+    T_max = transport.T_max if T_max is None else float(T_max)
+    T_min = transport.T_min if T_min is None else float(T_min)
     if times is not None:
         grid = [float(t) for t in times]
         if len(grid) < 2 or any(not a > b for a, b in pairwise(grid)):
@@ -162,10 +208,11 @@ def _check(
     transport: Transport,
     grid: list[float],
     cfg_scale: float,
-    uncond: dict | None,
+    uncond: dict[str, Any] | None,
     stochasticity_ratio: float,
     sample_type: str,
 ) -> None:
+    """ValueError for what `sample` cannot do."""
     if not all(math.isfinite(float(transport.c_noise(torch.tensor(t, dtype=torch.float64)))) for t in grid):
         raise ValueError(f"times {grid} leave the domain of {type(transport).__name__}")
     if sample_type not in SAMPLE_TYPES:

@@ -1,10 +1,9 @@
-"""The TiM objective (SPEC of the method: arXiv 2509.04394, section 3), step by step."""
+"""The objective of transition models (arXiv 2509.04394, section 3), step by step."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from tim.schedulers import sampling
@@ -15,31 +14,25 @@ from tim.schedulers.derivative import (
     jvp_derivative,
     take_batch,
 )
+from tim.schedulers.losses import TIME_WEIGHTS, denoising_loss, finite_samples, projection_loss
 from tim.schedulers.transports import OT_FM, Transport
-
-TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "constant": lambda delta, s: torch.ones_like(delta),
-    "reciprocal": lambda delta, s: 1 / (delta + s),
-    "sqrt": lambda delta, s: (delta + s) ** -0.5,
-    "square": lambda delta, s: (delta + s) ** -2,
-    "Soft-Min-SNR": lambda delta, s: 1 / (delta**2 + s**2),
-}
 
 
 class TransitionSchedule:
-    """Training objective of a transport, and the compatible door to its sampler.
+    """Training objective of a transport (an `Objective`), and the compatible door to its sampler.
 
     Args:
         transport: the path and its closed forms.
-        diffusion_ratio: share of the batch trained with r = t.
-        consistency_ratio: share trained with r = T_min.
-        derivative_type: 'dde' (finite differences, forwards only) or 'jvp' (exact forward-mode derivative).
-        differential_epsilon: half-width of the dde difference, in raw time.
+        diffusion_ratio: share of the batch trained with r = t (Tab. 11).
+        consistency_ratio: share trained with r = T_min (Tab. 11).
+        derivative_type: 'dde' (finite differences, forwards only; section 3.3, Tab. 1) or 'jvp' (exact forward-mode
+            derivative).
+        differential_epsilon: half-width of the dde difference, in raw time (Tab. 10).
         weight_t_and_r: weigh by t - r (after the time transform) instead of t.
         weight_time_type: one of `TIME_WEIGHTS`.
-        weight_time_tangent, weight_time_sigmoid: time transform tan(u) or u / (1 - u); the second for OT_FM alone.
-        guidance_path: with model guidance, differentiate along the path of the data ('data') or of the guided
-            target ('guided', the consistent flow map).
+        weight_time_tangent, weight_time_sigmoid: time transform tan(u) (Eq. 12) or u / (1 - u); the second for OT_FM alone.
+        guidance_path: with model guidance, differentiate along the path of the data ('data', as published) or of the
+            guided target ('guided'), along which alone Eq. 51 is an exact flow map.
         derivative_dtype: dtype of the network in the derivative passes. None is float32 for 'dde', whose difference
             would magnify the rounding of half precision a hundredfold, and the ambient precision for 'jvp'
             (measured in docs/numerics.md).
@@ -87,10 +80,10 @@ class TransitionSchedule:
         self.derivative_dtype = _as_dtype(derivative_dtype)
         if self.derivative_dtype is None and derivative_type == "dde":
             self.derivative_dtype = torch.float32
-        self.kept: Tensor | None = None  # (B,) bool of the last call: samples whose input, prediction and target are finite
-        self.lockstep = False  # True: every process evaluates dF/dt as often as the others, as sharded weights need
+        self.kept = torch.ones(0, dtype=torch.bool)  # (B,) of the last call: input, prediction and target are finite
+        self.always_run_derivative = False  # True: evaluate dF/dt as often as the other processes, as sharded weights need
 
-    # ---- step 1: times --------------------------------------------------------------------------
+    # ---- the interval ---------------------------------------------------------------------------
     def sample_t_and_r(
         self,
         batch_size: int,
@@ -100,7 +93,7 @@ class TransitionSchedule:
         position: Tensor | None = None,
         global_batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor, int]:
-        """Draw the interval ends t >= r.
+        """Draw the interval ends t >= r: two independent draws of the transport's time law (Tab. 8), sorted.
 
         Args:
             batch_size: samples here.
@@ -116,6 +109,7 @@ class TransitionSchedule:
             normal = torch.randn(batch_size, 2)
         first, second = (self.transport.sample_t(batch_size, torch.float32, device, normal=n) for n in normal.unbind(1))
         t, r = torch.maximum(first, second), torch.minimum(first, second)
+        # The shares are places in the global batch, so one process may hold none of the samples with r = t, or nothing else.
         total = batch_size if global_batch_size is None else global_batch_size
         position = torch.arange(batch_size) if position is None else position.cpu()
         is_diffusion = position < round(self.diffusion_ratio * total)
@@ -124,7 +118,7 @@ class TransitionSchedule:
         r = torch.where(is_diffusion.to(device), t, r)
         return t, r, int(is_diffusion.sum())
 
-    # ---- steps 2 to 6 ---------------------------------------------------------------------------
+    # ---- the loss -------------------------------------------------------------------------------
     def __call__(
         self,
         model: nn.Module,
@@ -133,12 +127,12 @@ class TransitionSchedule:
         batch_size: int,
         x: Tensor,
         z: Tensor,
-        model_kwargs: dict,
+        model_kwargs: dict[str, Any],
         use_dir_loss: bool = False,
         h_target: Tensor | None = None,
-        ema_kwargs: dict | None = None,
-        null_kwargs: dict | None = None,
-        time_kwargs: dict | None = None,
+        ema_kwargs: dict[str, Any] | None = None,
+        null_kwargs: dict[str, Any] | None = None,
+        time_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One evaluation of the objective.
 
@@ -160,34 +154,25 @@ class TransitionSchedule:
         Raises:
             ValueError: when model guidance is on and ema_model or null_kwargs is missing.
         """
-        transport = self.transport
+        # Times stay float32 or wider: in half precision t - r would lose most of its digits.
         t, r, n_diffusion = self.sample_t_and_r(batch_size, x.dtype, x.device, **(time_kwargs or {}))
         t, r = (u.flatten().to(torch.promote_types(x.dtype, torch.float32)) for u in (t, r))
-        finite_input = _finite_samples(x) & _finite_samples(z)
+        # A damaged latent must not reach the network, whose gradient would then be NaN for the whole batch.
+        finite_input = finite_samples(x) & finite_samples(z)
         x, z = (torch.where(expand_times(finite_input, v), v, torch.zeros_like(v)) for v in (x, z))
-        t_x, r_x = expand_times(t, x), expand_times(r, x)
-        at = transport.interpolant(t_x)
-        x_t = at.alpha * x + at.sigma * z
-        v_t = at.d_alpha * x + at.d_sigma * z
+        x_t, v_t = self.transport.path(x, z, expand_times(t, x))
 
-        student = {**model_kwargs, "return_zs": True} if h_target is not None else model_kwargs
-        out = model(x_t.to(x.dtype), transport.c_noise(t), transport.c_noise(r), **student)
-        F_pred, h_proj = out if h_target is not None else (out, None)
+        F_pred, proj_loss = self._predict(model, x_t.to(x.dtype), t, r, model_kwargs, h_target)
+        guidance = self._guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs or model_kwargs, null_kwargs)
+        F_target = self._target(unwrapped_model, x, z, x_t, v_t, t, r, n_diffusion, model_kwargs, guidance)
 
-        F_cond, F_uncond = self._guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs or model_kwargs, null_kwargs)
-        path = (x, z) if self.guidance_path == "data" else self.guided_path(x, z, x_t, t_x, F_cond, F_uncond)
-        dF_dt = self.derivative(unwrapped_model, *path, t, r, n_diffusion, model_kwargs)
-        F_target = transport.target(
-            x_t, v_t, x, z, t_x, r_x, dF_dt, F_cond, F_uncond, enhance_target=transport.enhance_target
-        ).detach()
-
-        residual_ok = finite_input & _finite_samples(F_pred.detach()) & _finite_samples(F_target)
-        self.kept, kept = residual_ok, residual_ok.to(F_target.dtype)
-        loss = _denoising_loss(F_pred, F_target, residual_ok, use_dir_loss)
+        self.kept = finite_input & finite_samples(F_pred.detach()) & finite_samples(F_target)
+        loss = denoising_loss(F_pred, F_target, self.kept, use_dir_loss)
+        # The adaptive weight of MeanFlow (arXiv 2505.13447): without it few samples with a large dF/dt own the gradient.
         weight = self.time_weight(t, r, n_diffusion) / (loss.detach() + 1e-5)
+        kept = self.kept.to(loss.dtype)
         count = kept.sum().clamp(min=1)
         weighted_loss = (weight * loss * kept).sum() / count
-        proj_loss = x.new_zeros((), dtype=loss.dtype) if h_proj is None else projection_loss(h_proj, h_target)
         log = {
             "weighted_loss": weighted_loss.detach(),
             "denoising_loss": (loss.detach() * kept).sum() / count,
@@ -195,8 +180,48 @@ class TransitionSchedule:
         }
         return weighted_loss, proj_loss, log
 
+    def _predict(
+        self, model: nn.Module, x_t: Tensor, t: Tensor, r: Tensor, model_kwargs: dict[str, Any], h_target: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The student's F(x_t, t, r) (B, C, H, W), and the REPA term of its tokens, 0 without h_target."""
+        times = self.transport.c_noise(t), self.transport.c_noise(r)
+        if h_target is None:
+            F_pred = model(x_t, *times, **model_kwargs)
+            return F_pred, torch.zeros((), dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
+        F_pred, h_proj = model(x_t, *times, **model_kwargs, return_zs=True)
+        return F_pred, projection_loss(h_proj, h_target)
+
+    def _target(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        z: Tensor,
+        x_t: Tensor,
+        v_t: Tensor,
+        t: Tensor,
+        r: Tensor,
+        n_diffusion: int,
+        model_kwargs: dict[str, Any],
+        guidance: tuple[Tensor | float, Tensor | float],
+    ) -> Tensor:
+        """The right-hand side of the transition identity (Eq. 9), without gradient.
+
+        Args:
+            model: the bare student, whose dF/dt the identity contains.
+            guidance: of `_guidance`.
+        """
+        t_x, r_x = expand_times(t, x), expand_times(r, x)
+        path = (x, z) if self.guidance_path == "data" else self.guided_path(x, z, x_t, t_x, *guidance)
+        dF_dt = self.derivative(model, *path, t, r, n_diffusion, model_kwargs)
+        enhance = self.transport.enhance_target
+        return self.transport.target(x_t, v_t, x, z, t_x, r_x, dF_dt, *guidance, enhance_target=enhance).detach()
+
     def time_weight(self, t: Tensor, r: Tensor, n_diffusion: int) -> Tensor:
-        """The time weight (B,) of each sample; 1 for the first n_diffusion, whose r is t."""
+        """The time weight (B,) of each sample (Eq. 12); 1 for the first n_diffusion, whose r is t.
+
+        Args:
+            t, r: raw times (B,).
+        """
         if self.weight_time_tangent:
             u_t, u_r = self.transport.weight_tangent(t), self.transport.weight_tangent(r)
         elif self.weight_time_sigmoid:
@@ -209,30 +234,36 @@ class TransitionSchedule:
 
     @torch.no_grad()
     def _guidance(
-        self, ema_model: nn.Module | None, x_t: Tensor, t: Tensor, cond: dict, null: dict | None
+        self, ema_model: nn.Module | None, x_t: Tensor, t: Tensor, cond: dict[str, Any], uncond: dict[str, Any] | None
     ) -> tuple[Tensor | float, Tensor | float]:
-        """F_c and F_u of the EMA model at (t, t); zeros when model guidance is off."""
+        """F_c and F_u of the EMA model at (t, t), the instantaneous predictions of Eq. 51; zeros without model guidance."""
         if not self.transport.enhance_target:
             return 0.0, 0.0
-        if ema_model is None or null is None:
+        if ema_model is None or uncond is None:
             raise ValueError("enhance_target needs ema_model and null_kwargs: set model.use_ema to true")
         c_t = self.transport.c_noise(t)
         return (
             at_least_float32(ema_model(x_t, c_t, c_t, **cond)),
-            at_least_float32(ema_model(x_t, c_t, c_t, **null)),
+            at_least_float32(ema_model(x_t, c_t, c_t, **uncond)),
         )
 
     def guided_path(
         self, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, F_cond: Tensor | float, F_uncond: Tensor | float
     ) -> tuple[Tensor, Tensor]:
-        """Clean and noise of the path through x_t whose velocity follows the guided target F~: (x, z) of (x_t, F~)."""
+        """Clean and noise of the path through x_t whose velocity follows the guided target F~: (x, z) of (x_t, F~).
+
+        Args:
+            x, z, x_t: clean latents, noise and state (B, C, H, W).
+            t: raw times shaped to broadcast with them.
+            F_cond, F_uncond: the predictions that F~ mixes (Eq. 51).
+        """
         F_star = self.transport.diffusion_target(x, z, t)
         F_guided = self.transport.guided_target(F_star, t, F_cond, F_uncond) if self.transport.enhance_target else F_star
         path_x, path_z = self.transport.estimates(x_t, F_guided, t)
         return path_x.to(x.dtype), path_z.to(z.dtype)
 
     def derivative(
-        self, model: nn.Module, x: Tensor, z: Tensor, t: Tensor, r: Tensor, n_diffusion: int, model_kwargs: dict
+        self, model: nn.Module, x: Tensor, z: Tensor, t: Tensor, r: Tensor, n_diffusion: int, model_kwargs: dict[str, Any]
     ) -> Tensor:
         """dF/dt of `model` along the path of (x, z) by `derivative_type`, in `derivative_dtype`.
 
@@ -245,7 +276,7 @@ class TransitionSchedule:
         """
         dF_dt = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         n = n_diffusion
-        if n == x.shape[0] and self.lockstep and self.diffusion_ratio < 1:
+        if n == x.shape[0] and self.always_run_derivative and self.diffusion_ratio < 1:
             n -= 1  # another process may have samples with t != r: run along, with one whose derivative is left out below
         if n == x.shape[0]:
             return dF_dt
@@ -275,7 +306,11 @@ class TransitionSchedule:
         sample_type: str = "transition",
         return_trajectory: bool = True,
     ) -> Tensor:
-        """Compatible door to `tim.schedulers.sampling.sample`.
+        """Compatible door to `tim.schedulers.sampling.sample` (Alg. 2), whose arguments it takes.
+
+        Args:
+            y, y_null: condition and null condition; None draws without guidance.
+            z: standard normal start (B, C, H, W).
 
         Returns:
             All num_steps + 1 states stacked (num_steps + 1, B, C, H, W) in float32, or the last alone (B, C, H, W).
@@ -299,37 +334,11 @@ class TransitionSchedule:
         return torch.stack(result.trajectory).float() if return_trajectory else result.x.float()
 
 
-def projection_loss(h_proj: Tensor, h_target: Tensor) -> Tensor:
-    """REPA: mean over samples and tokens of 1 - cos(h_proj, h_target), both (B, N, D).
-
-    Raises:
-        ValueError: when the two grids or widths differ.
-    """
-    if h_proj.shape != h_target.shape:
-        raise ValueError(f"REPA features {tuple(h_target.shape)} do not match the projection {tuple(h_proj.shape)}")
-    return 1 - nnf.cosine_similarity(at_least_float32(h_proj), at_least_float32(h_target), dim=-1).mean()
-
-
-def _denoising_loss(F_pred: Tensor, F_target: Tensor, keep: Tensor, use_dir_loss: bool) -> Tensor:
-    """Per-sample mean squared error (B,), plus the directional term; non-finite samples are cut out before the square."""
-    mask = expand_times(keep, F_target)
-    F_pred = torch.where(mask, at_least_float32(F_pred), torch.zeros_like(F_target))
-    F_target = torch.where(mask, F_target, torch.zeros_like(F_target))
-    loss = ((F_pred - F_target) ** 2).flatten(1).mean(1)
-    if use_dir_loss:
-        loss = loss + (1 - nnf.cosine_similarity(F_pred, F_target, dim=1)).flatten(1).mean(1)
-    return loss
-
-
-def _finite_samples(v: Tensor) -> Tensor:
-    """(B,) bool: every element of the sample is finite."""
-    return torch.isfinite(v).flatten(1).all(1)
-
-
 def _precision(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
     """Ambient precision for None, full precision for float32 and float64, autocast for half types."""
     if dtype is None:
         return nullcontext()
+    # Under the trainer's autocast the network would run in half whatever its weights are; only a nested context changes that.
     if dtype in (torch.float16, torch.bfloat16):
         return torch.autocast(device_type, dtype=dtype)
     return torch.autocast(device_type, enabled=False)

@@ -1,22 +1,23 @@
-"""Transports: four scalar functions of time and everything that follows from them.
+"""Transports: four scalar functions of time and everything that follows from them (arXiv 2509.04394, sections 3.1-3.2).
 
 A transport fixes the path ``x_t = alpha x + sigma z`` and what the network predicts,
 ``F* = alpha_hat x + sigma_hat z``. Writing ``C = sigma_hat alpha - alpha_hat sigma``, the pair
-``(x_t, F*)`` determines ``(x, z)`` and therefore the state at every other time r:
+``(x_t, F*)`` determines ``(x, z)`` and therefore the state at every other time r (Eq. 3-7):
 
     x_r = A(t, r) x_t + B(t, r) F,   A = (alpha_r sigma_hat_t - sigma_r alpha_hat_t) / C_t,
                                      B = (sigma_r alpha_t - alpha_r sigma_t) / C_t,
 
-and the transition identity (the training target)
+and, by the state transition identity (Eq. 8), the training target (Eq. 9)
 
     F_target = F* + B / (dB/dt) (alpha_hat' x + sigma_hat' z - dF/dt).
 
 `Transport` implements these from the four functions alone. The five concrete transports override the
-coefficients with closed forms, which are better conditioned in float32; the tests hold the two equal.
+coefficients with closed forms, which are better conditioned in float32; the tests hold the two equal. Their
+coefficients and time laws are those of Tab. 7 and 8 of the paper.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ class Transport:
         return t.clamp(self.T_min, self.T_max).to(device=device, dtype=dtype)
 
     def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients (A, B) of x_r = A x_t + B F."""
+        """Coefficients (A, B) of x_r = A x_t + B F, each shaped like t and r broadcast (Eq. 3-7)."""
         at_t, at_r, hat = self.interpolant(t), self.interpolant(r), self.prediction(t)
         c = hat.sigma_hat * at_t.alpha - hat.alpha_hat * at_t.sigma
         a = (at_r.alpha * hat.sigma_hat - at_r.sigma * hat.alpha_hat) / c
@@ -119,7 +120,7 @@ class Transport:
         return a, b
 
     def identity_factor(self, t: Tensor, r: Tensor) -> Tensor:
-        """B / (dB/dt), the weight of the derivative term in the transition identity; zero at t = r."""
+        """B / (dB/dt), the weight of the derivative term in the transition identity (Eq. 8); zero at t = r."""
         at_t, at_r, hat = self.interpolant(t), self.interpolant(r), self.prediction(t)
         c = hat.sigma_hat * at_t.alpha - hat.alpha_hat * at_t.sigma
         d_c = (
@@ -128,12 +129,13 @@ class Transport:
             - hat.d_alpha_hat * at_t.sigma
             - hat.alpha_hat * at_t.d_sigma
         )
+        # B = b_c / c, so B / (dB/dt) = b_c c / (b_c' c - b_c c'): no division by c², which may be tiny near the ends.
         b_c = at_r.sigma * at_t.alpha - at_r.alpha * at_t.sigma
         d_b_c = at_r.sigma * at_t.d_alpha - at_r.alpha * at_t.d_sigma
         return b_c * c / (d_b_c * c - b_c * d_c)
 
     def diffusion_target(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """F* = alpha_hat x + sigma_hat z."""
+        """F* = alpha_hat x + sigma_hat z, the target at r = t, where the objective is diffusion training (Eq. 31)."""
         hat = self.prediction(t)
         return hat.alpha_hat * x + hat.sigma_hat * z
 
@@ -142,6 +144,11 @@ class Transport:
         hat = self.prediction(t)
         return hat.d_alpha_hat * x + hat.d_sigma_hat * z
 
+    def path(self, x: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """State x_t = alpha x + sigma z and velocity v_t = alpha' x + sigma' z; t shaped to broadcast with x and z."""
+        at = self.interpolant(t)
+        return at.alpha * x + at.sigma * z, at.d_alpha * x + at.d_sigma * z
+
     def estimates(self, x_t: Tensor, F: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Invert (x_t, F) to the clean and noise estimates (x, z)."""
         at, hat = self.interpolant(t), self.prediction(t)
@@ -149,7 +156,12 @@ class Transport:
         return (hat.sigma_hat * x_t - at.sigma * F) / c, (at.alpha * F - hat.alpha_hat * x_t) / c
 
     def guided_target(self, F_star: Tensor, t: Tensor, F_cond: Tensor | float, F_uncond: Tensor | float) -> Tensor:
-        """Model guidance: inside the window, w_gt F* + w_cond F_c + (1 - w_gt - w_cond) F_u; F* outside it."""
+        """Model guidance (Eq. 51): inside the window, w_gt F* + w_cond F_c + (1 - w_gt - w_cond) F_u; F* outside it.
+
+        Args:
+            F_star, F_cond, F_uncond: diffusion target and predictions at (t, t), (B, ...).
+            t: raw times shaped to broadcast with them.
+        """
         guided = self.w_gt * F_star + self.w_cond * F_cond + (1 - self.w_gt - self.w_cond) * F_uncond
         return torch.where((t >= self.w_start) & (t <= self.w_end), guided, F_star)
 
@@ -166,7 +178,7 @@ class Transport:
         F_t_uncond: Tensor | float = 0.0,
         enhance_target: bool = False,
     ) -> Tensor:
-        """The transition identity's right-hand side.
+        """The training target (Eq. 9), F* + B / (dB/dt) (alpha_hat' x + sigma_hat' z - dF/dt).
 
         Args:
             x_t, v_t: state and velocity; unused, x and z determine the target (part of the call for compatibility).
@@ -187,9 +199,9 @@ class Transport:
     def from_x_t_to_x_r(
         self, x_t: Tensor, t: Tensor, r: Tensor, F: Tensor, s_ratio: float = 0.0, noise: Tensor | None = None
     ) -> Tensor:
-        """The transition x_t -> x_r, with the share `s_ratio` of the noise drawn anew.
+        """The transition x_t -> x_r (Eq. 3-7), with the share `s_ratio` of the noise drawn anew (Alg. 2, Eq. 30).
 
-        Re-noising keeps the marginal: x_r = alpha_r x̂ + sqrt(sigma_r² - eta²) ẑ + eta eps with
+        Re-noising keeps the marginal at any step size: x_r = alpha_r x̂ + sqrt(sigma_r² - eta²) ẑ + eta eps with
         eta² from `renoise_variance`.
 
         Args:
@@ -203,12 +215,13 @@ class Transport:
             return a * x_t + b * F
         x_hat, z_hat = self.estimates(x_t, F, t)
         at_r = self.interpolant(r)
+        # With fresh noise x_r is no linear function of (x_t, F) any more, so A and B give way to the two estimates.
         eta2 = self.renoise_variance(t, r, s_ratio)
         noise = torch.randn_like(x_t) if noise is None else noise
         return at_r.alpha * x_hat + (at_r.sigma**2 - eta2).clamp(min=0).sqrt() * z_hat + eta2.sqrt() * noise
 
     def renoise_variance(self, t: Tensor, r: Tensor, s_ratio: float) -> Tensor:
-        """eta² = 2 rho dt (alpha sigma sigma' - alpha' sigma²) at t, within [0, sigma_r²]."""
+        """eta² = 2 rho dt (alpha sigma sigma' - alpha' sigma²) at t (Eq. 30), within [0, sigma_r²]."""
         at, sigma_r = self.interpolant(t), self.interpolant(r).sigma
         eta2 = 2 * s_ratio * (t - r) * (at.alpha * at.sigma * at.d_sigma - at.d_alpha * at.sigma**2)
         return torch.minimum(eta2.clamp(min=0), sigma_r**2)
@@ -226,12 +239,12 @@ class Transport:
         return x
 
     def weight_tangent(self, t: Tensor) -> Tensor:
-        """The time transform of `weight_time_tangent`: tan(t)."""
+        """The time transform of `weight_time_tangent` (Eq. 12): tan(t), the noise-to-data ratio of TrigFlow at t."""
         return torch.tan(t)
 
 
 class OT_FM(Transport):
-    """Flow matching: x_t = (1-t) x + t z, F* = z - x."""
+    """Flow matching along straight paths: x_t = (1-t) x + t z, F* = z - x."""
 
     def __init__(
         self,
@@ -240,39 +253,45 @@ class OT_FM(Transport):
         sigma_d: float = 1.0,
         T_max: float = 1.0,
         T_min: float = 0.0,
-        **guidance: float,
+        **guidance: Any,
     ) -> None:
         super().__init__(T_max, T_min, sigma_d, **guidance)
         self.P_mean, self.P_std = P_mean, P_std
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
+        """alpha = 1 - t, sigma = t."""
         one = torch.ones_like(t)
         return PathCoefficients(1 - t, t, -one, one)
 
     def prediction(self, t: Tensor) -> PredictionCoefficients:
+        """F* = z - x, the velocity of the straight path: alpha_hat = -1, sigma_hat = 1."""
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         return PredictionCoefficients(-one, one, zero, zero)
 
     def time_from_normal(self, n: Tensor) -> Tensor:
+        """The logit-normal law: t = u / (1 + u) with u = exp(P_std n + P_mean)."""
         return torch.sigmoid(self.P_std * n + self.P_mean)
 
     def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """A = 1, B = r - t: an Euler step, exact at any length when F is the mean velocity over [r, t]."""
         return torch.ones_like(t), r - t
 
     def identity_factor(self, t: Tensor, r: Tensor) -> Tensor:
+        """B / (dB/dt) = t - r, with which the identity is that of MeanFlow (arXiv 2505.13447)."""
         return t - r
 
     def renoise_variance(self, t: Tensor, r: Tensor, s_ratio: float) -> Tensor:
-        """eta² = rho dt (2r - rho dt): the first-order re-noising made exact at any step size."""
+        """eta² = rho dt (2r - rho dt): the re-noising of Alg. 2, of first order in dt, made exact at any step size."""
         step = s_ratio * (t - r)
         return torch.minimum((step * (2 * r - step)).clamp(min=0), r**2)
 
     def initial_scale(self, T_max: float) -> float:
+        """1 at any T_max: a run that starts below 1 starts from z itself."""
         return 1.0
 
 
 class TrigFlow(Transport):
-    """x_t = cos(t) x + sin(t) z, F* = cos(t) z - sin(t) x."""
+    """x_t = cos(t) x + sin(t) z, F* = cos(t) z - sin(t) x: TrigFlow (arXiv 2410.11081) with noise of unit variance."""
 
     def __init__(
         self,
@@ -281,33 +300,41 @@ class TrigFlow(Transport):
         sigma_d: float = 0.5,
         T_max: float = 1.57,
         T_min: float = 0.0,
-        **guidance: float,
+        **guidance: Any,
     ) -> None:
         super().__init__(T_max, T_min, sigma_d, **guidance)
         self.P_mean, self.P_std = P_mean, P_std
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
+        """alpha = cos t, sigma = sin t."""
         cos, sin = torch.cos(t), torch.sin(t)
         return PathCoefficients(cos, sin, -sin, cos)
 
     def prediction(self, t: Tensor) -> PredictionCoefficients:
+        """F* = dx_t/dt: alpha_hat = -sin t, sigma_hat = cos t."""
         cos, sin = torch.cos(t), torch.sin(t)
         return PredictionCoefficients(-sin, cos, -cos, -sin)
 
     def time_from_normal(self, n: Tensor) -> Tensor:
+        """t = atan(u / sigma_d) with u = exp(P_std n + P_mean): sigma_d tan t is log-normal."""
         return torch.atan(torch.exp(self.P_std * n + self.P_mean) / self.sigma_d)
 
     def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """A = cos(t - r), B = -sin(t - r): a rotation by t - r."""
         return torch.cos(t - r), -torch.sin(t - r)
 
     def identity_factor(self, t: Tensor, r: Tensor) -> Tensor:
+        """B / (dB/dt) = tan(t - r)."""
         return torch.tan(t - r)
 
 
 class EDM(Transport):
-    """The EDM parametrisation, normalised to unit variance: t is the noise level, x_t = (x + t z) / S_t."""
+    """EDM (arXiv 2206.00364), normalised to unit variance: t is the noise level, x_t = (x + t z) / S_t.
 
-    rho = 7.0  # Karras et al. 2022, equation 5
+    Eq. 37-38 of the paper are this for sigma_d = 1; here they hold for any.
+    """
+
+    rho = 7.0  # of the grid: shortens the steps at low noise at the expense of those at high noise
 
     def __init__(
         self,
@@ -316,50 +343,62 @@ class EDM(Transport):
         sigma_d: float = 0.5,
         T_max: float = 80.0,
         T_min: float = 0.01,
-        **guidance: float,
+        **guidance: Any,
     ) -> None:
         super().__init__(T_max, T_min, sigma_d, **guidance)
         self.P_mean, self.P_std = P_mean, P_std
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
+        """alpha = 1 / S, sigma = t / S with S = sqrt(t² + sigma_d²), so that alpha² sigma_d² + sigma² = 1."""
         s2 = self.sigma_d**2
         S = torch.sqrt(t**2 + s2)
         return PathCoefficients(1 / S, t / S, -t / S**3, s2 / S**3)
 
     def prediction(self, t: Tensor) -> PredictionCoefficients:
+        """alpha_hat = t / (sigma_d S), sigma_hat = -sigma_d / S: the regression target of EDM's network."""
         s = self.sigma_d
         S = torch.sqrt(t**2 + s**2)
         return PredictionCoefficients(t / (s * S), -s / S, s / S**3, s * t / S**3)
 
     def c_noise(self, t: Tensor) -> Tensor:
+        """ln(t) / 4 (EDM, Tab. 1)."""
         return torch.log(t) / 4
 
     def time_from_normal(self, n: Tensor) -> Tensor:
+        """The log-normal law of noise levels, t = exp(P_std n + P_mean)."""
         return torch.exp(self.P_std * n + self.P_mean)
 
     def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """A = (sigma_d² + t r) / (S_t S_r), B = sigma_d (t - r) / (S_t S_r)."""
         s2 = self.sigma_d**2
         norm = torch.sqrt(t**2 + s2) * torch.sqrt(r**2 + s2)
         return (s2 + t * r) / norm, self.sigma_d * (t - r) / norm
 
     def identity_factor(self, t: Tensor, r: Tensor) -> Tensor:
+        """B / (dB/dt) = (t - r) (t² + sigma_d²) / (sigma_d² + t r)."""
         s2 = self.sigma_d**2
         return (t - r) * (t**2 + s2) / (s2 + t * r)
 
     def time_grid(self, num_steps: int, T_max: float, T_min: float) -> Tensor:
-        """The Karras grid: equally spaced in t^(1/rho)."""
+        """The Karras grid (EDM, Eq. 5): equally spaced in t^(1/rho)."""
+        # In float64 the ends come back from the two powers with an error of some 1e-14; the caller's values are wanted.
         roots = torch.linspace(T_max ** (1 / self.rho), T_min ** (1 / self.rho), num_steps + 1, dtype=torch.float64)
         return _pin_ends(roots**self.rho, T_max, T_min)
 
     def final_state(self, x: Tensor, T_min: float) -> Tensor:
+        """x = S x_t at T_min: divides out alpha(T_min), which is not 1."""
         return x * math.sqrt(T_min**2 + self.sigma_d**2)
 
     def weight_tangent(self, t: Tensor) -> Tensor:
+        """t / sigma_d."""
         return _noise_ratio(self, t)
 
 
 class VP_SDE(Transport):
-    """Variance preserving: sigma/alpha = b(t) = sqrt(expm1(beta_d t²/2 + beta_min t)), the network predicts z."""
+    """Variance preserving: sigma/alpha = b(t) = sqrt(expm1(beta_d t²/2 + beta_min t)), the network predicts z.
+
+    The noise schedule is that of EDM's Tab. 1. T_min is epsilon_t > 0, since b'(t) diverges at 0.
+    """
 
     def __init__(
         self,
@@ -368,7 +407,7 @@ class VP_SDE(Transport):
         epsilon_t: float = 1e-5,
         T: int = 1000,
         sigma_d: float = 1.0,
-        **guidance: float,
+        **guidance: Any,
     ) -> None:
         super().__init__(1.0, epsilon_t, sigma_d, **guidance)
         self.beta_min, self.beta_d, self.epsilon_t, self.T = beta_min, beta_d, epsilon_t, T
@@ -378,60 +417,73 @@ class VP_SDE(Transport):
         return self.beta_d * t**2 / 2 + self.beta_min * t, self.beta_d * t + self.beta_min
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
+        """alpha = 1 / sqrt(b² + 1), sigma = b / sqrt(b² + 1)."""
         q, d_q = self._log_ratio(t)
+        # 1 / sqrt(b² + 1) and b / sqrt(b² + 1) without b, which overflows float32 for large beta; expm1 keeps small q exact.
         alpha, sigma = torch.exp(-q / 2), torch.sqrt(-torch.expm1(-q))
         return PathCoefficients(alpha, sigma, -alpha * d_q / 2, alpha**2 * d_q / (2 * sigma))
 
     def prediction(self, t: Tensor) -> PredictionCoefficients:
+        """F* = z."""
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         return PredictionCoefficients(zero, one, zero, zero)
 
     def c_noise(self, t: Tensor) -> Tensor:
+        """(T - 1) t, the step among T of the discrete process (EDM, Tab. 1)."""
         return (self.T - 1) * t
 
     def time_from_normal(self, n: Tensor) -> Tensor:
+        """Uniform on [T_min, T_max]: the normal distribution function is uniform on [0, 1]."""
         return self.T_min + (self.T_max - self.T_min) * torch.special.ndtr(n)
 
     def identity_factor(self, t: Tensor, r: Tensor) -> Tensor:
+        """B / (dB/dt) = (b_t - b_r) / b'_t with b' = (beta_d t + beta_min) (b² + 1) / (2 b)."""
         q_t, d_q = self._log_ratio(t)
         b_t, b_r = torch.sqrt(torch.expm1(q_t)), torch.sqrt(torch.expm1(self._log_ratio(r)[0]))
         return (b_t - b_r) * 2 * b_t / (d_q * torch.exp(q_t))
 
 
 class VE_SDE(Transport):
-    """Variance exploding: x_t = x + t z, the network predicts -z."""
+    """Variance exploding: x_t = x + t z, the network predicts -z; the noise levels are those of EDM's Tab. 1."""
 
-    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0, sigma_d: float = 1.0, **guidance: float) -> None:
+    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0, sigma_d: float = 1.0, **guidance: Any) -> None:
         super().__init__(sigma_max, sigma_min, sigma_d, **guidance)
         if not sigma_min > 0:
             raise ValueError(f"VE_SDE needs sigma_min > 0, got {sigma_min}")
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
+        """alpha = 1, sigma = t."""
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         return PathCoefficients(one, t, zero, one)
 
     def prediction(self, t: Tensor) -> PredictionCoefficients:
+        """F* = -z."""
         one, zero = torch.ones_like(t), torch.zeros_like(t)
         return PredictionCoefficients(zero, -one, zero, zero)
 
     def c_noise(self, t: Tensor) -> Tensor:
+        """ln(t / 2) (EDM, Tab. 1)."""
         return torch.log(t / 2)
 
     def time_from_normal(self, n: Tensor) -> Tensor:
+        """Log-uniform on [T_min, T_max]."""
         return self.T_min * (self.T_max / self.T_min) ** torch.special.ndtr(n)
 
     def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """A = 1, B = t - r."""
         return torch.ones_like(t), t - r
 
     def identity_factor(self, t: Tensor, r: Tensor) -> Tensor:
+        """B / (dB/dt) = t - r."""
         return t - r
 
     def time_grid(self, num_steps: int, T_max: float, T_min: float) -> Tensor:
-        """The geometric grid."""
+        """Equally spaced in ln(t): the geometric grid (EDM, Tab. 1)."""
         logs = torch.linspace(math.log(T_max), math.log(T_min), num_steps + 1, dtype=torch.float64)
         return _pin_ends(torch.exp(logs), T_max, T_min)
 
     def weight_tangent(self, t: Tensor) -> Tensor:
+        """t / sigma_d."""
         return _noise_ratio(self, t)
 
 

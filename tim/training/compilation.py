@@ -2,28 +2,31 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tim.models.network import compiled_units
+
 GRAPHS = 64  # one per combination of gradient, mask, precision and kind of size; beyond the limit torch falls back to eager
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile the forward pass of every block of `network.blocks`, in place.
+    """Compile the forward pass of every block of a network, in place, or of a network without blocks as a whole.
 
     All blocks share their graphs. The first size is compiled as it is; a dimension that changes later is compiled once
     more for any size, so new sizes cost nothing from then on. Names and values of the weights stay. Forward-mode
     derivatives (jvp) run the blocks eagerly, because compiled graphs carry no tangents.
 
     Args:
-        network: a TiM. Copy it before, not after: a copy would run the blocks of the original.
+        network: copy it before, not after: a copy would run the blocks of the original.
         backend: of torch.compile.
     """
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, GRAPHS)
-    for block in network.blocks:
+    for block in compiled_units(network):
         block.forward = _eager_under_tangents(block.forward, torch.compile(block.forward, backend=backend))
 
 
@@ -33,8 +36,9 @@ def eager_blocks(compiled: bool) -> AbstractContextManager:
 
 
 def _eager_under_tangents(eager: Callable[..., Tensor], compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(x: Tensor, *arguments: object) -> Tensor:
+    @wraps(eager)
+    def forward(x: Tensor, *arguments: object, **keywords: object) -> Tensor:
         has_tangent = forward_ad.unpack_dual(x).tangent is not None
-        return (eager if has_tangent else compiled)(x, *arguments)
+        return (eager if has_tangent else compiled)(x, *arguments, **keywords)
 
     return forward

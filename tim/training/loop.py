@@ -11,6 +11,7 @@ from torch import Tensor
 from tim import rng
 from tim.config import Config, to_yaml
 from tim.data.prefetch import Prefetcher
+from tim.models.network import traits_of
 from tim.training.bad_samples import ALL_FILES
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
 from tim.training.logging import RunLogger
@@ -176,7 +177,7 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
     step, positions = int(batch["step"][0]), batch["position"].tolist()
     x = latents(run, batch).to(run.dtype)
     times, drop, z = rng.training_draws(run.seed, step, positions, x.shape[1:])
-    cond, null = run.task.conditions(batch, drop < run.task.drop_prob)
+    cond, uncond = run.task.conditions(batch, drop < run.task.drop_prob)
     z = z.to(device, run.dtype, non_blocking=True)
     with run.accelerator.autocast():
         weighted, projection, log = run.schedule(
@@ -189,7 +190,7 @@ def batch_loss(run: Run, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tenso
             cond,
             use_dir_loss=model.use_dir_loss,
             h_target=repa_target(run, batch, x),
-            null_kwargs=null,
+            null_kwargs=uncond,
             time_kwargs={"normal": times, "position": batch["position"], "global_batch_size": int(batch["total"][0])},
         )
     kept = run.schedule.kept
@@ -221,7 +222,8 @@ def repa_target(run: Run, batch: dict[str, Any], x: Tensor) -> Tensor | None:
         return batch["features"].to(x.device, non_blocking=True)
     if run.encoder is None:
         return None
-    return run.encoder.tokens(batch["image"].to(x.device), [side // run.network.patch_size for side in x.shape[2:]])
+    patch = traits_of(run.network).patch_size
+    return run.encoder.tokens(batch["image"].to(x.device), [side // patch for side in x.shape[2:]])
 
 
 def summary(run: Run) -> str:

@@ -24,7 +24,7 @@ def save_preview(run: Run, step: int) -> None:
         return
     network = run.ema.network if run.ema else run.network
     cond, (height, width), contents = run.task.preview(network)
-    shape = run.vae.latent_shape(height, width) if run.vae else (network.in_channels, height, width)
+    shape = run.vae.latent_shape(height, width) if run.vae else (run.task.channels, height, width)
     z = rng.normals(run.seed, "preview", 0, range(len(contents)), shape).to(run.accelerator.device)
     was_training = network.training
     network.eval()

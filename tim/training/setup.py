@@ -17,7 +17,8 @@ from tim.config import Config
 from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
-from tim.schedulers.transition import TransitionSchedule
+from tim.models.network import build_network, freeze_projector, traits_of
+from tim.schedulers.objective import Objective
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
@@ -43,7 +44,7 @@ class Run:
     network: nn.Module
     model: nn.Module
     ema: EMA | None
-    schedule: TransitionSchedule
+    schedule: Objective
     vae: Autoencoder | None
     encoder: nn.Module | None
     optimizer: Any
@@ -89,30 +90,22 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     t, m = config.training, config.model
     plugin = sharding_plugin(t.fsdp_config)
     accelerator = build_accelerator(config, project_dir)
-    schedule = TransitionSchedule(m.transport.build(), **m.transition_loss)
+    schedule: Objective = m.build_objective()
     if schedule.transport.enhance_target and not m.use_ema:
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
     vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)
-    network = m.network.build().to(getattr(torch, t.dtype))
+    network = build_network(m.network).to(getattr(torch, t.dtype))
     for note in start_from(network, m) if m.ckpt else []:
         accelerator.print(note)
-    encoder = None
     if not m.enc_dir:
-        network.projector.requires_grad_(False)
-    elif config.data.dataset.features_dir is None:
-        from tim.models.radio import Radio
-
-        encoder = Radio.from_checkpoint(m.enc_dir).to(accelerator.device)
-        if encoder.width != network.projector[-1].out_features:
-            raise ValueError(
-                f"model.enc_dir={m.enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it"
-            )
+        freeze_projector(network)
+    encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
 
     ema = EMA(network, m.ema_decay) if m.use_ema else None
-    schedule.lockstep = to_device_or_shard(network, ema, plugin, accelerator)
+    schedule.always_run_derivative = to_device_or_shard(network, ema, plugin, accelerator)
     if t.compile:
         compile_blocks(network)
         if schedule.derivative_type == "jvp":
@@ -137,6 +130,25 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
         optimizer, lr_scheduler, lr, global_batch_size,
     )  # fmt: skip
+
+
+def build_encoder(config: Config, network: nn.Module, device: torch.device) -> nn.Module | None:
+    """The frozen encoder of REPA's target; None without REPA, or when its features come from files.
+
+    Raises:
+        ValueError, FileNotFoundError: for a network without projector or with one of another width, or a missing encoder.
+    """
+    enc_dir, z_dim = config.model.enc_dir, traits_of(network).z_dim
+    if enc_dir and z_dim is None:
+        raise ValueError("model.enc_dir needs a network with a REPA projector (z_dim, return_zs); set model.enc_dir=null")
+    if not enc_dir or config.data.dataset.features_dir is not None:
+        return None
+    from tim.models.radio import Radio
+
+    encoder = Radio.from_checkpoint(enc_dir).to(device)
+    if encoder.width != z_dim:
+        raise ValueError(f"model.enc_dir={enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it")
+    return encoder
 
 
 def to_device_or_shard(

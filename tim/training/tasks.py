@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tim.config import Config
 from tim.data.c2i import build_c2i_dataset
@@ -15,6 +15,7 @@ from tim.data.sampler import BucketBatchSampler, StepBatchSampler
 from tim.data.t2i import build_t2i_dataset
 from tim.distributed import inference_dtype
 from tim.models.autoencoders import Autoencoder
+from tim.models.network import Network, traits_of
 from tim.models.text_encoders import build_text_encoder
 
 PREVIEW_IMAGES = 40
@@ -26,12 +27,14 @@ class Task(Protocol):
     Attributes:
         dataset: the samples.
         drop_prob: probability that a sample is trained without its condition.
+        channels: of the latents, known after `check`.
     """
 
     dataset: Samples
     drop_prob: float
+    channels: int
 
-    def check(self, network: nn.Module) -> None:
+    def check(self, network: Network) -> None:
         """Compare data, conditions and network; ValueError when they do not fit."""
         ...
 
@@ -43,7 +46,7 @@ class Task(Protocol):
         """Network keywords of a micro-batch, and those of its null condition; `dropped` (B,) bool loses its condition."""
         ...
 
-    def preview(self, network: nn.Module) -> tuple[dict, tuple[int, int], list[str]]:
+    def preview(self, network: Network) -> tuple[dict, tuple[int, int], list[str]]:
         """Network keywords of the preview pictures, their height and width in pixels, and what each should show."""
         ...
 
@@ -60,19 +63,20 @@ class ClassTask:
         if has_features(config):
             self.dataset = CachedFeatures(self.dataset, config.data.dataset, config.model.enc_dir)
         self.vae, self.device = vae, device
-        self.num_classes = config.model.network.params.get("num_classes", 1000)
-        self.drop_prob = config.model.network.params.get("class_dropout_prob", 0.1)
+        traits = traits_of(config.model.network)
+        self.num_classes, self.drop_prob = traits.num_classes or self.dataset.num_labels, traits.class_dropout_prob
 
-    def check(self, network: nn.Module) -> None:
+    def check(self, network: Network) -> None:
         """Latent shape, channels and number of classes of the first sample against the network."""
         sample = first_readable(self.dataset, range(min(PROBED, len(self.dataset))))
         stored = "latent" in sample
         shape = check_latents(tuple(sample["latent" if stored else "image"].shape), network, None if stored else self.vae)
+        self.channels, self.side = shape[0], traits_of(network).input_size or shape[-1]
         if "features" in sample:
             check_features(sample["features"], shape, network)
-        if self.dataset.num_labels > network.num_classes or sample["label"] >= network.num_classes:
+        if self.dataset.num_labels > self.num_classes or sample["label"] >= self.num_classes:
             raise ValueError(
-                f"the dataset has {self.dataset.num_labels} classes, model.network.params.num_classes is {network.num_classes}"
+                f"the dataset has {self.dataset.num_labels} classes, model.network.params.num_classes is {self.num_classes}"
             )
 
     def sampler(self, config: Config, **place: int) -> StepBatchSampler:
@@ -86,14 +90,14 @@ class ClassTask:
         if largest >= self.num_classes or int(label.min()) < 0:
             step = int(batch["step"][0]) + 1
             raise ValueError(f"label {largest} of a sample of step {step} is out of range: num_classes is {self.num_classes}")
-        null = torch.full_like(label, self.num_classes)
-        y = torch.where(dropped, null, label)
-        return {"y": y.to(self.device, non_blocking=True)}, {"y": null.to(self.device, non_blocking=True)}
+        uncond = torch.full_like(label, self.num_classes)
+        y = torch.where(dropped, uncond, label)
+        return {"y": y.to(self.device, non_blocking=True)}, {"y": uncond.to(self.device, non_blocking=True)}
 
-    def preview(self, network: nn.Module) -> tuple[dict, tuple[int, int], list[str]]:
+    def preview(self, network: Network) -> tuple[dict, tuple[int, int], list[str]]:
         """Four pictures of each of the first ten classes, at the training size."""
-        y = torch.arange(PREVIEW_IMAGES, device=self.device) % min(10, network.num_classes)
-        side = network.input_size * (self.vae.factor if self.vae else 1)
+        y = torch.arange(PREVIEW_IMAGES, device=self.device) % min(10, self.num_classes)
+        side = self.side * (self.vae.factor if self.vae else 1)
         return {"y": y}, (side, side), [f"class {k}" for k in y.tolist()]
 
     def summary(self) -> str:
@@ -106,15 +110,15 @@ class CaptionTask:
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
         m, self.vae = config.model, vae
         self.encoder = build_text_encoder(m, inference_dtype(config.training.mixed_precision, device), device)
-        self.dataset = build_t2i_dataset(config.data, (vae.factor if vae else 1) * m.network.params.get("patch_size", 2))
+        self.dataset = build_t2i_dataset(config.data, (vae.factor if vae else 1) * traits_of(m.network).patch_size)
         self.drop_prob = m.proportion_empty_prompts
-        self.null_y, _ = self.encoder([""])  # (1, M, width)
+        self.uncond_y, _ = self.encoder([""])  # (1, M, width)
 
-    def check(self, network: nn.Module) -> None:
+    def check(self, network: Network) -> None:
         """Width of the text features and channels of the latents against the network."""
-        network.check_caption_width(self.encoder.width)
+        traits_of(network).check_caption_width(self.encoder.width)
         first_readable(self.dataset, self.dataset.batches[0][:PROBED], "data.dataset.root_dir")
-        check_latents((3, *self.dataset.size(int(self.dataset.batches[0][0]))), network, self.vae)
+        self.channels = check_latents((3, *self.dataset.size(int(self.dataset.batches[0][0]))), network, self.vae)[0]
 
     def sampler(self, config: Config, **place: int) -> BucketBatchSampler:
         """The batches of packed_json."""
@@ -124,9 +128,9 @@ class CaptionTask:
         """Text features (B, M, width) and mask (B, M), those of the empty caption where dropped."""
         captions = ["" if gone else caption for caption, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
         y, y_mask = self.encoder(captions)
-        return {"y": y, "y_mask": y_mask}, {"y": self.null_y.expand(len(captions), -1, -1), "y_mask": None}
+        return {"y": y, "y_mask": y_mask}, {"y": self.uncond_y.expand(len(captions), -1, -1), "y_mask": None}
 
-    def preview(self, network: nn.Module) -> tuple[dict, tuple[int, int], list[str]]:
+    def preview(self, network: Network) -> tuple[dict, tuple[int, int], list[str]]:
         """Captions spread over the samples of the commonest size."""
         sizes = Counter(self.dataset.size(int(batch[0])) for batch in self.dataset.batches)
         size = max(sizes, key=lambda s: (sizes[s], s))
@@ -145,7 +149,7 @@ class CaptionTask:
         )
 
 
-def check_latents(shape: tuple[int, ...], network: nn.Module, vae: Autoencoder | None) -> tuple[int, ...]:
+def check_latents(shape: tuple[int, ...], network: Network, vae: Autoencoder | None) -> tuple[int, ...]:
     """Compare the latents of an image of this shape (C, H, W), or a latent's own shape without `vae`, with the network.
 
     Returns:
@@ -153,9 +157,10 @@ def check_latents(shape: tuple[int, ...], network: nn.Module, vae: Autoencoder |
     """
     if vae is not None:
         shape = vae.latent_shape(*shape[1:])
-    if shape[0] != network.in_channels or shape[1] % network.patch_size or shape[2] % network.patch_size:
+    traits = traits_of(network)
+    if traits.in_channels not in (None, shape[0]) or shape[1] % traits.patch_size or shape[2] % traits.patch_size:
         raise ValueError(
-            f"latents are {shape}, but the network takes {network.in_channels} channels and sides divisible by "
-            f"patch_size={network.patch_size}; check data.dataset.image_size, model.vae_dir and model.network.params"
+            f"latents are {shape}, but the network takes {traits.in_channels} channels and sides divisible by "
+            f"patch_size={traits.patch_size}; check data.dataset.image_size, model.vae_dir and model.network.params"
         )
     return shape

@@ -1,5 +1,7 @@
 """The class-conditional TiM network."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +20,15 @@ class TiM(TransitionTransformer):
         num_classes: number of classes.
     """
 
-    def __init__(self, *args: int, class_dropout_prob: float = 0.1, num_classes: int = 1000, **kwargs: object) -> None:
+    def __init__(self, *args: Any, class_dropout_prob: float = 0.1, num_classes: int = 1000, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        self.y_embedder = LabelEmbedder(num_classes, self.blocks[0].attn.proj.in_features, class_dropout_prob)
+        self.y_embedder = LabelEmbedder(num_classes, self.hidden_size, class_dropout_prob)
         self.initialize_weights()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
+        """As the trunk's, and a small normal label table."""
         super().initialize_weights()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 

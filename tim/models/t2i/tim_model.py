@@ -1,9 +1,13 @@
 """The text-to-image TiM network."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
+from tim.models.blocks import Block
 from tim.models.embeddings import CaptionEmbedder
+from tim.models.network import traits_of
 from tim.models.trunk import TransitionTransformer
 
 
@@ -18,14 +22,15 @@ class TiM(TransitionTransformer):
 
     cross_attention = True
 
-    def __init__(self, *args: int, cap_feat_dim: int = 2048, **kwargs: object) -> None:
+    def __init__(self, *args: Any, cap_feat_dim: int = 2048, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cap_feat_dim = cap_feat_dim
-        self.y_embedder = CaptionEmbedder(cap_feat_dim, self.blocks[0].attn.proj.in_features)
+        self.y_embedder = CaptionEmbedder(cap_feat_dim, self.hidden_size)
         self.initialize_weights()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
+        """As the trunk's, and small normal layers of the caption MLP."""
         super().initialize_weights()
         for layer in (self.y_embedder.mlp.fc1_g, self.y_embedder.mlp.fc1_x, self.y_embedder.mlp.fc2):
             nn.init.normal_(layer.weight, std=0.02)
@@ -74,16 +79,8 @@ class TiM(TransitionTransformer):
             ValueError: when y has another width than cap_feat_dim.
         """
         y = self._embed_caption(y)
-        return torch.stack([block.caption_keys_values(y) for block in self.blocks], dim=1)
-
-    def check_caption_width(self, width: int) -> None:
-        """Raise ValueError unless caption features of this width fit."""
-        if width != self.cap_feat_dim:
-            raise ValueError(
-                f"caption features are {width} wide, the network expects cap_feat_dim={self.cap_feat_dim}; "
-                f"check model.text_encoder_dir, or train with model.network.params.cap_feat_dim={width}"
-            )
+        return torch.stack([cast(Block, block).caption_keys_values(y) for block in self.blocks], dim=1)
 
     def _embed_caption(self, y: Tensor) -> Tensor:
-        self.check_caption_width(y.shape[-1])
+        traits_of(self).check_caption_width(y.shape[-1])
         return self.y_embedder(y)
