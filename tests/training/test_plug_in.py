@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.paths import ROOT
 
 from tim.config import ConfigError, Target, load_config, parse_config, read_tree
 from tim.models.c2i.tim_model import TiM

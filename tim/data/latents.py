@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from tim.data.c2i import class_folders
+from tim.data.folders import class_folders, list_tensors
 from tim.files import write_tensors
 
 FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' words for the dtypes a latent may have
@@ -169,7 +169,7 @@ def check_latents(latent_dir: str | Path, workers: int = 4) -> LatentReport:
 
 def _check_class(folder: Path) -> LatentReport:
     report = LatentReport(leftovers=len(list(folder.glob(".*.part"))), labels={folder.name: Counter()})
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in list_tensors(folder):
         try:
             latent, label = read_latent(path)
             if not torch.isfinite(latent).all():
@@ -190,7 +190,8 @@ def _check_class(folder: Path) -> LatentReport:
 
 def _label_problems(labels: dict[str, Counter]) -> Sequence[str]:
     """Folders whose files disagree on the label, and labels that two folders share."""
-    problems, owner = [], {}
+    problems: list[str] = []
+    owner: dict[int, str] = {}
     for name, counts in labels.items():
         if len(counts) > 1:
             seen = ", ".join(f"{label} ({n} files)" for label, n in counts.most_common(5))
