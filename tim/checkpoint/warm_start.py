@@ -84,12 +84,12 @@ def _new_labels(network: nn.Module, own: Tensor, table: Tensor, source: str) -> 
     """The label table for the network's classes, and a sentence about it."""
     if own.shape[1:] != table.shape[1:]:
         return table, ""  # another width is another network, which loading refuses
-    null = table[-1:].to(own)
-    rows = null + own
+    uncond = table[-1:].to(own)
+    rows = uncond + own
     kept = ""
     traits = traits_of(network)
     if traits.class_dropout_prob > 0:
-        rows[traits.num_classes] = null[0]
+        rows[traits.num_classes] = uncond[0]
         kept = f", kept here as row {traits.num_classes}"
     return rows, (
         f"{source} has a label table of {len(table)} rows, the network one of {len(own)}: all {traits.num_classes} classes "

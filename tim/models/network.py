@@ -103,6 +103,7 @@ def build_network(target: Target) -> nn.Module:
 
 def freeze_projector(network: nn.Module) -> None:
     """Take the REPA projector out of training, for runs without REPA, in which no gradient would ever reach it."""
+    # Left trainable, DDP would wait for a gradient that never comes.
     projector = getattr(network, "projector", None)
     if projector is not None:
         projector.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def difference_times(t: Tensor, r: Tensor, transport: Transport, epsilon: float)
     one_sided = central < MIN_DIFFERENCE
     go_forward = one_sided & (forward >= MIN_DIFFERENCE)
     go_backward = one_sided & ~go_forward
+    # Chosen by masks, sample by sample, so that the device is never waited for.
     zero = torch.zeros_like(t)
     up = torch.where(go_backward, zero, torch.where(go_forward, forward, central))
     down = torch.where(go_forward, zero, torch.where(go_backward, backward, central))
@@ -110,7 +112,7 @@ def jvp_derivative(
     x_t, v_t = transport.path(x, z, expand_times(t, x))
     # Fused attention kernels have no forward-mode derivative.
     options = {**model_kwargs, **accepted(model, jvp=True, attn_type="vanilla_attn")}
-    with forward_ad.dual_level():
+    with forward_ad.dual_level():  # r carries no tangent: it is fixed
         x_dual = forward_ad.make_dual(x_t.to(x.dtype), v_t.to(x.dtype))
         t_dual = transport.c_noise(forward_ad.make_dual(t, torch.ones_like(t)))
         F_dual = model(x_dual, t_dual, transport.c_noise(r), **options)
@@ -121,3 +123,13 @@ def jvp_derivative(
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def precision(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
+    """A context for the derivative passes: ambient precision for None, full for float32 and float64, autocast for half."""
+    if dtype is None:
+        return nullcontext()
+    # Under the trainer's autocast the network would run in half whatever its weights are; only a nested context changes that.
+    if dtype in (torch.float16, torch.bfloat16):
+        return torch.autocast(device_type, dtype=dtype)
+    return torch.autocast(device_type, enabled=False)

@@ -1,6 +1,5 @@
 """The objective of transition models (arXiv 2509.04394, section 3), step by step."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +11,14 @@ from tim.schedulers.derivative import (
     difference_derivative,
     expand_times,
     jvp_derivative,
+    precision,
     take_batch,
 )
 from tim.schedulers.losses import TIME_WEIGHTS, denoising_loss, finite_samples, projection_loss
 from tim.schedulers.transports import OT_FM, Transport
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TransitionSchedule:
@@ -77,9 +80,10 @@ class TransitionSchedule:
         self.weight_t_and_r, self.weight_time_type = weight_t_and_r, weight_time_type
         self.weight_time_tangent, self.weight_time_sigmoid = weight_time_tangent, weight_time_sigmoid
         self.guidance_path = guidance_path
-        self.derivative_dtype = _as_dtype(derivative_dtype)
-        if self.derivative_dtype is None and derivative_type == "dde":
-            self.derivative_dtype = torch.float32
+        if isinstance(derivative_dtype, str):
+            _check_choice("derivative_dtype", derivative_dtype, tuple(PRECISIONS))
+            derivative_dtype = PRECISIONS[derivative_dtype]
+        self.derivative_dtype = torch.float32 if derivative_dtype is None and derivative_type == "dde" else derivative_dtype
         self.kept = torch.ones(0, dtype=torch.bool)  # (B,) of the last call: input, prediction and target are finite
         self.always_run_derivative = False  # True: evaluate dF/dt as often as the other processes, as sharded weights need
 
@@ -228,6 +232,7 @@ class TransitionSchedule:
             u_t, u_r = t / (1 - t), r / (1 - r)
         else:
             u_t, u_r = t, r
+        # By the interval and not by t: short intervals are nearly diffusion training and well conditioned, long ones noisy.
         delta = u_t - u_r if self.weight_t_and_r else u_t
         weight = TIME_WEIGHTS[self.weight_time_type](delta, self.transport.sigma_d)
         return torch.where(torch.arange(t.shape[0], device=t.device) < n_diffusion, torch.ones_like(weight), weight)
@@ -241,6 +246,7 @@ class TransitionSchedule:
             return 0.0, 0.0
         if ema_model is None or uncond is None:
             raise ValueError("enhance_target needs ema_model and null_kwargs: set model.use_ema to true")
+        # Two passes and not one joined: captions and the empty caption may have different lengths.
         c_t = self.transport.c_noise(t)
         return (
             at_least_float32(ema_model(x_t, c_t, c_t, **cond)),
@@ -259,6 +265,7 @@ class TransitionSchedule:
         """
         F_star = self.transport.diffusion_target(x, z, t)
         F_guided = self.transport.guided_target(F_star, t, F_cond, F_uncond) if self.transport.enhance_target else F_star
+        # Inverting (x_t, F~) gives the pair whose interpolation through x_t has the velocity that F~ stands for.
         path_x, path_z = self.transport.estimates(x_t, F_guided, t)
         return path_x.to(x.dtype), path_z.to(z.dtype)
 
@@ -281,7 +288,7 @@ class TransitionSchedule:
         if n == x.shape[0]:
             return dF_dt
         arguments = (model, self.transport, x[n:], z[n:], t[n:], r[n:], take_batch(model_kwargs, n, x.shape[0]))
-        with _precision(x.device.type, self.derivative_dtype):
+        with precision(x.device.type, self.derivative_dtype):
             if self.derivative_type == "dde":
                 tail = difference_derivative(*arguments, self.differential_epsilon)
             else:
@@ -332,25 +339,6 @@ class TransitionSchedule:
             return_trajectory=return_trajectory,
         )
         return torch.stack(result.trajectory).float() if return_trajectory else result.x.float()
-
-
-def _precision(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Ambient precision for None, full precision for float32 and float64, autocast for half types."""
-    if dtype is None:
-        return nullcontext()
-    # Under the trainer's autocast the network would run in half whatever its weights are; only a nested context changes that.
-    if dtype in (torch.float16, torch.bfloat16):
-        return torch.autocast(device_type, dtype=dtype)
-    return torch.autocast(device_type, enabled=False)
-
-
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-    names |= {"float16": torch.float16, "fp16": torch.float16}
-    _check_choice("derivative_dtype", dtype, tuple(names))
-    return names[dtype]
 
 
 def _check_choice(name: str, value: object, choices: tuple) -> None:

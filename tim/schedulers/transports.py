@@ -108,6 +108,7 @@ class Transport:
         """
         normal = torch.randn(batch_size) if normal is None else normal
         # Vectorised and scalar float32 code round exp differently, so a sample's time would depend on the batch size.
+        # On the CPU, the same on every device.
         t = self.time_from_normal(normal.cpu().double())
         return t.clamp(self.T_min, self.T_max).to(device=device, dtype=dtype)
 
@@ -151,6 +152,7 @@ class Transport:
 
     def estimates(self, x_t: Tensor, F: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Invert (x_t, F) to the clean and noise estimates (x, z)."""
+        # Two equations, x_t = alpha x + sigma z and F = alpha_hat x + sigma_hat z, by Cramer's rule; c is their determinant.
         at, hat = self.interpolant(t), self.prediction(t)
         c = hat.sigma_hat * at.alpha - hat.alpha_hat * at.sigma
         return (hat.sigma_hat * x_t - at.sigma * F) / c, (at.alpha * F - hat.alpha_hat * x_t) / c
@@ -215,7 +217,7 @@ class Transport:
             return a * x_t + b * F
         x_hat, z_hat = self.estimates(x_t, F, t)
         at_r = self.interpolant(r)
-        # With fresh noise x_r is no linear function of (x_t, F) any more, so A and B give way to the two estimates.
+        # A and B give ẑ the whole of sigma_r; with a part of it drawn anew the two estimates are weighed apart.
         eta2 = self.renoise_variance(t, r, s_ratio)
         noise = torch.randn_like(x_t) if noise is None else noise
         return at_r.alpha * x_hat + (at_r.sigma**2 - eta2).clamp(min=0).sqrt() * z_hat + eta2.sqrt() * noise
@@ -298,7 +300,7 @@ class TrigFlow(Transport):
         P_mean: float = -1.0,
         P_std: float = 1.6,
         sigma_d: float = 0.5,
-        T_max: float = 1.57,
+        T_max: float = 1.57,  # short of pi / 2, where tan diverges
         T_min: float = 0.0,
         **guidance: Any,
     ) -> None:
