@@ -96,6 +96,13 @@ def test_a_base_is_inherited_key_by_key(tmp_path):
     assert parse_config(yaml.safe_load(printed.stdout)) == load_config(tmp_path / "c.yaml") and "base:" not in printed.stdout
 
 
+def test_params_go_with_their_target(tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        f"base: {DIGITS}\nmodel: {{transport: {{target: tim.schedulers.transports.TrigFlow, params: {{sigma_d: 0.5}}}}}}\n"
+    )
+    assert load_config(tmp_path / "own.yaml").model.transport.params == {"sigma_d": 0.5}
+
+
 def test_a_base_in_a_circle_and_an_absent_one_are_named(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")

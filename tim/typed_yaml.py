@@ -80,7 +80,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     Args:
         path: the file. Its key `base` names a file, relative to it, whose keys it takes over where it has none of its own;
-            mappings are merged key by key, anything else is replaced.
+            mappings are merged key by key, anything else is replaced, and so are the `params` of another `target`.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -91,6 +91,9 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         raise ConfigError(f"override {bad[0]!r} is not of the form a.b=c")
     trees = _load_with_bases(Path(path))
     try:
+        for k, tree in enumerate(trees):
+            for lower in trees[:k]:
+                _forget_params(lower, tree)
         merged = OmegaConf.merge(*trees, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -110,6 +113,16 @@ def _load_with_bases(path: Path, heirs: Sequence[Path] = ()) -> list[DictConfig 
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     base = tree.pop("base", None) if isinstance(tree, DictConfig) else None
     return [tree] if base is None else [*_load_with_bases(path.parent / str(base), chain), tree]
+
+
+def _forget_params(lower: Any, upper: Any) -> None:
+    """Drop the params of a target in `lower` where `upper` names another, to whose class they mean nothing."""
+    if not isinstance(lower, DictConfig) or not isinstance(upper, DictConfig):
+        return
+    if "target" in upper and upper.target != lower.get("target"):
+        lower.pop("params", None)
+    for key in lower.keys() & upper.keys():
+        _forget_params(lower[key], upper[key])
 
 
 def build_typed(cls: type[T], tree: Any, path: str = "", ignored: Collection[str] = ()) -> T:
