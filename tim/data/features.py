@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tim.config import Config, Dataset
+from tim.data import latents
 from tim.data.c2i import Images, Latents
 from tim.data.folders import Folder, find_beside
 from tim.data.replacement import LabelledSamples
@@ -97,12 +98,7 @@ def read_features(path: Path, shape: Sequence[int], mirror: int) -> Tensor:
 
 def find_corruption(path: Path, shape: Sequence[int]) -> str | None:
     """Why a file does not hold `features` of this shape, or None; the size of the file is compared with its header."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            _features(f, shape)
-    except (SafetensorError, OSError, ValueError) as error:
-        return str(error)
-    return None
+    return latents.find_corruption(path, lambda f: _features(f, shape))
 
 
 def write_features(path: Path, features: Tensor) -> None:
