@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from helpers.commands import command
 from helpers.paths import ROOT
 
 from tim.config import ConfigError, load_config, parse_config, to_yaml
@@ -79,3 +80,61 @@ def test_sde_transports_reject_the_ends_they_name_otherwise(name):
     tree["model"]["transport"] = {"target": f"tim.schedulers.transports.{name}", "params": {"T_max": 1.0}}
     with pytest.raises(ConfigError, match="T_max"):
         parse_config(tree)
+
+
+def test_a_base_is_inherited_key_by_key(tmp_path):
+    """Over several files in several folders; --print-config shows the merged result."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text(DIGITS.read_text())
+    (tmp_path / "sub" / "b.yaml").write_text(
+        "base: ../a.yaml\nmodel: {network: {params: {depth: 2}}}\ntraining: {log_steps: 7}\n"
+    )
+    (tmp_path / "c.yaml").write_text("base: sub/b.yaml\ntraining: {log_steps: 9}\n")
+    want = load_config(DIGITS, ["model.network.params.depth=2", "training.log_steps=9", "training.max_train_steps=3"])
+    assert load_config(tmp_path / "c.yaml", ["training.max_train_steps=3"]) == want
+    printed = command("projects/train/trainer_c2i.py", "--config", tmp_path / "c.yaml", "--project_dir", "x", "--print-config")
+    assert parse_config(yaml.safe_load(printed.stdout)) == load_config(tmp_path / "c.yaml") and "base:" not in printed.stdout
+
+
+def test_params_go_with_their_target(tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        f"base: {DIGITS}\nmodel: {{transport: {{target: tim.schedulers.transports.TrigFlow, params: {{sigma_d: 0.5}}}}}}\n"
+    )
+    assert load_config(tmp_path / "own.yaml").model.transport.params == {"sigma_d": 0.5}
+
+
+def test_a_base_in_a_circle_and_an_absent_one_are_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"base leads back to it: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("base: absent.yaml\n")
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml, which is the base of .*b\.yaml"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("name", ["tim_xl_p2_256", "tim_xl_p1_512"])
+def test_model_guidance_differs_from_its_base_in_the_transport_alone(name):
+    base, guided = (load_config(ROOT / f"configs/c2i/{name}{suffix}.yaml") for suffix in ("", "_mg"))
+    base.model.transport.params |= {"enhance_target": True, "w_gt": 1.0, "w_cond": 0.75, "w_start": 0.3, "w_end": 0.8}
+    assert to_yaml(guided) == to_yaml(base)
+
+
+@pytest.mark.parametrize(
+    "override,match",
+    [
+        ("data.data_type=null", r"data\.data_type is missing"),
+        ("data.dataset.target=helpers.own.Waves", r"data\.dataset\.target replaces data\.data_type"),
+        ("data={dataset: {target: absent.Waves}}", r"data\.dataset\.target='absent\.Waves' cannot be imported"),
+        ("data={dataset: {target: tim.rng.normals}}", r"data\.dataset\.target='tim\.rng\.normals' is no class"),
+        (
+            "data={dataset: {target: tim.data.c2i.PackageDataset, params: {nam: digits}}}",
+            r"data\.dataset\.params\.nam; did you mean 'name'",
+        ),
+    ],
+)
+def test_own_datasets_are_checked_like_other_targets(override, match):
+    tree = yaml.safe_load(DIGITS.read_text())
+    own = yaml.safe_load(override.partition("=")[2]) if override.startswith("data={") else None
+    with pytest.raises(ConfigError, match=match):
+        parse_config({**tree, "data": own}) if own else load_config(DIGITS, [override])

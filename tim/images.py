@@ -20,26 +20,12 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.De
 PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """An image file as RGB: see `decode`.
-
-    Raises:
-        ValueError: when the file is missing or cannot be decoded; the message names it.
-    """
-    return decode(path, str(path))
-
-
-def open_on_white(path: str | Path) -> Image.Image:
-    """`open_rgb`, upright by its EXIF orientation."""
-    return decode(path, str(path), upright=True)
-
-
-def decode(source: str | Path | BinaryIO, name: str, upright: bool = False) -> Image.Image:
+def open_rgb(source: str | Path | BinaryIO, name: str | None = None, upright: bool = False) -> Image.Image:
     """An image as RGB: transparent parts on white, 16-bit grey scaled to 8, of an animation the first frame.
 
     Args:
         source: path or open file.
-        name: of the image, for the error.
+        name: of the image, for the error; by default its path.
         upright: turn it by its EXIF orientation.
 
     Raises:
@@ -57,7 +43,8 @@ def decode(source: str | Path | BinaryIO, name: str, upright: bool = False) -> I
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+        cause = str(error).replace(repr(source), "it")  # Pillow names an open file by its address, new every time
+        raise ValueError(f"{name or source} cannot be read as an image: {cause}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -134,10 +121,10 @@ def make_grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 2) ->
 def labelled_grid(
     rows: Sequence[Sequence[np.ndarray]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 96
 ) -> np.ndarray:
-    """Draw pictures row by row, each row with its label to the left and each column with its label above.
+    """Draw images row by row, each row with its label to the left and each column with its label above.
 
     Args:
-        rows: uint8 pictures (H, W, 3) of any size; they are scaled to fit a cell, small ones by whole factors.
+        rows: uint8 images (H, W, 3) of any size; they are scaled to fit a cell, small ones by whole factors.
         cell: side of a cell in pixels.
 
     Returns:
@@ -152,21 +139,21 @@ def labelled_grid(
     draw = ImageDraw.Draw(canvas)
     for column, label in enumerate(column_labels):
         draw.text((LABEL_WIDTH + column * (cell + PAD) + cell / 2, PAD), label, fill="black", font=font, anchor="ma")
-    for k, (pictures, lines) in enumerate(zip(rows, wrapped, strict=True)):
+    for k, (images, lines) in enumerate(zip(rows, wrapped, strict=True)):
         y = top + k * (cell + PAD)
         middle = y + (cell - line * len(lines)) / 2
         for number, text in enumerate(lines):
             draw.text((LABEL_WIDTH - 2 * PAD, middle + number * line), text, fill="black", font=font, anchor="ra")
-        for column, picture in enumerate(pictures):
-            image = _fit_cell(picture, cell)
+        for column, pixels in enumerate(images):
+            image = _fit_cell(pixels, cell)
             x = LABEL_WIDTH + column * (cell + PAD)
             canvas.paste(image, (x + (cell - image.width) // 2, y + (cell - image.height) // 2))
     return np.asarray(canvas)
 
 
-def _fit_cell(picture: np.ndarray, cell: int) -> Image.Image:
+def _fit_cell(pixels: np.ndarray, cell: int) -> Image.Image:
     """Scale to fit: up by the largest whole factor, or down."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     factor = cell // max(image.size)
     if factor >= 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -19,11 +19,11 @@ def main() -> None:
     layout.add_argument("--factor", type=int, default=32, help="pixels per token along a side")
     size = layout.add_mutually_exclusive_group(required=True)
     size.add_argument("--tokens-per-batch", type=int, help="tokens of a batch in every bucket")
-    size.add_argument("--batch-size", type=int, help="pictures of a batch in the square bucket; others have as many tokens")
-    layout.add_argument("--native", action="store_true", help="every picture keeps its own size, floored, up to the area")
+    size.add_argument("--batch-size", type=int, help="images of a batch in the square bucket; others have as many tokens")
+    layout.add_argument("--native", action="store_true", help="every image keeps its own size, floored, up to the area")
     layout.add_argument("--max-aspect", type=float, help="longest over shortest side of a bucket (default: 4)")
-    layout.add_argument("--min-bucket", type=int, default=1, help="merge buckets of fewer pictures into the nearest")
-    layout.add_argument("--no-upscale", action="store_true", help="leave out pictures smaller than their bucket")
+    layout.add_argument("--min-bucket", type=int, default=1, help="merge buckets of fewer images into the nearest")
+    layout.add_argument("--no-upscale", action="store_true", help="leave out images smaller than their bucket")
     layout.add_argument("--seed", type=int, default=0, help="of the shuffle")
     args = parser.parse_args()
     if args.native and args.max_aspect is not None:
@@ -32,7 +32,8 @@ def main() -> None:
         raise ValueError(f"--factor must be >= 1, got {args.factor}")
     tokens = args.tokens_per_batch if args.batch_size is None else args.batch_size * (args.area / args.factor) ** 2
 
-    from tim.preparation.buckets import build_buckets, read, write
+    from tim.preparation.buckets import build_buckets, write
+    from tim.preparation.captioned import read
 
     records, skipped, root = read(args.source, args.root, args.out)
     buckets = build_buckets(
@@ -50,7 +51,7 @@ def main() -> None:
     print(buckets.table())
     left_out = skipped + buckets.left_out
     if left_out:
-        print(f"{len(left_out)} pictures are not used:", *left_out[:10], *["..."] * (len(left_out) > 10), sep="\n  ")
+        print(f"{len(left_out)} images are not used:", *left_out[:10], *["..."] * (len(left_out) > 10), sep="\n  ")
     print(f"data.dataset.root_dir={root} data.dataset.jsonl_dir={jsonl} data.dataset.packed_json={packed}")
 
 

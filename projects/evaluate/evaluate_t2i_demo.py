@@ -18,10 +18,12 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     from tim.config import load_config
-    from tim.data.t2i import load_t2i_dataset
+    from tim.data.registry import build_t2i_dataset
     from tim.demo.t2i_report import evaluate, read_runs, real_pictures, table, write_report
+    from tim.models.autoencoders import pixels_per_token
 
-    real = real_pictures(load_t2i_dataset(load_config(args.config, args.overrides)))
+    config = load_config(args.config, args.overrides)
+    real = real_pictures(build_t2i_dataset(config.data, pixels_per_token(config.model)))
     runs = read_runs(args.samples)
     metrics = evaluate(args.judge, runs, real)
     write_report(metrics, runs, real, args.out)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from tim.config import Data, Dataset, load_config
-from tim.data.c2i import build_c2i_dataset
+from tim.data.registry import build_c2i_dataset
 from tim.data.replacement import ReplacingDataset
 from tim.data.sampler import StepBatchSampler
 from tim.images import open_rgb

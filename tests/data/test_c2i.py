@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_images
 
 from tim import rng
 from tim.config import Data, Dataset
-from tim.data.c2i import build_c2i_dataset
+from tim.data.registry import build_c2i_dataset
 from tim.data.replacement import ReplacingDataset
 from tim.data.sampler import SampleKey
 from tim.images import center_crop, make_grid, open_rgb, save_png, to_tensor, to_uint8

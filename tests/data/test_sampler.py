@@ -21,7 +21,7 @@ def steps(size, world, accumulation, batch, start=0, end=6, seen=0, seed=3):
         for keys in order(size, world, accumulation, batch, rank, start, end, seen, seed):
             assert len(keys) == batch and [k.position for k in keys] == sorted(k.position for k in keys)
             for key in keys:
-                assert out.setdefault(key.step, {}).setdefault(key.position, key.index) == key.index
+                assert out.setdefault(key.step, {}).setdefault(key.position, key.sample) == key.sample
     return out
 
 
@@ -77,9 +77,9 @@ def packed_steps(world, accumulation, **kwargs):
     out = {}
     for rank in range(world):
         for keys in packed(world, accumulation, rank, **kwargs):
-            assert sorted(k.index for k in keys) in PACKED  # one packed batch, so one picture size
+            assert sorted(k.sample for k in keys) in PACKED  # one packed batch, so one picture size
             assert [k.position for k in keys] == sorted(k.position for k in keys)
-            out.setdefault(keys[0].step, set()).update((k.position, k.index, k.total) for k in keys)
+            out.setdefault(keys[0].step, set()).update((k.position, k.sample, k.total) for k in keys)
     return out
 
 
@@ -112,7 +112,7 @@ def test_the_order_inside_a_packed_batch_changes():
     """Else the same pictures would be diffusion samples in every epoch."""
     orders = {}
     for keys in packed(1, 1, 0, end=40):
-        orders.setdefault(len(keys), set()).add(tuple(k.index for k in keys))
+        orders.setdefault(len(keys), set()).add(tuple(k.sample for k in keys))
     assert all(len(orders[n]) > 1 for n in (2, 3, 4, 5))
 
 

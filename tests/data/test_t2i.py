@@ -11,7 +11,9 @@ from sklearn.datasets import load_sample_images
 
 from tim import rng
 from tim.config import Data, Dataset
-from tim.data.t2i import CaptionedImages, build_t2i_dataset, fit, open_on_white
+from tim.data.registry import build_t2i_dataset
+from tim.data.t2i import CaptionedImages, fit
+from tim.images import open_rgb
 
 CAPTIONS = [["a red flower", "eine rote Blüte"], ["a Chinese temple 寺"], ["a small flower"]]
 
@@ -122,16 +124,16 @@ def test_transparency_lies_on_white(tmp_path):
     rgba.putpixel((1, 0), (0, 0, 0, 128))
     for name in ("rgba.png", "rgba.webp"):
         rgba.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-        pixels = np.asarray(open_on_white(tmp_path / name))
+        pixels = np.asarray(open_rgb(tmp_path / name, upright=True))
         assert pixels[0, 0].tolist() == [255, 0, 0] and pixels[0, 1].tolist() == [127] * 3 and pixels[1].min() == 255
     Image.new("LA", (2, 2), (10, 0)).save(tmp_path / "la.png")
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 0, 0, 255])
     palette.save(tmp_path / "p.png", transparency=1)
     for name in ("la.png", "p.png"):
-        assert np.asarray(open_on_white(tmp_path / name)).min() == 255
+        assert np.asarray(open_rgb(tmp_path / name, upright=True)).min() == 255
     palette.save(tmp_path / "opaque.png")
-    assert np.asarray(open_on_white(tmp_path / "opaque.png"))[0, 0].tolist() == [0, 0, 255]
+    assert np.asarray(open_rgb(tmp_path / "opaque.png", upright=True))[0, 0].tolist() == [0, 0, 255]
 
 
 def test_pictures_stand_upright(tmp_path):
@@ -139,13 +141,13 @@ def test_pictures_stand_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held a quarter turn: show it turned clockwise
     halves.save(tmp_path / "turned.jpg", exif=exif)
-    pixels = np.asarray(open_on_white(tmp_path / "turned.jpg"))
+    pixels = np.asarray(open_rgb(tmp_path / "turned.jpg", upright=True))
     assert pixels.shape == (64, 32, 3) and pixels[:24].max() < 20 and pixels[-24:].min() > 235
 
 
 def test_sixteen_bit_grey_keeps_its_range(tmp_path):
     Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(open_on_white(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 128, 255]
+    assert np.asarray(open_rgb(tmp_path / "deep.png", upright=True))[0, :, 0].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from sklearn.datasets import load_sample_images
 
 from tim import rng
 from tim.data.t2i import CaptionedImages
-from tim.preparation.buckets import Record, bucket_sizes, build_buckets, native_size
+from tim.preparation.buckets import bucket_sizes, build_buckets, native_size
+from tim.preparation.captioned import Record
 
 SHAPES = [(512, 512), (640, 427), (427, 640), (300, 299), (900, 225), (100, 1000), (333, 777), (777, 333), (64, 48)]  # (w, h)
 TOOL = "tools/build_t2i_buckets.py"
@@ -69,7 +70,7 @@ def test_a_folder_becomes_a_dataset(folder, tmp_path):
     photo = next(e for e in entries if e["image_file"] == "photo0.jpg")
     assert photo["captions"] == ["a photograph 写真 0", "another view"] and photo["bucket"] == "bucket-96x160"
     assert "写真" in (tmp_path / "out" / "data_info.jsonl").read_text(encoding="utf-8"), "not escaped"
-    for text in ("96x160", f"{len(data)} pictures", "mean crop loss", f"root_dir={folder}"):
+    for text in ("96x160", f"{len(data)} images", "mean crop loss", f"root_dir={folder}"):
         assert text in printed
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["bucket_sampler.json", "data_info.jsonl"]
 
@@ -162,7 +163,7 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(folder, tmp_path):
     for number in range(8):
         Image.new("RGB", (9, 9)).save(folder / f"z{number}.png")
     printed = command(TOOL, folder, "--out", tmp_path / "out", "--batch-size", 1).stdout
-    assert len(info(tmp_path / "out")) == 2 + len(SHAPES) - 4 and "12 pictures are not used" in printed
+    assert len(info(tmp_path / "out")) == 2 + len(SHAPES) - 4 and "12 images are not used" in printed
     assert printed.count("no caption") == 9 and "drawn/3.png: cannot identify" in printed and "z5.png" in printed
     assert "z6.png" not in printed, "ten are named"
 
@@ -220,7 +221,7 @@ def test_small_buckets_are_merged_into_the_nearest():
     assert len(built.batch_size) == 2 and len(built.records) == 11
     assert built.sizes[9] == built.sizes[10] == (512, 512) and built.sizes[5][1] > built.sizes[5][0]
     assert len(build_buckets(records(shapes)).batch_size) == 4
-    with pytest.raises(ValueError, match=r"no bucket has 6 pictures, the fullest has 5"):
+    with pytest.raises(ValueError, match=r"no bucket has 6 images, the fullest has 5"):
         build_buckets(records(shapes), min_bucket=6)
 
 
@@ -231,7 +232,7 @@ def test_pictures_need_not_be_enlarged():
     assert built.left_out == ["1.png: smaller than its bucket", "3.png: smaller than its bucket"]
     for record, (h, w) in zip(built.records, built.sizes, strict=True):
         assert record.height >= h and record.width >= w
-    with pytest.raises(ValueError, match="all 1 pictures are smaller"):
+    with pytest.raises(ValueError, match="all 1 images are smaller"):
         build_buckets(records([(300, 300)]), upscale=False)
 
 
@@ -264,10 +265,10 @@ def test_mistakes_are_one_line(folder, tmp_path):
     (tmp_path / "cut.tar").write_bytes(b"")
     cases = [
         ([tmp_path / "nowhere"], "no folder or file"),
-        ([empty], "no usable picture"),
+        ([empty], "no usable image"),
         ([broken], "line 2:"),
         ([numbers], "line 1: captions must be strings"),
-        ([absent], "no usable picture .*1 skipped, as a.png"),
+        ([absent], "no usable image .*1 skipped, as a.png"),
         ([tmp_path / "cut.tar"], "neither a folder, nor a .jsonl, nor a tar shard"),
         ([broken, numbers], "several sources must all be tar shards"),
         ([folder, "--root", empty], "does not lie in the root folder"),

@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tim.config import Config, Dataset
-from tim.data.c2i import C2IDataset, ImageFolderDataset, LatentDataset
+from tim.data import latents
+from tim.data.c2i import Images, Latents
+from tim.data.folders import Folder, find_beside
+from tim.data.replacement import LabelledSamples
 from tim.files import claim, sha256, write_tensors
-from tim.models.network import Network, traits_of
 
 RECORD = "features.json"
 
@@ -30,7 +32,7 @@ def has_features(config: Config) -> bool:
     return config.model.enc_dir is not None
 
 
-class CachedFeatures(C2IDataset):
+class CachedFeatures:
     """Samples of a dataset with `features` (N, D), those of the mirror where the sample is mirrored.
 
     Args:
@@ -43,18 +45,19 @@ class CachedFeatures(C2IDataset):
         ValueError: when the features were made by another encoder or at another image_size, or samples are not in folders.
     """
 
-    def __init__(self, samples: C2IDataset, dataset: Dataset, enc_dir: str) -> None:
-        if not isinstance(samples, ImageFolderDataset | LatentDataset):
+    def __init__(self, samples: LabelledSamples, dataset: Dataset, enc_dir: str) -> None:
+        files = samples.files if isinstance(samples, Images | Latents) else None
+        if not isinstance(files, Folder):
             raise ValueError("data.dataset.features_dir needs images or latents in class folders")
         self.samples, self.num_labels = samples, samples.num_labels
         root = Path(str(dataset.features_dir))
         record = read_record(root)
-        wanted = {"encoder_sha256": sha256(_encoder_file(enc_dir))}
+        wanted: dict[str, Any] = {"encoder_sha256": sha256(_encoder_file(enc_dir))}
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)
         self.shape = (2, record["tokens"], record["width"])
-        self.files = _matching_features(root, samples)
+        self.paths = _matching_features(root, files.paths[files.kind])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,22 +69,16 @@ class CachedFeatures(C2IDataset):
             ValueError: when the file of features is damaged or has another shape; the message names it.
         """
         sample = self.samples.load(index, g)
-        return {**sample, "features": read_features(self.files[index], self.shape, int(sample["mirrored"]))}
-
-    def peers(self, index: int) -> np.ndarray:
-        """Those of the samples."""
-        return self.samples.peers(index)
+        return {**sample, "features": read_features(self.paths[index], self.shape, int(sample["mirrored"]))}
 
 
-def check_features(features: Tensor, latent: Sequence[int], network: Network) -> None:
-    """ValueError unless features (N, D) have one row per token of latents (C, h, w), of the projector's width."""
-    traits = traits_of(network)
-    p = traits.patch_size
-    wanted = (latent[1] // p * (latent[2] // p), traits.z_dim)
+def check_features(features: Tensor, latent: Sequence[int], patch_size: int, z_dim: int | None) -> None:
+    """ValueError unless features (N, D) have one row per token of latents (C, h, w), of the projector's width `z_dim`."""
+    wanted = (latent[1] // patch_size * (latent[2] // patch_size), z_dim)
     if tuple(features.shape) != wanted:
         raise ValueError(
             f"data.dataset.features_dir holds {features.shape[0]} features of width {features.shape[1]} for each image; "
-            f"latents {tuple(latent)}, patch_size={p} and z_dim={wanted[1]} need {wanted[0]} of width {wanted[1]}. Make them "
+            f"latents {tuple(latent)}, patch_size={patch_size} and z_dim={z_dim} need {wanted[0]} of width {z_dim}. Make them "
             "anew with this config, or mend model.network.params.z_dim"
         )
 
@@ -101,12 +98,7 @@ def read_features(path: Path, shape: Sequence[int], mirror: int) -> Tensor:
 
 def find_corruption(path: Path, shape: Sequence[int]) -> str | None:
     """Why a file does not hold `features` of this shape, or None; the size of the file is compared with its header."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            _features(f, shape)
-    except (SafetensorError, OSError, ValueError) as error:
-        return str(error)
-    return None
+    return latents.find_corruption(path, lambda f: _features(f, shape))
 
 
 def write_features(path: Path, features: Tensor) -> None:
@@ -144,15 +136,13 @@ def _encoder_file(enc_dir: str) -> Path:
     return Path(enc_dir)
 
 
-def _matching_features(root: Path, samples: ImageFolderDataset | LatentDataset) -> list[Path]:
-    """The file of each sample: same class folder, same stem."""
-    paths = [entry[0] if isinstance(entry, tuple) else entry for entry in samples.files]
-    folders = {path.parent.name for path in paths}
-    there = {name: {p.name for p in (root / name).glob("*.safetensors")} for name in folders}
-    missing = [path for path in paths if f"{path.stem}.safetensors" not in there[path.parent.name]]
+def _matching_features(root: Path, paths: Sequence[Path]) -> list[Path]:
+    """The file of features of each sample."""
+    files = find_beside(paths, root, "features")
+    missing = [path for path, file in zip(paths, files, strict=True) if file is None]
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} samples have no file in {root}, the first is {missing[0]}; run "
             "tools/cache_radio_features.py again, and leave out images that it cannot read"
         )
-    return [root / path.parent.name / f"{path.stem}.safetensors" for path in paths]
+    return [file for file in files if file is not None]

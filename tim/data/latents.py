@@ -1,7 +1,7 @@
 """Files of preprocessed latents: `<class>/<name>.safetensors` with `latent` (2, C, h, w), image and mirror, and `label`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from tim.data.c2i import class_folders
+from tim.data.folders import class_folders, list_tensors
 from tim.files import write_tensors
 
 FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' words for the dtypes a latent may have
@@ -30,11 +30,15 @@ def write_latent(path: Path, latent: Tensor, label: int) -> None:
     write_tensors(path, {"latent": latent.contiguous(), "label": torch.tensor(label)}, find_corruption)
 
 
-def find_corruption(path: Path) -> str | None:
-    """Why a file is no latent file, or None; reads the header, and compares the size of the file with it."""
+def find_corruption(path: Path, check: Callable[[Any], Any] | None = None) -> str | None:
+    """Why a file is no latent file, or None; reads the header, and compares the size of the file with it.
+
+    Args:
+        check: of the open file, in place of that for latents; ValueError when it holds something else.
+    """
     try:
         with safe_open(path, framework="pt") as f:
-            _header(f)
+            (check or _header)(f)
     except (SafetensorError, OSError, ValueError) as error:
         return str(error)
     return None
@@ -114,17 +118,6 @@ class LatentReport:
     moments: dict[int, Moments] = field(default_factory=lambda: defaultdict(Moments))
     problems: list[str] = field(default_factory=list)
 
-    def merge(self, other: "LatentReport") -> None:
-        """Count all that `other` counted."""
-        self.files, self.bytes = self.files + other.files, self.bytes + other.bytes
-        self.leftovers += other.leftovers
-        self.shapes += other.shapes
-        self.dtypes += other.dtypes
-        self.labels |= other.labels
-        self.problems += other.problems
-        for channels, moments in other.moments.items():
-            self.moments[channels].merge(moments)
-
     def text(self) -> str:
         """The report for people."""
         lines = [f"{self.files} whole files in {len(self.labels)} classes, {self.bytes / 1e9:.3g} GB"]
@@ -159,38 +152,47 @@ def check_latents(latent_dir: str | Path, workers: int = 4) -> LatentReport:
     report = LatentReport()
     folders = class_folders(str(latent_dir))
     with ThreadPoolExecutor(workers) as pool:
-        for part in tqdm(pool.map(_check_class, folders), total=len(folders), unit=" classes", desc="reading", disable=None):
-            report.merge(part)
+        for folder in tqdm(folders, unit=" classes", desc="reading", disable=None):
+            _check_class(report, folder, pool)
     report.problems += _label_problems(report.labels)
     if len(report.moments) > 1:
         report.problems.append(f"channels differ between files: {', '.join(map(str, sorted(report.moments)))}")
     return report
 
 
-def _check_class(folder: Path) -> LatentReport:
-    report = LatentReport(leftovers=len(list(folder.glob(".*.part"))), labels={folder.name: Counter()})
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            latent, label = read_latent(path)
-            if not torch.isfinite(latent).all():
-                raise ValueError("holds non-finite values")
-        except ValueError as error:
-            report.problems.append(f"{path}: {error}")
+def _check_class(report: LatentReport, folder: Path, pool: ThreadPoolExecutor) -> None:
+    """Enter the files of a class into the report."""
+    paths, labels = list_tensors(folder), Counter[int]()
+    report.leftovers += len(list(folder.glob(".*.part")))
+    report.labels[folder.name] = labels
+    for path, content in zip(paths, pool.map(_read_finite, paths), strict=True):
+        if isinstance(content, str):
+            report.problems.append(f"{path}: {content}")
             continue
+        latent, label = content
+        labels[label] += 1
         report.files += 1
         report.bytes += path.stat().st_size
         report.shapes[tuple(latent.shape[1:])] += 1
         report.dtypes[str(latent.dtype).removeprefix("torch.")] += 1
-        report.labels[folder.name][label] += 1
         report.moments[latent.shape[1]].add(latent)
-    if not report.files:
+    if not labels:
         report.problems.append(f"{folder}: no whole latent file in this class")
-    return report
+
+
+def _read_finite(path: Path) -> tuple[Tensor, int] | str:
+    """Latent and label of a file, or what is wrong with it."""
+    try:
+        latent, label = read_latent(path)
+    except ValueError as error:
+        return str(error)
+    return (latent, label) if torch.isfinite(latent).all() else "holds non-finite values"
 
 
 def _label_problems(labels: dict[str, Counter]) -> Sequence[str]:
     """Folders whose files disagree on the label, and labels that two folders share."""
-    problems, owner = [], {}
+    problems: list[str] = []
+    owner: dict[int, str] = {}
     for name, counts in labels.items():
         if len(counts) > 1:
             seen = ", ".join(f"{label} ({n} files)" for label, n in counts.most_common(5))

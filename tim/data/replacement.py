@@ -14,25 +14,44 @@ PROBED = 8  # samples tried before a run starts
 
 
 class Samples(Protocol):
-    """What the trainer needs of a dataset."""
+    """What the trainer needs of a dataset.
+
+    A dataset may also have `peers(index)`, an array of the samples that may stand in for `index` when it cannot be read;
+    without it any sample may.
+    """
 
     def __len__(self) -> int: ...
 
     def load(self, index: int, g: np.random.Generator) -> dict[str, Any]:
-        """One sample; `g` decides its augmentation.
+        """One sample, in a worker process.
+
+        Args:
+            index: from 0 to len - 1.
+            g: decides its augmentation; nothing else may, so that a run can be repeated and resumed.
+
+        Returns:
+            `image` (C, H, W) in [-1, 1] or a `latent` (C, h, w), or both when REPA reads the image beside a latent, all of
+            one size within a batch; and the condition, an int `label` or a `caption`.
 
         Raises:
-            ValueError, OSError: when its file is missing or unreadable; the message names it.
+            ValueError, OSError: when its file is missing or unreadable; the message names it. Another sample takes its
+                place, and data.max_bad_samples says how often.
         """
         ...
 
-    def peers(self, index: int) -> np.ndarray:
-        """Samples that may stand in for `index` when it cannot be read."""
-        ...
+
+class LabelledSamples(Samples, Protocol):
+    """What the class-conditional trainer needs: samples with `label`.
+
+    Attributes:
+        num_labels: labels lie in [0, num_labels).
+    """
+
+    num_labels: int
 
 
-class ReplacingDataset(Dataset):
-    """Samples read by SampleKey. An unreadable one is replaced by a peer drawn from (seed, step, position).
+class ReplacingDataset(Dataset[dict[str, Any]]):
+    """Samples read by SampleKey. An unreadable one is replaced by another, drawn from (seed, step, position).
 
     Every item is the sample's dictionary with `index`, `step`, `position`, `total` and `problem`; a loader makes micro-batches
     of them (`tim.data.batch.Batch`).
@@ -42,7 +61,7 @@ class ReplacingDataset(Dataset):
         self.samples, self.seed = samples, seed
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        index, problem = key.index, ""
+        index, problem = key.sample, ""
         for attempt in range(MAX_REPLACEMENTS + 1):
             try:
                 sample = self.samples.load(index, rng.generator(self.seed, "data", key.step, key.position))
@@ -50,7 +69,7 @@ class ReplacingDataset(Dataset):
                 return {**sample, **place, "problem": problem}
             except (ValueError, OSError) as error:
                 problem = problem or f"sample {index}: {error}"
-                peers = self.samples.peers(index)
+                peers = self.samples.peers(index) if hasattr(self.samples, "peers") else range(len(self.samples))
                 draw = rng.generator(self.seed, "replace", key.step, key.position).integers(len(peers), size=attempt + 1)
                 index = int(peers[draw[-1]])
         raise ValueError(f"{MAX_REPLACEMENTS} replacements in a row cannot be read either; first: {problem}")

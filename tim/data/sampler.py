@@ -1,6 +1,8 @@
 """Which samples a step sees: pure functions of (seed, epoch, index), so that any step can be resumed anywhere."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ class SampleKey(NamedTuple):
 
     step: int
     position: int
-    index: int
+    sample: int
     total: int
 
 
@@ -30,34 +32,37 @@ def sample_index(seed: int, place: int, size: int) -> int:
     return int(epoch_order(seed, epoch, size)[rest])
 
 
-class BatchOrder:
+@dataclass(kw_only=True)
+class BatchOrder(ABC):
     """Micro-batches of one rank from `start_step` to `max_steps`; subclasses say which samples they hold.
 
     Args:
-        samples_per_step: what a step takes over all ranks and micro-batches; samples, or packed batches of buckets.
-        samples_seen: how many of them were taken before start_step.
+        seed: of the run.
+        accumulation: micro-batches of a step, for each of `world_size` processes; this one is number `rank`.
+        samples_seen: samples, or packed batches of buckets, that were taken before start_step.
     """
 
-    def __init__(
-        self,
-        samples_per_step: int,
-        *,
-        seed: int,
-        accumulation: int,
-        world_size: int,
-        rank: int,
-        start_step: int,
-        max_steps: int,
-        samples_seen: int,
-    ) -> None:
-        self.samples_per_step, self.seed = samples_per_step, seed
-        self.accumulation, self.world_size, self.rank = accumulation, world_size, rank
-        self.start_step, self.max_steps, self.samples_seen = start_step, max_steps, samples_seen
+    seed: int
+    accumulation: int
+    world_size: int
+    rank: int
+    start_step: int
+    max_steps: int
+    samples_seen: int
 
     def __len__(self) -> int:
         return max(0, self.max_steps - self.start_step) * self.accumulation
 
+    @property
+    @abstractmethod
+    def samples_per_step(self) -> int:
+        """What a step takes over all ranks and micro-batches, counted like samples_seen."""
 
+    @abstractmethod
+    def __iter__(self) -> Iterator[list[SampleKey]]: ...
+
+
+@dataclass
 class StepBatchSampler(BatchOrder):
     """Batches of any samples of one size; a step takes batch_size x accumulation x world_size of them.
 
@@ -68,12 +73,15 @@ class StepBatchSampler(BatchOrder):
     Args:
         size: samples in the dataset.
         batch_size: per rank and micro-batch.
-        place: see `BatchOrder`.
     """
 
-    def __init__(self, size: int, batch_size: int, **place: int) -> None:
-        super().__init__(batch_size * place["accumulation"] * place["world_size"], **place)
-        self.size = size
+    size: int
+    batch_size: int
+
+    @property
+    def samples_per_step(self) -> int:
+        """The global batch."""
+        return self.batch_size * self.accumulation * self.world_size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         total = self.samples_per_step
@@ -85,8 +93,9 @@ class StepBatchSampler(BatchOrder):
                 yield [SampleKey(step, p, sample_index(self.seed, first + p, self.size), total) for p in places]
 
 
+@dataclass
 class BucketBatchSampler(BatchOrder):
-    """Packed batches: each has one picture size, batches differ in size and length.
+    """Packed batches: each has one image size, batches differ in size and length.
 
     One step takes world x accumulation packed batches; batch j of them is micro-batch j // world of rank j mod world.
     Batches are shuffled anew every epoch, and so is the order inside each. Positions run through all batches of the step
@@ -94,12 +103,14 @@ class BucketBatchSampler(BatchOrder):
 
     Args:
         batches: sample indices of each packed batch.
-        place: see `BatchOrder`.
     """
 
-    def __init__(self, batches: Sequence[Sequence[int]], **place: int) -> None:
-        super().__init__(place["accumulation"] * place["world_size"], **place)
-        self.batches = batches
+    batches: Sequence[Sequence[int]]
+
+    @property
+    def samples_per_step(self) -> int:
+        """Packed batches of a step."""
+        return self.accumulation * self.world_size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         count = self.samples_per_step

@@ -45,7 +45,10 @@ class ShardIndex:
     def save(self, path: Path, stamp: Stamp) -> None:
         """Write an index file so that it is either whole or absent, also when several processes write it."""
         with replacing(path) as partial, open(partial, "wb") as f:
-            np.savez(f, version=VERSION, stamp=np.array(stamp), keys=self.keys, labels=self.labels, **self.spans)
+            np.savez(
+                f, version=np.array(VERSION), stamp=np.array(stamp), keys=self.keys, labels=self.labels,
+                latent=self.spans["latent"], image=self.spans["image"],
+            )  # fmt: skip
 
     @classmethod
     def load(cls, path: Path, stamp: Stamp) -> "ShardIndex | None":
@@ -67,7 +70,7 @@ class Shards:
         index_dir: where index files are kept, default `folder`. Missing ones are made.
 
     Attributes:
-        index: of all samples.
+        index: of all samples. labels: its labels, -1 where there is none.
 
     Raises:
         FileNotFoundError: when the folder, its shards or some of them are missing.
@@ -84,12 +87,13 @@ class Shards:
             np.concatenate([part.labels for part in parts]),
             {kind: np.concatenate([part.spans[kind] for part in parts]) for kind in KINDS},
         )
+        self.labels = self.index.labels
         self._open: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.index.keys)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         """Without the open files, which belong to this process."""
         return {**self.__dict__, "_open": {}}
 
@@ -98,8 +102,13 @@ class Shards:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    def name(self, index: int) -> str:
-        """Shard and sample, for messages."""
+    @property
+    def num_folders(self) -> int:
+        """Class folders of all samples."""
+        return len({key.rpartition(b"/")[0] for key in self.index.keys.tolist()})
+
+    def name(self, index: int, kind: str = "sample") -> str:
+        """Shard and sample, for messages, whatever `kind` of member they are about."""
         return f"{self.paths[self.shard[index]]}: {self.index.keys[index].decode()}"
 
     def need(self, *kinds: str) -> "Shards":
@@ -179,15 +188,16 @@ def load_indices(paths: Sequence[Path], stamps: Sequence[Stamp], index_dir: Path
     """The index of every shard; missing and outdated ones are made, shared out between the processes that ask at once."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     files = [index_dir / f"{path.name}.index.npz" for path in paths]
-    found: list[ShardIndex | None] = [None] * len(paths)
+    found: dict[int, ShardIndex] = {}
     first = len(paths) * rank // world
     order = [*range(first, len(paths)), *range(first)]
     for k in tqdm(order, desc="opening shards", unit="shard", delay=1, leave=False, disable=rank > 0 or None):
-        found[k] = ShardIndex.load(files[k], stamps[k])
-        if found[k] is None:
-            found[k] = scan_shard(paths[k])
-            save_index(found[k], files[k], stamps[k])
-    return found
+        index = ShardIndex.load(files[k], stamps[k])
+        if index is None:
+            index = scan_shard(paths[k])
+            save_index(index, files[k], stamps[k])
+        found[k] = index
+    return [found[k] for k in range(len(paths))]
 
 
 def save_index(index: ShardIndex, path: Path, stamp: Stamp) -> None:
@@ -254,7 +264,14 @@ def _kind(suffix: str) -> str | None:
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    text = tar.extractfile(member).read()
+    text = read_member(tar, member)
     if not text.strip().isdigit():
         raise ValueError(f"{member.name} holds {text[:20]!r} instead of a label")
     return int(text)
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The content of a plain file."""
+    file = tar.extractfile(member)
+    assert file is not None, "links and folders are refused before"
+    return file.read()

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tim.config import Config, Data
-from tim.images import open_on_white, to_tensor
+from tim.images import open_rgb, to_tensor
 
 BUCKET = re.compile(r"(?:.+-)?([0-9]+)x([0-9]+)")
 KEYS = ("image_file", "bucket", "captions")
@@ -76,7 +75,7 @@ class CaptionedImages:
             ValueError: when the image is missing or unreadable; the message names the file.
         """
         image_file, captions = self._entry(index)
-        image = fit(open_on_white(self.root / image_file), *self.size(index), self.resize)
+        image = fit(open_rgb(self.root / image_file, upright=True), *self.size(index), self.resize)
         return {"image": to_tensor(image), "caption": captions[int(g.integers(len(captions)))]}
 
     def captions(self, index: int) -> list[str]:
@@ -88,33 +87,6 @@ class CaptionedImages:
             f.seek(self._offsets[index])
             image_file, _, captions = parse_line(f.readline())
         return image_file, captions
-
-
-def build_t2i_dataset(data: Data, factor: int) -> CaptionedImages:
-    """The dataset a config names.
-
-    Args:
-        factor: pixels per token along a side: the autoencoder's factor times the network's patch size.
-
-    Raises:
-        ValueError, FileNotFoundError: for another data_type, missing keys, files or malformed lines.
-    """
-    d = data.dataset
-    if data.data_type != "image_ms":
-        raise ValueError(f"data.data_type={data.data_type!r} is not text-to-image; use image_ms")
-    for key in ("root_dir", "jsonl_dir", "packed_json"):
-        if getattr(d, key) is None:
-            raise ValueError(f"data.data_type=image_ms needs data.dataset.{key}")
-    return CaptionedImages(d.root_dir, d.jsonl_dir, d.packed_json, factor, d.resize)
-
-
-def load_t2i_dataset(config: Config) -> CaptionedImages:
-    """The dataset of a config at the sizes that its autoencoder and network see; see `build_t2i_dataset`."""
-    from tim.models.autoencoders import Autoencoder
-    from tim.models.network import traits_of
-
-    factor = Autoencoder.factor_of(config.model.vae_dir)
-    return build_t2i_dataset(config.data, factor * traits_of(config.model.network).patch_size)
 
 
 def prompts_by_size(dataset: CaptionedImages, limit: int | None = None) -> dict[tuple[int, int], list[str]]:
@@ -175,7 +147,8 @@ def parse_line(line: bytes) -> tuple[str, tuple[int, int], list[str]]:
 
 def _scan(path: Path, factor: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
     """Validate every line; the byte offset and size number of each, and the sizes."""
-    offsets, size_of, sizes = array("q"), array("i"), {}
+    offsets, size_of = array("q"), array("i")
+    sizes: dict[tuple[int, int], int] = {}
     with open(path, "rb") as f:
         start = 0
         for number, line in enumerate(f, start=1):

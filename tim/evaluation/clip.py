@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms import InterpolationMode, functional
 
-from tim.config import nearest
 from tim.files import sha256
 from tim.models.loading import model_identity
+from tim.typed_yaml import nearest
 
 OPEN_CLIP = "open_clip:"
 BICUBIC = InterpolationMode.BICUBIC

@@ -8,6 +8,9 @@ import torch
 from diffusers.models import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
+from tim.config import Model
+from tim.models.network import traits_of
+
 
 class Autoencoder:
     """latent = (z - shift) * scaling_factor; z is the DC-AE code or a sample of the KL posterior.
@@ -156,3 +159,12 @@ def _read_config(vae_dir: str) -> tuple[type[AutoencoderKL] | type[AutoencoderDC
 def _factor(config: Mapping[str, Any]) -> int:
     """Every block but the first halves the sides."""
     return 2 ** (len(config.get("encoder_block_out_channels") or config["block_out_channels"]) - 1)
+
+
+def pixels_per_token(model: Model) -> int:
+    """Pixels per token along a side, by the configs alone: the autoencoder's factor times the network's patch size.
+
+    Raises:
+        ValueError: when there is no autoencoder in vae_dir.
+    """
+    return Autoencoder.factor_of(model.vae_dir) * traits_of(model.network).patch_size

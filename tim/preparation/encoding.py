@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tim.data.c2i import class_folders
-from tim.images import UNREADABLE, list_images
+from tim.data.folders import Folder, check_stems
+from tim.images import UNREADABLE
 from tim.resumable import Block, progress_bar
 
 PATIENCE = timedelta(days=1)  # how long a process waits for slower ones
@@ -51,16 +51,11 @@ def list_sources(image_dir: str, target_dir: Path) -> list[Source]:
         FileNotFoundError: when image_dir is missing or holds no class folder.
         ValueError: when a class is empty, or two images would become one file.
     """
-    sources = []
-    for label, folder in enumerate(class_folders(image_dir)):
-        owner: dict[str, Path] = {}
-        for path in list_images(folder):
-            if owner.setdefault(path.stem, path) is not path:
-                raise ValueError(f"{path} and {owner[path.stem].name} would both become {path.stem}.safetensors; rename one")
-            sources.append(Source(path, target_dir / folder.name / f"{path.stem}.safetensors", label))
-        if not owner:
-            raise ValueError(f"class folder {folder} is empty; fill or remove it")
-    return sources
+    folder = Folder("image", image_dir)
+    paths = folder.paths["image"]
+    check_stems(paths, "both become {}.safetensors")
+    targets = [target_dir / path.parent.name / f"{path.stem}.safetensors" for path in paths]
+    return [Source(*entry) for entry in zip(paths, targets, folder.labels.tolist(), strict=True)]
 
 
 def encode_missing(

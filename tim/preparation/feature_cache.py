@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tim import rng
 from tim.config import Config
-from tim.data.c2i import build_c2i_dataset, load_square
+from tim.data.c2i import load_square
 from tim.data.features import RECORD, find_corruption, write_features
+from tim.data.registry import build_c2i_dataset
 from tim.distributed import set_tf32, use_cpu
 from tim.files import claim, sha256
 from tim.models.autoencoders import Autoencoder
@@ -51,11 +52,12 @@ def cache_features(
     set_tf32(config.training.allow_tf32)
     encoder = Radio.from_checkpoint(config.model.enc_dir).to(state.device)
     grid = token_grid(config)
+    tokens, width = grid[0] * grid[1], int(encoder.width)
     record = {
         "encoder_sha256": sha256(Path(config.model.enc_dir)),
         "image_size": d.image_size,
-        "tokens": grid[0] * grid[1],
-        "width": encoder.width,
+        "tokens": tokens,
+        "width": width,
         "dtype": dtype,
     }
     sources = list_sources(d.image_dir, root)
@@ -103,6 +105,7 @@ def token_grid(config: Config) -> tuple[int, int]:
     if config.data.data_type == "latent":
         sides = build_c2i_dataset(config.data).load(0, rng.generator(0, "data"))["latent"].shape[1:]
     else:
+        assert d.image_size is not None, "cache_features has checked it"
         sides = [d.image_size // Autoencoder.factor_of(config.model.vae_dir)] * 2
     if sides[0] % patch or sides[1] % patch:
         raise ValueError(f"latents of {sides[0]}x{sides[1]} do not divide by model.network.params.patch_size={patch}")

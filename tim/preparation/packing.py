@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from tim.data.c2i import list_latents, list_samples, matching_images
+from tim.data.folders import Folder, check_stems
 from tim.data.shards import KINDS, ShardIndex, save_index, scan_shard, shard_name, stamp_of
 from tim.files import replacing
-from tim.images import list_images
 
 
 class Sample(NamedTuple):
@@ -31,24 +30,19 @@ def list_sources(latent_dir: str | None, image_dir: str | None) -> list[Sample]:
     Raises:
         ValueError, FileNotFoundError: when a folder or file is missing, or two files of a class differ in the suffix alone.
     """
-    if latent_dir is None and image_dir is None:
-        raise ValueError("nothing to pack: name a folder of latents, of images, or both")
-    if latent_dir is None:
-        files, _ = list_samples(image_dir, list_images)
-        samples = [Sample(_key(path), {"image": path}, label) for path, label in files]
+    if latent_dir is not None:
+        folder = Folder("latent", latent_dir)
+        if image_dir is not None:
+            folder.add_images(image_dir)
+    elif image_dir is not None:
+        folder = Folder("image", image_dir)
     else:
-        latents = [path for path, _ in list_samples(latent_dir, list_latents)[0]]
-        images = matching_images(latents, Path(image_dir)) if image_dir is not None else [None] * len(latents)
-        samples = [
-            Sample(_key(path), {"latent": path} | ({"image": image} if image else {}), None)
-            for path, image in zip(latents, images, strict=True)
-        ]
-    seen: dict[str, Sample] = {}
-    for sample in samples:
-        if seen.setdefault(sample.key, sample) is not sample:
-            first, second = (next(iter(s.files.values())) for s in (seen[sample.key], sample))
-            raise ValueError(f"{first} and {second.name} would be one sample; rename one")
-    return samples
+        raise ValueError("nothing to pack: name a folder of latents, of images, or both")
+    own = folder.paths[folder.kind]
+    check_stems(own, "be one sample")
+    labels = [None] * len(own) if latent_dir is not None else folder.labels.tolist()  # latent files hold theirs
+    files = [dict(zip(folder.paths, paths, strict=True)) for paths in zip(*folder.paths.values(), strict=True)]
+    return [Sample(f"{path.parent.name}/{path.stem}", *rest) for path, *rest in zip(own, files, labels, strict=True)]
 
 
 def build_shards(
@@ -88,10 +82,6 @@ def build_shards(
         jobs = pool.map(lambda path, chunk: _ensure_shard(path, chunk, folder), paths, chunks)
         made = sum(tqdm(jobs, total=len(paths), desc="packing", unit="shard", disable=None))
     return paths, made
-
-
-def _key(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
 
 
 def _ensure_shard(path: Path, samples: Sequence[Sample], index_dir: Path) -> bool:

@@ -4,18 +4,20 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 from torch import Tensor
 
-from tim.config import ConfigError, build_typed, read_tree
 from tim.data.c2i import load_square
 from tim.data.t2i import fit
 from tim.images import open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
 from tim.preparation.buckets import native_size
+from tim.typed_yaml import build_typed, read_tree
 
-DTYPES = ("float32", "float16", "bfloat16")
+Dtype = Literal["float32", "float16", "bfloat16"]
+Count = Annotated[int, ">= 1"]
+NotNegative = Annotated[int, ">= 0"]
 
 
 @dataclass(kw_only=True)
@@ -30,21 +32,13 @@ class Settings:
     vae_dir: str
     image_dir: str
     latent_dir: str | None = None
-    seed: int = 0
-    batch_size: int = 32
-    num_workers: int = 4
-    vae_dtype: str = "float32"
-    latent_dtype: str = "float32"
+    seed: NotNegative = 0
+    batch_size: Count = 32
+    num_workers: NotNegative = 4
+    vae_dtype: Dtype = "float32"
+    latent_dtype: Dtype = "float32"
     allow_tf32: bool = True
-    statistics_files: int = 20000
-
-    def __post_init__(self) -> None:
-        for key in ("vae_dtype", "latent_dtype"):
-            if getattr(self, key) not in DTYPES:
-                raise ConfigError(f"{key}={getattr(self, key)!r} is not one of {', '.join(DTYPES)}")
-        for key, least in (("seed", 0), ("batch_size", 1), ("num_workers", 0), ("statistics_files", 1)):
-            if getattr(self, key) < least:
-                raise ConfigError(f"{key} must be >= {least}, got {getattr(self, key)}")
+    statistics_files: Count = 20000
 
     def identity(self, vae: Autoencoder, classes: list[str]) -> dict[str, Any]:
         """What the content of the files depends on, up to rounding; the names of the classes give the labels."""
@@ -96,6 +90,9 @@ class Native(Settings):
         return to_tensor(fit(image, height, width, "crop"))
 
 
-def load_settings(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Any:
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def load_settings(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
     """Read and validate a YAML file of `Square` or `Native`; ConfigError names what does not fit."""
     return build_typed(kind, read_tree(path, overrides))

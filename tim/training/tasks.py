@@ -9,11 +9,10 @@ from torch import Tensor
 
 from tim.config import Config
 from tim.data.batch import Batch
-from tim.data.c2i import build_c2i_dataset
 from tim.data.features import CachedFeatures, check_features, has_features
+from tim.data.registry import build_c2i_dataset, build_t2i_dataset
 from tim.data.replacement import PROBED, Samples, first_readable
 from tim.data.sampler import BucketBatchSampler, StepBatchSampler
-from tim.data.t2i import build_t2i_dataset
 from tim.distributed import inference_dtype
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import Network, traits_of
@@ -77,7 +76,8 @@ class ClassTask:
         shape = check_latents(tuple(sample["latent" if stored else "image"].shape), network, None if stored else self.vae)
         self.channels, self.side = shape[0], traits_of(network).input_size or shape[-1]
         if "features" in sample:
-            check_features(sample["features"], shape, network)
+            traits = traits_of(network)
+            check_features(sample["features"], shape, traits.patch_size, traits.z_dim)
         if self.dataset.num_labels > self.num_classes or sample["label"] >= self.num_classes:
             raise ValueError(
                 f"the dataset has {self.dataset.num_labels} classes, model.network.params.num_classes is {self.num_classes}"

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import ImageColor
 
-from tim.config import nearest
 from tim.evaluation.command import DEFAULT_CLIP
+from tim.typed_yaml import nearest
 
 ORIGINAL = "original"  # bgcolor that leaves the background as it is
 RANGES = {

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torchvision.ops import nms
 
-from tim.config import nearest
 from tim.evaluation.geneval.detection import COCO_CLASSES, Detections
 from tim.evaluation.geneval.options import Options
+from tim.typed_yaml import nearest
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")

@@ -1,0 +1,104 @@
+"""Samples in class folders: `root/<class>/<name>.*`. Classes and files are numbered in the order of their names."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tim.images import list_images
+
+
+class Folder:
+    """Files of samples; what another folder holds of the same samples can be added.
+
+    Args:
+        kind: of the files, `image` or `latent`.
+        root: holds the class folders.
+
+    Attributes:
+        paths: kind -> a file for each sample.
+        labels: (n,) int64, numbers of the class folders. num_folders: how many there are.
+
+    Raises:
+        FileNotFoundError: when root is missing or holds no folder.
+        ValueError: when a folder is empty.
+    """
+
+    def __init__(self, kind: str, root: str | Path) -> None:
+        folders = class_folders(root)
+        files = [LISTERS[kind](folder) for folder in folders]
+        for folder, found in zip(folders, files, strict=True):
+            if not found:
+                raise ValueError(f"class folder {folder} is empty; fill or remove it")
+        self.kind, self.num_folders = kind, len(folders)
+        self.paths = {kind: [path for found in files for path in found]}
+        self.labels = np.repeat(np.arange(len(folders)), [len(found) for found in files])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def add_images(self, root: str | Path) -> None:
+        """Add the image of each sample: same class folder, same stem.
+
+        Raises:
+            FileNotFoundError: when a sample has none.
+        """
+        own = self.paths[self.kind]
+        images = find_beside(own, Path(root), "image")
+        for path, image in zip(own, images, strict=True):
+            if image is None:
+                raise FileNotFoundError(f"{self.kind} {path} has no image {Path(root) / path.parent.name / path.stem}.*")
+        self.paths["image"] = [image for image in images if image is not None]
+
+    def name(self, index: int, kind: str) -> str:
+        """The file, for messages."""
+        return str(self.paths[kind][index])
+
+    def read(self, index: int, kind: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            ValueError: when it is missing or cannot be read; the message names it.
+        """
+        try:
+            return self.paths[kind][index].read_bytes()
+        except OSError as error:
+            raise ValueError(f"{self.name(index, kind)} cannot be read: {error}") from error
+
+
+def class_folders(root: str | Path) -> list[Path]:
+    """Class folders sorted by name.
+
+    Raises:
+        FileNotFoundError: when root is missing or holds no folder.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"no dataset folder {root}")
+    folders = sorted(p for p in Path(root).iterdir() if p.is_dir())
+    if not folders:
+        raise FileNotFoundError(f"{root} holds no class folders; expected {root}/<class>/<file>")
+    return folders
+
+
+def list_tensors(folder: Path) -> list[Path]:
+    """Files of latents or features in one folder, sorted by name."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+LISTERS = {"image": list_images, "latent": list_tensors, "features": list_tensors}
+
+
+def find_beside(paths: Sequence[Path], root: Path, kind: str) -> list[Path | None]:
+    """The file under `root` with the class folder and stem of each path; None where there is none."""
+    folders = {path.parent.name: root / path.parent.name for path in paths}
+    there = {name: {p.stem: p for p in LISTERS[kind](f)} if f.is_dir() else {} for name, f in folders.items()}
+    return [there[path.parent.name].get(path.stem) for path in paths]
+
+
+def check_stems(paths: Iterable[Path], fate: str) -> None:
+    """ValueError when two files of a class differ in the suffix alone; `fate` says what they would be, `{}` is their stem."""
+    seen: dict[tuple[str, str], Path] = {}
+    for path in paths:
+        first = seen.setdefault((path.parent.name, path.stem), path)
+        if first is not path:
+            raise ValueError(f"{first} and {path.name} would {fate.format(path.stem)}; rename one")

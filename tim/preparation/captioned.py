@@ -1,0 +1,188 @@
+"""Images with captions as people have them: a folder with a text file beside each, a jsonl, webdataset tar shards."""
+
+import json
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from tim.data.shards import read_member
+from tim.files import replacing
+from tim.images import IMAGE_SUFFIXES, UNREADABLE
+
+EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+
+
+class Record(NamedTuple):
+    """One image: its file relative to the root folder, its upright size in pixels, its captions."""
+
+    image_file: str
+    height: int
+    width: int
+    captions: list[str]
+
+
+def read(sources: Sequence[Path], root: Path | None, out: Path) -> tuple[list[Record], list[str], Path]:
+    """Images of a folder, a jsonl or tar shards (given, or in the folder given).
+
+    Args:
+        root: folder that file names are relative to. None: the folder itself, the folder of the jsonl, or out/images
+            for the images of tar shards.
+
+    Returns:
+        records, why other images are skipped (one line each), root.
+
+    Raises:
+        FileNotFoundError, ValueError: when a source is missing or of no known kind.
+    """
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"no folder or file {source}")
+    first = sources[0]
+    shards = sorted(first.glob("*.tar")) if first.is_dir() else [s for s in sources if s.is_file() and tarfile.is_tarfile(s)]
+    if shards and (first.is_dir() or len(shards) == len(sources)):
+        root = root or out / "images"
+        return *read_tars(shards, root), root
+    if len(sources) > 1:
+        raise ValueError(f"several sources must all be tar shards, got {', '.join(map(str, sources))}")
+    if first.is_dir():
+        return *read_folder(first, root or first), root or first
+    if first.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"{first} is neither a folder, nor a .jsonl, nor a tar shard")
+    return *read_jsonl(first, root or first.parent), root or first.parent
+
+
+def read_folder(folder: Path, root: Path) -> tuple[list[Record], list[str]]:
+    """Images under folder, subfolders too; the captions of `name.png` are the non-empty lines of `name.txt`."""
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{folder} does not lie in the root folder {root}")
+    inside = folder.resolve().relative_to(root.resolve())
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    texts = [path.with_suffix(".txt") for path in files]
+    captions = [_captions_of_text(text.read_bytes()) if text.is_file() else [] for text in texts]
+    names = [(inside / path.relative_to(folder)).as_posix() for path in files]
+    return _measure(list(zip(names, captions, strict=True)), root)
+
+
+def read_jsonl(path: Path, root: Path) -> tuple[list[Record], list[str]]:
+    """Lines with `image_file` (relative to root) and `captions` (list) or `caption`.
+
+    Raises:
+        ValueError: for a malformed line; the message has its number, counted from 1.
+    """
+    captioned = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or not isinstance(entry.get("image_file"), str):
+                    raise ValueError("expected a JSON object with image_file")
+                captioned.append((entry["image_file"], _captions_of_entry(entry)))
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: {error}") from error
+    return _measure(captioned, root)
+
+
+def read_tars(shards: Sequence[Path], root: Path) -> tuple[list[Record], list[str]]:
+    """Webdataset shards: `key.jpg` (png, ...) with `key.txt` or `key.json`; images are unpacked to root/<shard>/.
+
+    Files that are there in the same size are kept, so a second run unpacks nothing.
+
+    Raises:
+        ValueError: for a broken archive, or members that are links or lead outside.
+    """
+    repeated = [stem for stem, count in Counter(s.stem for s in shards).items() if count > 1]
+    if repeated:
+        raise ValueError(f"several shards are named {repeated[0]}; their images would share a folder")
+    captioned: list[tuple[str, list[str]]] = []
+    for shard in shards:
+        try:
+            captioned += _unpack(shard, root)
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{shard} cannot be read as a tar file: {error}") from error
+    return _measure(captioned, root)
+
+
+def _unpack(shard: Path, root: Path) -> list[tuple[str, list[str]]]:
+    """Unpack the images of a shard; (file relative to root, captions) of each."""
+    keys: dict[str, str] = {}
+    captions: dict[str, list[str]] = defaultdict(list)
+    with tarfile.open(shard) as tar:
+        for member in tqdm(tar, desc=shard.name, unit=" files", disable=None):
+            name = PurePosixPath(member.name)
+            if member.isdir():
+                continue
+            if not member.isfile() or name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"{shard}: member {member.name!r} is a link or leads outside the folder")
+            key, suffix = str(name.with_suffix("")), name.suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                keys[str(shard.stem / name)] = key
+                _unpack_member(tar, member, root / shard.stem / name)
+            elif suffix == ".txt":
+                captions[key] += _captions_of_text(read_member(tar, member))
+            elif suffix == ".json":
+                captions[key] += _captions_of_json(read_member(tar, member))
+    return [(file, list(dict.fromkeys(captions[key]))) for file, key in sorted(keys.items())]
+
+
+def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
+    if path.is_file() and path.stat().st_size == member.size:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(read_member(tar, member))
+
+
+def _captions_of_text(text: bytes) -> list[str]:
+    """The non-empty lines; none when the text is not UTF-8."""
+    try:
+        lines = text.decode("utf-8-sig").replace("\r", "\n").split("\n")
+    except UnicodeDecodeError:
+        return []
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _captions_of_json(text: bytes) -> list[str]:
+    """`caption` and `captions` of a shard's JSON member; none when it is malformed."""
+    try:
+        entry = json.loads(text)
+        return _captions_of_entry(entry) if isinstance(entry, dict) else []
+    except ValueError:
+        return []
+
+
+def _captions_of_entry(entry: dict[str, Any]) -> list[str]:
+    captions = []
+    for key in ("caption", "captions"):
+        value = entry.get(key)
+        captions += value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(c, str) for c in captions):
+        raise ValueError(f"captions must be strings, got {str(captions)[:80]}")
+    return [c for c in captions if c.strip()]
+
+
+def _measure(captioned: Sequence[tuple[str, list[str]]], root: Path) -> tuple[list[Record], list[str]]:
+    """Read the headers; records, and why other images are skipped. ValueError when all are."""
+    records, skipped = [], []
+    for file, captions in tqdm(captioned, desc="headers", unit=" images", disable=None):
+        if not captions:
+            skipped.append(f"{file}: no caption (UTF-8 text)")
+            continue
+        try:
+            "".join([file, *captions]).encode()  # lone surrogates cannot be written
+            with Image.open(root / file) as image:
+                width, height = image.size
+                # Pillow decodes a whole PNG in search of a late EXIF block; it comes early if at all.
+                exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+                turned = exif.get(EXIF_ORIENTATION) in QUARTER_TURNS
+        except UNREADABLE as error:
+            skipped.append(f"{file}: {error}")
+            continue
+        records.append(Record(file, *((width, height) if turned else (height, width)), captions))
+    if not records:
+        raise ValueError(f"no usable image in {root}" + (f"; {len(skipped)} skipped, as {skipped[0]}" if skipped else ""))
+    return records, skipped
