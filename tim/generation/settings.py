@@ -2,9 +2,12 @@
 
 import argparse
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from tim.schedulers.sampling import SAMPLE_TYPES
-from tim.schedulers.transports import Transport
+from tim.schedulers import SAMPLE_TYPES
+
+if TYPE_CHECKING:
+    from tim.schedulers.transports import Transport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -45,11 +48,23 @@ class SampleSettings:
     tile_vae: int | None = None
     compile_vae: bool = False
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, of settings that a sampler has filled in."""
+        assert self.height is not None and self.width is not None
+        return self.height, self.width
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """T_max and T_min, of settings that `check` has filled in."""
+        assert self.T_max is not None and self.T_min is not None
+        return self.T_max, self.T_min
+
     def guidance(self) -> tuple[float, float, float, bool]:
         """Scale, low and high end of the window, and whether the first step is guided."""
         return self.cfg_scale, self.guidance_low, self.guidance_high, self.guide_first_step
 
-    def check(self, transport: Transport) -> None:
+    def check(self, transport: "Transport") -> None:
         """Fill T_max and T_min from the transport and refuse impossible values, each by its flag."""
         self.T_max = float(transport.T_max if self.T_max is None else self.T_max)
         self.T_min = float(transport.T_min if self.T_min is None else self.T_min)

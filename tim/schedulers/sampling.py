@@ -9,9 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from tim.schedulers import SAMPLE_TYPES
 from tim.schedulers.transports import Transport
-
-SAMPLE_TYPES = ("transition", "diffusion")
 
 
 @dataclass

@@ -1,0 +1,201 @@
+"""The sampling commands: parse, read what is to be drawn, draw. Heavy imports wait until the command line has been read."""
+
+import argparse
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tim.generation.settings import SampleSettings, add_sample_arguments, settings_from
+
+if TYPE_CHECKING:
+    from tim.config import Config
+    from tim.generation.prompt_sets import Prompts, PromptSet
+
+
+def sample_c2i(argv: list[str] | None = None) -> None:
+    """Draw class-conditional images.
+
+    Args:
+        argv: words of the command line (default: sys.argv).
+    """
+    parser = argparse.ArgumentParser(description="Draw class-conditional images; run the same command again to continue.")
+    add_sample_arguments(parser)
+    classes = parser.add_argument_group("classes and files")
+    classes.add_argument("--num-classes", type=int, help="labels cycle through this many classes (default: all)")
+    classes.add_argument("--class-labels", default="cycle", help="cycle | random | a list such as 207,360")
+    classes.add_argument("--npz", action="store_true", help="also pack the images for ADM's evaluator")
+    args = parser.parse_args(argv)
+
+    from accelerate import PartialState
+
+    from tim.config import load_config
+    from tim.generation.prompt_sets import ClassLabels
+
+    config = load_config(args.config)
+    network_classes = config.model.network.params.get("num_classes", 1000)
+    labels = ClassLabels(args.class_labels, args.num_classes, network_classes, args.global_seed, args.num_fid_samples)
+    (folder,) = _draw(args, config, labels, [settings_from(args)])
+    if args.npz and PartialState().is_main_process:
+        labels.pack_npz(folder)
+
+
+def sample_t2i(argv: list[str] | None = None) -> None:
+    """Draw images of prompts at any sizes and numbers of steps; else as `sample_c2i`."""
+    parser = argparse.ArgumentParser(
+        description="Draw images of your own prompts at any sizes and numbers of steps, with a labelled grid of each size."
+    )
+    parser.conflict_handler = "resolve"  # --num-steps takes several
+    add_sample_arguments(parser)
+    own = parser.add_argument_group("prompts and runs")
+    source = own.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts; an empty one is the null caption")
+    source.add_argument("--prompt-file", help="text file with one prompt a line")
+    own.add_argument("--size", nargs="+", metavar="HxW", help="height x width in pixels, any number of sizes")
+    own.add_argument("--num-steps", nargs="+", type=int, default=[4], help="any number of step counts (default: 4)")
+    own.add_argument("--images-per-prompt", type=int, default=1, help="images of a prompt, each of its own seed")
+    own.add_argument("--text-padding", choices=("mask", "batch"), help="default: the config's, else mask")
+    args = parser.parse_args(argv)
+
+    from accelerate import PartialState
+
+    from tim.generation.engine import save_prompt_grids
+    from tim.generation.prompt_sets import PromptFiles, read_prompts
+
+    prompt_set = PromptFiles(args.prompts or read_prompts(args.prompt_file), args.images_per_prompt)
+    sizes = [_parse_size(text) for text in args.size] if args.size else [(args.height, args.width)]
+    args.num_fid_samples = prompt_set.groups * prompt_set.per_group
+    base = settings_from(args)
+    runs = [replace(base, height=h, width=w, num_steps=n) for h, w in sizes for n in args.num_steps]
+    folders = _draw(args, _caption_config(args), prompt_set, runs, "prompts-")
+    if PartialState().is_main_process:
+        save_prompt_grids(prompt_set, folders, args.num_steps)
+
+
+def sample_geneval(argv: list[str] | None = None) -> None:
+    """Draw the images of GenEval's prompts; else as `sample_c2i`."""
+    parser = _benchmark_parser(
+        "Draw four images of every GenEval prompt; run the same command again to continue.",
+        "geneval",
+        "datasets/geneval/evaluation_metadata.jsonl",
+        "GenEval's evaluation_metadata.jsonl",
+    )
+    parser.add_argument("--images-per-prompt", type=int, default=4, help="images of a prompt")
+    args = parser.parse_args(argv)
+
+    from tim.generation.prompt_sets import GenEvalPrompts
+
+    _draw_benchmark(args, GenEvalPrompts(args.caption_dir, args.images_per_prompt))
+
+
+def sample_dpgbench(argv: list[str] | None = None) -> None:
+    """Draw the images of DPG-Bench's prompts; else as `sample_c2i`."""
+    parser = _benchmark_parser(
+        "Draw a 2x2 grid of images of every DPG-Bench prompt; run the same command again to continue.",
+        "dpgbench",
+        "datasets/dpg_bench/prompts",
+        "folder of DPG-Bench's prompts, <id>.txt",
+    )
+    parser.add_argument("--images-per-prompt", type=int, default=4, help="images side by side in a file")
+    args = parser.parse_args(argv)
+
+    from tim.generation.prompt_sets import DPGPrompts
+
+    _draw_benchmark(args, DPGPrompts(args.caption_dir, args.images_per_prompt))
+
+
+def sample_mjhq30k(argv: list[str] | None = None) -> None:
+    """Draw the images of MJHQ-30K's prompts; else as `sample_c2i`."""
+    parser = _benchmark_parser(
+        "Draw an image of every MJHQ-30K prompt; run the same command again to continue.",
+        "mjhq30k",
+        "datasets/mjhq30k/meta_data.json",
+        "MJHQ-30K's meta_data.json",
+    )
+    parser.add_argument("--image-format", choices=("png", "jpg"), default="png", help="of the files")
+    args = parser.parse_args(argv)
+
+    from tim.generation.prompt_sets import MJHQPrompts
+
+    _draw_benchmark(args, MJHQPrompts(args.caption_dir, args.image_format))
+
+
+def _benchmark_parser(description: str, data_type: str, caption_dir: str, source: str) -> argparse.ArgumentParser:
+    """The shared flags of the benchmarks.
+
+    Args:
+        data_type: goes in front of the folder's name.
+        caption_dir: default of --caption-dir; source: what is expected there.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    add_sample_arguments(parser)
+    parser.set_defaults(num_fid_samples=None, num_steps=4)
+    parser.add_argument("--caption-dir", default=caption_dir, help=f"{source} (default: %(default)s)")
+    parser.add_argument("--data-type", default=data_type, help="first word of the folder's name")
+    parser.add_argument("--num-classes", type=int, help=argparse.SUPPRESS)  # in published command lines, means nothing here
+    parser.add_argument("--text-padding", choices=("mask", "batch"), help="default: the config's, else mask")
+    return parser
+
+
+def _draw_benchmark(args: argparse.Namespace, prompt_set: "Prompts") -> None:
+    """Draw the images of a benchmark, or of its first prompts."""
+    if args.num_classes is not None:
+        warnings.warn("--num-classes has no effect on text-to-image sampling", stacklevel=2)
+    if args.num_fid_samples is not None:
+        if args.num_fid_samples < 1:
+            raise ValueError(f"--num-fid-samples must be >= 1, got {args.num_fid_samples}")
+        prompt_set.first(args.num_fid_samples)
+    args.num_fid_samples = prompt_set.groups * prompt_set.per_group
+    _draw(args, _caption_config(args), prompt_set, [settings_from(args)], f"{args.data_type}-")
+
+
+def _caption_config(args: argparse.Namespace) -> "Config":
+    """The config of a text-to-image model, with --text-padding."""
+    from tim.config import load_config
+
+    config = load_config(args.config)
+    if config.model.text_encoder_dir is None:
+        raise ValueError("model.text_encoder_dir is not set; text-to-image needs a text encoder")
+    if args.text_padding:
+        config.model.text_padding = args.text_padding
+    if config.model.text_padding == "batch":
+        config.model.text_cache = None  # visible padding ties a caption's features to its batch
+    return config
+
+
+def _draw(
+    args: argparse.Namespace, config: "Config", prompt_set: "PromptSet", runs: list[SampleSettings], prefix: str = ""
+) -> list[Path]:
+    """Load the models once and draw a prompt set under each of the settings.
+
+    Args:
+        prefix: first words of the folders' names.
+
+    Returns:
+        the folder of each run.
+    """
+    from accelerate import PartialState
+
+    from tim.checkpoint.weights import find_weights
+    from tim.distributed import use_cpu
+    from tim.generation.engine import run_sampling
+    from tim.generation.sampler import load_sampler, weights_stem
+
+    weights = find_weights(args.ckpt)
+    state = PartialState(cpu=use_cpu())
+    loaded = load_sampler(config, weights, runs[0], state.device)
+    identity = prompt_set.identity | loaded.conditions.identity
+    folders = []
+    for sampler in [loaded.at(settings) for settings in runs]:  # all settings are checked before anything is drawn
+        folder = Path(args.sample_dir) / sampler.settings.folder_name(weights_stem(weights), prefix)
+        run_sampling(sampler, prompt_set, folder, weights, identity, state)
+        folders.append(folder)
+    return folders
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """`768x512` to (height, width); ValueError for anything else."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        raise ValueError(f"--size {text!r} is not of the form HxW, such as 768x512")
+    return int(height), int(width)
