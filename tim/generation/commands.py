@@ -10,7 +10,7 @@ from tim.generation.settings import SampleSettings, add_sample_arguments, settin
 
 if TYPE_CHECKING:
     from tim.config import Config
-    from tim.generation.prompt_sets import Prompts, PromptSet
+    from tim.generation.prompt_sets import PromptSet
 
 
 def sample_c2i(argv: list[str] | None = None) -> None:
@@ -74,60 +74,39 @@ def sample_t2i(argv: list[str] | None = None) -> None:
 
 def sample_geneval(argv: list[str] | None = None) -> None:
     """Draw the images of GenEval's prompts; else as `sample_c2i`."""
+    file = "evaluation_metadata.jsonl"
     parser = _benchmark_parser(
-        "Draw four images of every GenEval prompt; run the same command again to continue.",
-        "geneval",
-        "datasets/geneval/evaluation_metadata.jsonl",
-        "GenEval's evaluation_metadata.jsonl",
+        "four images of every GenEval prompt", "geneval", f"datasets/geneval/{file}", f"GenEval's {file}"
     )
     parser.add_argument("--images-per-prompt", type=int, default=4, help="images of a prompt")
-    args = parser.parse_args(argv)
-
-    from tim.generation.prompt_sets import GenEvalPrompts
-
-    _draw_benchmark(args, GenEvalPrompts(args.caption_dir, args.images_per_prompt))
+    _draw_benchmark(parser.parse_args(argv), "GenEvalPrompts")
 
 
 def sample_dpgbench(argv: list[str] | None = None) -> None:
     """Draw the images of DPG-Bench's prompts; else as `sample_c2i`."""
-    parser = _benchmark_parser(
-        "Draw a 2x2 grid of images of every DPG-Bench prompt; run the same command again to continue.",
-        "dpgbench",
-        "datasets/dpg_bench/prompts",
-        "folder of DPG-Bench's prompts, <id>.txt",
-    )
+    what, source = "a 2x2 grid of images of every DPG-Bench prompt", "folder of DPG-Bench's prompts, <id>.txt"
+    parser = _benchmark_parser(what, "dpgbench", "datasets/dpg_bench/prompts", source)
     parser.add_argument("--images-per-prompt", type=int, default=4, help="images side by side in a file")
-    args = parser.parse_args(argv)
-
-    from tim.generation.prompt_sets import DPGPrompts
-
-    _draw_benchmark(args, DPGPrompts(args.caption_dir, args.images_per_prompt))
+    _draw_benchmark(parser.parse_args(argv), "DPGPrompts")
 
 
 def sample_mjhq30k(argv: list[str] | None = None) -> None:
     """Draw the images of MJHQ-30K's prompts; else as `sample_c2i`."""
-    parser = _benchmark_parser(
-        "Draw an image of every MJHQ-30K prompt; run the same command again to continue.",
-        "mjhq30k",
-        "datasets/mjhq30k/meta_data.json",
-        "MJHQ-30K's meta_data.json",
-    )
+    what, file = "an image of every MJHQ-30K prompt", "meta_data.json"
+    parser = _benchmark_parser(what, "mjhq30k", f"datasets/mjhq30k/{file}", f"MJHQ-30K's {file}")
     parser.add_argument("--image-format", choices=("png", "jpg"), default="png", help="of the files")
-    args = parser.parse_args(argv)
-
-    from tim.generation.prompt_sets import MJHQPrompts
-
-    _draw_benchmark(args, MJHQPrompts(args.caption_dir, args.image_format))
+    _draw_benchmark(parser.parse_args(argv), "MJHQPrompts")
 
 
-def _benchmark_parser(description: str, data_type: str, caption_dir: str, source: str) -> argparse.ArgumentParser:
+def _benchmark_parser(what: str, data_type: str, caption_dir: str, source: str) -> argparse.ArgumentParser:
     """The shared flags of the benchmarks.
 
     Args:
+        what: is drawn, for the description.
         data_type: goes in front of the folder's name.
         caption_dir: default of --caption-dir; source: what is expected there.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=f"Draw {what}; run the same command again to continue.")
     add_sample_arguments(parser)
     parser.set_defaults(num_fid_samples=None, num_steps=4)
     parser.add_argument("--caption-dir", default=caption_dir, help=f"{source} (default: %(default)s)")
@@ -137,10 +116,18 @@ def _benchmark_parser(description: str, data_type: str, caption_dir: str, source
     return parser
 
 
-def _draw_benchmark(args: argparse.Namespace, prompt_set: "Prompts") -> None:
-    """Draw the images of a benchmark, or of its first prompts."""
+def _draw_benchmark(args: argparse.Namespace, prompt_set_class: str) -> None:
+    """Draw the images of a benchmark, or of its first prompts.
+
+    Args:
+        prompt_set_class: of `tim.generation.prompt_sets`, made of --caption-dir and the benchmark's own flag.
+    """
+    from tim.generation import prompt_sets
+
     if args.num_classes is not None:
         warnings.warn("--num-classes has no effect on text-to-image sampling", stacklevel=2)
+    own = args.image_format if "image_format" in args else args.images_per_prompt
+    prompt_set = getattr(prompt_sets, prompt_set_class)(args.caption_dir, own)
     if args.num_fid_samples is not None:
         if args.num_fid_samples < 1:
             raise ValueError(f"--num-fid-samples must be >= 1, got {args.num_fid_samples}")

@@ -5,11 +5,11 @@ from numbers import Integral
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tim.config import Config
 from tim.models.t2i.tim_model import TiM
-from tim.models.text_encoders import CaptionCache, TextEncoder, build_text_encoder
+from tim.models.text_encoders import build_text_encoder
 
 Keywords = dict[str, Tensor | None]  # of a call of the network, one row an image
 
@@ -34,12 +34,29 @@ class Conditions(Protocol):
         ...
 
 
-class ClassConditions:
-    """Class labels; the null class is the last row of the network's label table."""
+class CaptionEncoder(Protocol):
+    """A text encoder: captions to features (B, M, width), and a mask (B, M) of real tokens where some are not."""
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.num_classes, self.device = network.num_classes, device
-        self.has_null = network.class_dropout_prob > 0
+    padding: str
+    width: int
+
+    @property
+    def identity(self) -> str:
+        """What the features of a caption depend on."""
+        ...
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]: ...
+
+
+class ClassConditions:
+    """Class labels; the null class is the last row of the network's label table.
+
+    Args:
+        has_null: whether the network was trained with the null class.
+    """
+
+    def __init__(self, num_classes: int, has_null: bool, device: torch.device) -> None:
+        self.num_classes, self.has_null, self.device = num_classes, has_null, device
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,7 +81,7 @@ class CaptionConditions:
     masked; with `batch`, the empty caption is padded like its batch and all padding is visible, as in the published code.
     """
 
-    def __init__(self, encoder: TextEncoder | CaptionCache, network: TiM) -> None:
+    def __init__(self, encoder: CaptionEncoder, network: TiM) -> None:
         network.check_caption_width(encoder.width)
         self.encoder, self.network = encoder, network
         self.batch_padding = encoder.padding == "batch"
@@ -109,7 +126,7 @@ def build_conditions(config: Config, network: Any, dtype: torch.dtype, device: t
         ValueError: when the text encoder cannot be loaded or does not fit the network.
     """
     if config.model.text_encoder_dir is None:
-        return ClassConditions(network, device)
+        return ClassConditions(network.num_classes, network.class_dropout_prob > 0, device)
     return CaptionConditions(build_text_encoder(config.model, dtype, device), network)
 
 

@@ -112,23 +112,12 @@ class Sampler:
             return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
         scale, low, high, first = s.guidance()
-        return sample(
-            self.transport,
-            self.network,
-            fresh(),
-            cond,
-            uncond,
-            num_steps=s.num_steps,
-            T_max=s.T_max,
-            T_min=s.T_min,
-            cfg_scale=scale,
-            cfg_low=low,
-            cfg_high=high,
-            guide_first_step=first,
-            stochasticity_ratio=s.stochasticity_ratio,
-            sample_type=s.sample_type,
-            noise_fn=fresh,
-        ).x.float()
+        result = sample(
+            self.transport, self.network, fresh(), cond, uncond, num_steps=s.num_steps, T_max=s.T_max, T_min=s.T_min,
+            cfg_scale=scale, cfg_low=low, cfg_high=high, guide_first_step=first, stochasticity_ratio=s.stochasticity_ratio,
+            sample_type=s.sample_type, noise_fn=fresh,
+        )  # fmt: skip
+        return result.x.float()
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """uint8 images (B, H, W, 3) of latents."""
