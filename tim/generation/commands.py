@@ -125,7 +125,7 @@ def _draw_benchmark(args: argparse.Namespace, prompt_set_class: str) -> None:
     from tim.generation import prompt_sets
 
     if args.num_classes is not None:
-        warnings.warn("--num-classes has no effect on text-to-image sampling", stacklevel=2)
+        warnings.warn("--num-classes has no effect on text-to-image sampling", stacklevel=4)  # of the script
     own = args.image_format if "image_format" in args else args.images_per_prompt
     prompt_set = getattr(prompt_sets, prompt_set_class)(args.caption_dir, own)
     if args.num_fid_samples is not None:
