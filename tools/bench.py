@@ -3,12 +3,11 @@
 `train` times the optimiser step on latents in memory. `overhead` runs the trainer itself and tells what it spends beside:
 waiting for data, guards against non-finite steps, checkpoints.
 
-`sample` with a text-to-image config times text encoder, network and decoder apart, at 1024x1024, 4 steps, guidance 2.5
-unless told otherwise. `adm` extracts Inception features of pictures and tells the network's share of the time.
+`sample` times text encoder, network and decoder apart; with a text-to-image config at 1024x1024, 4 steps, guidance 2.5
+unless told otherwise. `adm` extracts Inception features of images and tells the network's share of the time.
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from tim.cli import command_parser, run_command
 
 if TYPE_CHECKING:
-    from tim.benchmarks.measure import Report
+    from tim.benchmarks.measure import Results
 
 
 def main() -> None:
@@ -27,11 +26,14 @@ def main() -> None:
     if args.steps < 1 or args.warmup < 0:
         raise ValueError(f"--steps must be >= 1 and --warmup >= 0, got {args.steps} and {args.warmup}")
 
-    result = measure(args)
-    print(result.table())
+    results = measure(args)
+
+    from tim.benchmarks.measure import table
+
+    print(table(results))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     t2i.add_argument("--psnr", action="store_true", help="compare decoding in bfloat16 with float32")
     adm = parser.add_argument_group("adm")
     adm.add_argument("--inception", type=Path, metavar="FILE", help="weights (default: in checkpoints/)")
-    adm.add_argument("--images", type=int, default=1000, help="number of pictures")
+    adm.add_argument("--images", type=int, default=1000, help="number of images")
     adm.add_argument("--side", type=int, default=256, help="pixels")
     adm.add_argument("--workers", type=int, help="processes that read images (default: up to 8)")
 
 
-def measure(args: argparse.Namespace) -> "Report":
+def measure(args: argparse.Namespace) -> "Results":
     """Call the benchmark that the arguments ask for."""
     if args.what == "adm":
         from tim.benchmarks.evaluation import bench_adm
@@ -78,28 +80,25 @@ def measure(args: argparse.Namespace) -> "Report":
 
     config = load_config(args.config, args.overrides)
     t2i = config.data.data_type == "image_ms"
-    guidance = (2.5 if t2i else 1.0) if args.cfg_scale is None else args.cfg_scale
-    if args.what == "sample" and t2i:
-        from tim.benchmarks.sampling import bench_phases
-        from tim.generation.settings import SampleSettings
-
-        settings = SampleSettings(
-            height=args.height, width=args.width, num_steps=args.num_steps, cfg_scale=guidance,
-            vae_dtype=args.vae_dtype, tile_vae=args.tile_vae, compile_vae=args.compile, tf32=config.training.allow_tf32,
-        )  # fmt: skip
-        return bench_phases(config, settings, args.batch_size or 1, args.steps, args.warmup, args.tokens, args.psnr)
-
-    if args.what == "overhead":
-        from tim.benchmarks.training import bench_overhead
+    batch_size = args.batch_size or (1 if args.what == "sample" and t2i else config.data.dataloader.batch_size)
+    if args.what != "sample":
+        from tim.benchmarks.training import bench_overhead, bench_train
 
         config.training.compile = config.training.compile or args.compile
-        batch_size = args.batch_size or config.data.dataloader.batch_size
+        if args.what == "train":
+            return bench_train(config, batch_size, args.steps, args.warmup)
         return bench_overhead(config, batch_size, args.steps, args.warmup, args.random_latents)
 
-    from tim.benchmarks.measure import bench_sample, bench_train
+    from tim.benchmarks.sampling import bench_sample
+    from tim.generation.settings import SampleSettings
 
-    common = (config, args.batch_size or config.data.dataloader.batch_size, args.steps, args.warmup, args.compile)
-    return bench_train(*common) if args.what == "train" else bench_sample(*common, args.num_steps, guidance)
+    config.training.compile = args.compile and not t2i
+    settings = SampleSettings(
+        height=args.height if t2i else None, width=args.width if t2i else None, num_steps=args.num_steps,
+        cfg_scale=args.cfg_scale or (2.5 if t2i else 1.0), vae_dtype=args.vae_dtype, tile_vae=args.tile_vae,
+        compile_vae=args.compile and t2i, tf32=config.training.allow_tf32,
+    )  # fmt: skip
+    return bench_sample(config, settings, batch_size, args.steps, args.warmup, args.tokens, args.psnr)
 
 
 if __name__ == "__main__":

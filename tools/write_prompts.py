@@ -1,4 +1,4 @@
-"""Write the captions of a text-to-image set as prompt files, one a picture size: write_prompts.py --config FILE --out DIR"""
+"""Write the captions of a text-to-image set as prompt files, one an image size: write_prompts.py --config FILE --out DIR"""
 
 from pathlib import Path
 

@@ -12,6 +12,7 @@ from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tim.checkpoint.weights import find_weights
 from tim.config import load_config
 
 SAMPLER = "projects/sample/sample_c2i_ddp.py"
@@ -107,17 +108,13 @@ def test_repeating_a_finished_command_draws_nothing(weights, tmp_path):
 @pytest.mark.parametrize("kind", ["OT_FM", "TrigFlow", "EDM", "VP_SDE", "VE_SDE"])
 @pytest.mark.parametrize("sample_type", ["transition", "diffusion"])
 def test_every_transport_samples(weights, tmp_path, kind, sample_type):
-    from tim.checkpoint.weights import find_weights
-    from tim.generation.c2i import class_conditions
-    from tim.generation.engine import load_sampler
+    from tim.generation.sampler import load_sampler
     from tim.generation.settings import SampleSettings
 
     config = load_config(ROOT / CONFIG)
     config.model.transport.target, config.model.transport.params = f"tim.schedulers.transports.{kind}", {}
-    cpu = torch.device("cpu")
-    conditions = class_conditions("cycle", None, config.model.network, 0, cpu)
     settings = SampleSettings(num_steps=5, sample_type=sample_type, stochasticity_ratio=0.2, cfg_scale=1.5)
-    sampler = load_sampler(config, find_weights(weights), settings, lambda network: conditions, cpu)
+    sampler = load_sampler(config, find_weights(weights), settings, torch.device("cpu"))
     images, latents = sampler.draw(range(4))
     assert images.shape == (4, 8, 8, 3) and torch.isfinite(latents).all() and images.std() > 0
     transport = config.model.transport.build()
@@ -145,21 +142,34 @@ def test_through_an_autoencoder_at_another_size(tmp_path):
 
 
 def test_class_labels():
-    from tim.config import Target
-    from tim.generation.c2i import class_conditions
+    from tim.generation.prompt_sets import ClassLabels
 
-    network, cpu = Target("tim.models.c2i.tim_model.TiM", {"num_classes": 10}), torch.device("cpu")
-    cycle, null = class_conditions("cycle", 4, network, 0, cpu)(range(6))
-    assert cycle["y"].tolist() == [0, 1, 2, 3, 0, 1] and null["y"].tolist() == [10] * 6
-    assert class_conditions("7,2", None, network, 0, cpu)([0, 1, 5])[0]["y"].tolist() == [7, 2, 2]
-    drawn = class_conditions("random", None, network, 3, cpu)
-    assert drawn(range(50))[0]["y"][20:30].tolist() == drawn(range(20, 30))[0]["y"].tolist()
-    assert len(set(drawn(range(200))[0]["y"].tolist())) == 10
-    for labels, classes, match in (("7,10", None, "label 10"), ("seven", None, "'seven'"), ("cycle", 11, "11")):
+    def labels(kind, classes, images, seed=0):
+        chosen = ClassLabels(kind, classes, 10, seed, 1000)
+        return [chosen.prompt(k) for k in images]
+
+    assert labels("cycle", 4, range(6)) == [0, 1, 2, 3, 0, 1]
+    assert labels("7,2", None, [0, 1, 5]) == [7, 2, 2]
+    drawn = labels("random", None, range(200), seed=3)
+    assert drawn[20:30] == labels("random", None, range(20, 30), seed=3)
+    assert set(drawn) == set(range(10))
+    for kind, classes, match in (("7,10", None, "label 10"), ("seven", None, "'seven'"), ("cycle", 11, "11")):
         with pytest.raises(ValueError, match=match):
-            class_conditions(labels, classes, network, 0, cpu)
-    no_null = class_conditions("cycle", None, Target(network.target, {"num_classes": 10, "class_dropout_prob": 0}), 0, cpu)
-    assert no_null([0])[1] is None
+            labels(kind, classes, [])
+
+
+def test_labels_as_conditions():
+    """Any labels of the network, without a run; the null class where guidance needs it and the network knows it."""
+    from tim.generation.conditions import ClassConditions
+
+    conditions = ClassConditions(10, True, torch.device("cpu"))
+    cond, uncond = conditions([3, 9, 3], guided=True)
+    assert cond["y"].tolist() == [3, 9, 3] and uncond["y"].tolist() == [10] * 3
+    assert conditions([3], guided=False)[1] is None
+    for wrong in (10, -1, "a red fox"):
+        with pytest.raises(ValueError, match=r"is no class; the network has 0 to 9"):
+            conditions([wrong], guided=False)
+    assert ClassConditions(10, False, torch.device("cpu"))([0], guided=True)[1] is None
 
 
 @pytest.mark.parametrize(

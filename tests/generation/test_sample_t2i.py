@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
-from tim.generation.captions import CaptionConditions
-from tim.generation.engine import load_sampler
+from tim.generation.sampler import load_sampler
 from tim.generation.settings import SampleSettings
 from tim.models.t2i.tim_model import TiM
 from tim.models.text_encoders import TextEncoder
@@ -97,8 +96,8 @@ def test_benchmarks_write_their_layout_alike_on_one_and_two_processes(models, pr
     record = json.loads((folder / "run.json").read_text())
     images = 7 if name == "mjhq30k" else 28
     assert record["complete"] and record["nfe"] == 5 and record["speed"]["images_drawn"] >= images
-    picture = np.asarray(Image.open(folder / next(k for k in LAYOUTS[name] if k.endswith(".png") and "grid" not in k)))
-    assert picture.shape == ((32, 48, 3) if name == "dpgbench" else (16, 24, 3)) and picture.std() > 0
+    image = np.asarray(Image.open(folder / next(k for k in LAYOUTS[name] if k.endswith(".png") and "grid" not in k)))
+    assert image.shape == ((32, 48, 3) if name == "dpgbench" else (16, 24, 3)) and image.std() > 0
 
 
 def test_geneval_metadata_and_grid_belong_to_the_prompt(models, prompts, tmp_path):
@@ -125,22 +124,18 @@ def test_benchmarks_continue_after_kill_9(models, prompts, tmp_path, name):
     assert files(killed) == files(folder)
 
 
-def sampler_of(models, guided=True, padding="mask", prompts=PROMPTS, **settings):
-    config = load_config(models / "config.yaml")
-    encoder = TextEncoder.from_pretrained(str(models / "text"), padding=padding)
+def sampler_of(models, guided=True, padding="mask", **settings):
+    config = load_config(models / "config.yaml", [f"model.text_padding={padding}"])
     settings = SampleSettings(height=16, width=24, num_steps=4, cfg_scale=2.5 if guided else 1.0, **settings)
-    return load_sampler(
-        config, find_weights(models / "w.safetensors"), settings,
-        lambda network: CaptionConditions(prompts, encoder, network, guided), torch.device("cpu"),
-    )  # fmt: skip
+    return load_sampler(config, find_weights(models / "w.safetensors"), settings, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_seven_prompts_at_once_are_seven_prompts_alone(models, guided):
     sampler = sampler_of(models, guided)
-    images, latents = sampler.draw(range(7))
-    for k in range(7):
-        image, latent = sampler.draw([k])
+    images, latents = sampler.draw(PROMPTS)
+    for k, prompt in enumerate(PROMPTS):
+        image, latent = sampler.draw([prompt], [k])
         assert (latent[0] - latents[k]).abs().max() < 1e-5 * latents.abs().max()
         assert (image[0] == images[k]).all()
     assert len({image.tobytes() for image in images}) == 7
@@ -148,21 +143,23 @@ def test_seven_prompts_at_once_are_seven_prompts_alone(models, guided):
 
 def test_an_image_depends_on_seed_prompt_and_repetition_alone(models):
     sampler = sampler_of(models)
-    images, _ = sampler.draw([2, 2, 5], [0, 1, 0])
-    again, _ = sampler.draw([5, 2], [0, 1])
+    dogs, cow = PROMPTS[2], PROMPTS[5]
+    images, _ = sampler.draw([dogs, dogs, cow], [2, 2, 5], [0, 1, 0])
+    again, _ = sampler.draw([cow, dogs], [5, 2], [0, 1])
     assert (again[0] == images[2]).all() and (again[1] == images[1]).all()
     assert (images[0] != images[1]).any()
-    other, _ = sampler_of(models, global_seed=1).draw([2])
-    assert (other[0] != images[0]).any()
+    for other, _ in (sampler_of(models, global_seed=1).draw([dogs], [2]), sampler.draw([dogs], [3])):
+        assert (other[0] != images[0]).any()
 
 
 def test_visible_padding_lets_batch_mates_in(models):
     """What `text_padding: batch` reproduces: the image of a short prompt changes with the longest prompt of its batch."""
     sampler = sampler_of(models, padding="batch")
-    (alone, beside), (lone, _) = sampler.draw([3, 5])[0], sampler.draw([3, 3])[0]
+    short, long = PROMPTS[3], PROMPTS[5]
+    (alone, beside), (lone, _) = sampler.draw([short, long])[0], sampler.draw([short, short])[0]
     assert (alone != lone).any() and beside.shape == (16, 24, 3)
     masked = sampler_of(models)
-    assert (masked.draw([3, 5])[0][0] == masked.draw([3, 3])[0][0]).all()
+    assert (masked.draw([short, long])[0][0] == masked.draw([short, short])[0][0]).all()
 
 
 def test_captions_are_computed_once(models, monkeypatch):
@@ -174,9 +171,10 @@ def test_captions_are_computed_once(models, monkeypatch):
     inside = []
     monkeypatch.setattr(TiM, "_embed_caption", lambda self, y, f=TiM._embed_caption: inside.append(len(y)) or f(self, y))
     sampler = sampler_of(models)
-    sampler.draw([0, 0, 0, 0, 1, 1], [0, 1, 2, 3, 0, 1])
-    sampler.draw([2], [0])
-    sampler.draw([2], [1])
+    first, second, third = PROMPTS[:3]
+    sampler.draw([first] * 4 + [second] * 2, [0, 0, 0, 0, 1, 1], [0, 1, 2, 3, 0, 1])
+    sampler.draw([third], [2], [0])
+    sampler.draw([third], [2], [1])
     assert sorted(encoded) == sorted(["", *PROMPTS[:3]])
     assert embedded == [1, 2, 1] and inside == embedded
 
@@ -187,7 +185,7 @@ def test_prepared_captions_change_nothing(models):
     encoder = TextEncoder.from_pretrained(str(models / "text"))
     y, y_mask = encoder(PROMPTS[:3])
     x, times = torch.randn(3, 8, 4, 6), torch.tensor([0.9, 0.5, 0.2])
-    cond, _ = sampler.conditions(range(3))
+    cond, _ = sampler.conditions(PROMPTS[:3], guided=False)
     with torch.no_grad():
         direct = sampler.network(x, times, times / 2, y, y_mask=y_mask)
         prepared = sampler.network(x, times, times / 2, **cond)

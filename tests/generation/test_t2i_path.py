@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.networks import TINY, load_golden, randomize, relative_error
 
-from tim.generation.captions import CaptionConditions
+from tim.generation.conditions import CaptionConditions
 from tim.models.t2i.tim_model import TiM
 from tim.schedulers.sampling import sample
 from tim.schedulers.transports import OT_FM
@@ -24,15 +24,15 @@ class Features:
 
 @pytest.mark.parametrize("case", range(len(load_golden("t2i_tiny")[0]["sampling"])))
 def test_goldens_through_prepared_captions(case):
-    """Non-square pictures under the released position grid, with each prompt's keys and values computed once."""
+    """Non-square images under the released position grid, with each prompt's keys and values computed once."""
     meta, tensors, network = load_golden("t2i_tiny")
     setting = meta["sampling"][case]
     z = tensors["z"]
     assert z.shape[2] != z.shape[3] and network.rope_grid == "legacy"
     y, null = tensors["y"], tensors["y_null"]
     assert all(torch.equal(null[0], row) for row in null)
-    conditions = CaptionConditions([str(k) for k in range(len(y))], Features(y, null[0]), network.eval(), guided=True)
-    cond, uncond = conditions(range(len(y)))
+    conditions = CaptionConditions(Features(y, null[0]), network.eval())
+    cond, uncond = conditions([str(k) for k in range(len(y))], guided=True)
     assert cond["y"].ndim == 6
     low, high = setting["cfg_low"], setting["cfg_high"]
     result = sample(
@@ -66,8 +66,8 @@ def swap_axes(network: TiM) -> TiM:
 
 @pytest.mark.parametrize("grid,holds", [("row_major", True), ("legacy", False)])
 def test_row_major_positions_treat_rows_and_columns_alike(grid, holds):
-    """A lying picture drawn by a network equals the standing one drawn by its mirror in the axes; legacy positions
-    scramble pictures that are not square."""
+    """A lying image drawn by a network equals the standing one drawn by its mirror in the axes; legacy positions
+    scramble images that are not square."""
     kwargs = {**TINY, "patch_size": 1, "rope_grid": grid, "cap_feat_dim": 20}
     network = randomize(TiM(**kwargs), scale=0.3).double()
     mirrored = swap_axes(randomize(TiM(**kwargs), scale=0.3)).double()

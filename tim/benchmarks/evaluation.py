@@ -2,16 +2,14 @@
 
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
-from tim.benchmarks.measure import Report, device_name
+from tim.benchmarks.measure import Results, machine, synchronize
 from tim.distributed import set_tf32
 from tim.evaluation.extract import extract
 from tim.evaluation.files import find_images
@@ -20,28 +18,15 @@ from tim.evaluation.inception import load_inception
 from tim.images import save_png
 
 
-@dataclass
-class EvaluationMeasurement(Report):
-    """Feature extraction of `images` PNG files; `network_share` is the time in the network over the time of all."""
-
-    device: str
-    images: int
-    side: int
-    batch_size: int
-    workers: int | None
-    seconds: float
-    images_per_second: float
-    network_share: float
-
-
-def bench_adm(
-    inception: Path | None, images: int, side: int, batch_size: int, workers: int | None, warmup: int = 2
-) -> EvaluationMeasurement:
-    """Extract features of pictures in a temporary folder, after `warmup` batches that do not count.
+def bench_adm(inception: Path | None, images: int, side: int, batch_size: int, workers: int | None, warmup: int = 2) -> Results:
+    """Extract features of images in a temporary folder, after `warmup` batches that do not count.
 
     Args:
         inception: weights file, the usual places when None.
-        images: number of pictures of side x side pixels.
+        images: number of PNG files of side x side pixels.
+
+    Returns:
+        `network_share` is the time in the network over the time of all.
 
     Raises:
         FileNotFoundError: when there are no weights.
@@ -55,26 +40,34 @@ def bench_adm(
         nonlocal spent
         began = time.perf_counter()
         out = network(x)
-        if state.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(state.device)
         spent += time.perf_counter() - began
         return out
 
     with tempfile.TemporaryDirectory() as folder:
         for k in range(images):
-            save_png(Path(folder) / f"{k:05d}.png", _picture(k, side))
+            save_png(Path(folder) / f"{k:05d}.png", _image(k, side))
         files = ImageFiles(find_images(folder))
+        first = files[0]
+        assert isinstance(first, Tensor)  # it can be read: it was written just now
         for _ in range(warmup):
-            timed(torch.stack([files[k % images] for k in range(batch_size)]).to(state.device))
+            timed(first.expand(batch_size, *first.shape).to(state.device))
         spent, began = 0.0, time.perf_counter()
         extract(files, timed, {}, state, Path(folder) / "cache", batch_size, workers)
         seconds = time.perf_counter() - began
-    return EvaluationMeasurement(
-        device_name(state.device), images, side, batch_size, workers, seconds, images / seconds, spent / seconds
-    )
+    return {
+        **machine(state.device),
+        "images": images,
+        "side": side,
+        "batch_size": batch_size,
+        "workers": workers,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+        "network_share": spent / seconds,
+    }
 
 
-def _picture(index: int, side: int) -> np.ndarray:
+def _image(index: int, side: int) -> np.ndarray:
     """Coarse colours under fine noise, whose PNG is about as long to read as a photograph's."""
     g = np.random.default_rng(index)
     coarse = Image.fromarray(g.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)

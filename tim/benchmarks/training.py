@@ -1,4 +1,4 @@
-"""What training spends beside training: waiting for data, guards against non-finite steps, checkpoints.
+"""How long a training step takes, and what training spends beside: waiting for data, guards, checkpoints.
 
 The real trainer runs in a temporary folder; only its clock is ours.
 """
@@ -7,56 +7,57 @@ import copy
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from tim.benchmarks.measure import Report, device_name, timed
+from tim.benchmarks.measure import Results, conditions, count_flops, machine, reset_peak_memory, step_results, timed
 from tim.config import Config, Training
 from tim.data.latents import write_latent
+from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
+from tim.training.compilation import eager_blocks
 from tim.training.guards import NonFiniteGuard
+from tim.training.logging import RunLogger
 from tim.training.loop import run_steps
 from tim.training.resume import CheckpointManager
 from tim.training.setup import Run, build_run
-from tim.training.tasks import CaptionTask, ClassTask
+from tim.training.tasks import CaptionTask, ClassTask, Task
 
 ENDLESS = 10**9  # steps
 SAVES = 3  # checkpoints that are timed, after a first one that is not: it makes the copy's memory
 
 
-@dataclass
-class OverheadMeasurement(Report):
-    """Seconds are medians. Shares are of the undisturbed step time.
+class RandomTask(ClassTask):
+    """A random latent and random conditions of the network's shape, from memory; its own data set, of any length."""
 
-    Attributes:
-        data_wait_share: time in which the device had nothing to compute because data was missing.
-        guard_share: the guard's work for one step, done alone.
-        save_seconds: what a synchronous checkpoint stops training for.
-        async_blocked_seconds: what an asynchronous one stops it for; async_write_seconds: until it is on the disk.
-        async_share: how much longer the steps from its beginning to its end took, the stop included, than undisturbed ones.
-        async_steps: how many these were, of all timed checkpoints.
-    """
+    drop_prob, num_labels = 0.0, 0
+    dataset: Any
 
-    device: str
-    precision: str
-    batch_size: int
-    trained_parameters: int
-    checkpoint_gib: float
-    step_seconds: float
-    images_per_second: float
-    data_wait_share: float
-    guard_seconds: float
-    guard_share: float
-    save_seconds: float
-    async_blocked_seconds: float
-    async_write_seconds: float
-    async_steps: int
-    async_share: float
-    torch: str = torch.__version__
+    def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
+        self.dataset, self.batch_size, self.device = self, config.data.dataloader.batch_size, device
+
+    def check(self, network: Any) -> None:
+        """Make what fits the network."""
+        self.latent = torch.randn(traits_of(network).latent_shape())
+        self.channels = len(self.latent)
+        self.same = conditions(network, self.batch_size, self.device)
+
+    def conditions(self, batch: Any, dropped: Tensor) -> tuple[dict, dict]:
+        """The same for every batch, whatever is dropped."""
+        return self.same
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def load(self, index: int, g: np.random.Generator) -> dict[str, Any]:
+        """The latent."""
+        return {"latent": self.latent}
 
 
 class Enough(Exception):
@@ -68,7 +69,9 @@ class TimedCheckpoints(CheckpointManager):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.began, self.resumed, self.ended = [], [], []
+        self.began: list[float] = []
+        self.resumed: list[float] = []
+        self.ended: list[float] = []
 
     def save(self, step: int, samples_seen: int) -> None:
         """Save and note the time."""
@@ -81,99 +84,141 @@ class TimedCheckpoints(CheckpointManager):
         self.ended.append(time.perf_counter())
 
 
-class Stopwatch:
+class Stopwatch(RunLogger):
     """Stands in for the trainer's logger: notes the end of every step, and orders a checkpoint `pause` steps after the last.
 
     Args:
         training: of the run's config; the trainer saves after every step that `checkpointing_steps` divides.
-        saves: checkpoints on the disk before the run ends.
+        saves: checkpoints on the disk before the run ends; with 0 of them it ends after `pause` steps.
     """
 
     def __init__(self, checkpoints: TimedCheckpoints, training: Training, pause: int, saves: int) -> None:
         self.checkpoints, self.training, self.pause, self.saves = checkpoints, training, pause, saves
-        self.ends, self.waited, self.orders = [time.perf_counter()], [], 1
+        self.ends, self.orders = [time.perf_counter()], 1
+        self.waits: list[float] = []
         training.checkpointing_steps = pause
 
     def step(self, waited: float, images: int) -> None:
         """Note the end of a step and the seconds it waited for data."""
         self.ends.append(time.perf_counter())
-        self.waited.append(waited)
+        self.waits.append(waited)
         written = len(self.checkpoints.ended)
-        if written == self.saves:
+        if written == self.saves and len(self.waits) >= self.pause:
             raise Enough
         if written == self.orders:
             self.orders += 1
-            self.training.checkpointing_steps = len(self.waited) + self.pause
+            self.training.checkpointing_steps = len(self.waits) + self.pause
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Nothing is logged."""
 
 
-def bench_overhead(config: Config, batch_size: int, steps: int, warmup: int, random_latents: int | None) -> OverheadMeasurement:
+def bench_train(config: Config, batch_size: int, steps: int, warmup: int) -> Results:
+    """Time whole steps of the trainer on random latents in memory: objective, backward, clip, optimiser and EMA.
+
+    REPA is left out: its frozen encoder is not part of the network.
+
+    Args:
+        batch_size: images a process and micro-batch.
+        steps: that are timed, after `warmup` others.
+
+    Returns:
+        The median step beside the floating-point operations of one that runs eagerly.
+    """
+    config = _prepare(config, batch_size)
+    config.data.dataloader.num_workers = 0
+    config.model.vae_dir = config.model.enc_dir = None
+    with tempfile.TemporaryDirectory() as folder:
+        run = build_run(config, Path(folder), 0, RandomTask)
+        with eager_blocks(config.training.compile):
+            flops = count_flops(lambda: _watch(run, 1, 0))
+        reset_peak_memory(run.accelerator.device)
+        watch = _watch(run, warmup + steps, 0)
+    seconds = median(end - begin for begin, end in list(pairwise(watch.ends))[warmup:])
+    return {"what": "train", **step_results(config, run.accelerator.device, run.global_batch_size, seconds, flops)}
+
+
+def bench_overhead(config: Config, batch_size: int, steps: int, warmup: int, random_latents: int | None) -> Results:
     """Train, with `steps` undisturbed steps between checkpoints: asynchronous ones first, then synchronous ones.
 
     Args:
         config: a trainer's. Its data are read, unless random_latents is given.
         random_latents: number of latent files of the network's shape to write and train on, without REPA and autoencoder.
 
+    Returns:
+        Seconds are medians, shares are of the undisturbed step time.
+        data_wait_share: time in which the device had nothing to compute because data was missing.
+        guard_share: the guard's work for one step, done alone.
+        save_seconds: what a synchronous checkpoint stops training for.
+        async_blocked_seconds: what an asynchronous one stops it for; async_write_seconds: until it is on the disk.
+        async_share: how much longer the steps from its beginning to its end took, the stop included, than undisturbed ones.
+        async_steps: how many these were, of all timed checkpoints.
+
     Raises:
         ValueError: when captions are to be random, or warm-up takes all undisturbed steps.
     """
     if warmup >= SAVES * steps:
         raise ValueError(f"--warmup {warmup} leaves nothing to measure of --steps {steps}")
+    config = _prepare(config, batch_size)
+    task: type[Task] = CaptionTask if config.data.data_type == "image_ms" else ClassTask
     with tempfile.TemporaryDirectory() as folder:
-        config = copy.deepcopy(config)
-        config.data.dataloader.batch_size = batch_size
         if random_latents is not None:
             _use_random_latents(config, Path(folder) / "latents", random_latents)
-        t = config.training
-        t.max_train_steps = t.log_steps = ENDLESS
-        t.checkpoint_list, t.checkpoints_total_limit, t.sample_steps, t.resume_from_checkpoint = [], 1, None, "latest"
-        t.async_checkpoint = True
-        background, run = _watch(config, Path(folder) / "async", steps, SAVES + 1)
-        t.async_checkpoint = False
-        direct, _ = _watch(config, Path(folder) / "sync", steps, 2)
+        config.training.async_checkpoint = True
+        run = build_run(config, Path(folder) / "async", 0, task)
+        background = _watch(run, steps, SAVES + 1)
+        config.training.async_checkpoint = False
+        direct = _watch(build_run(config, Path(folder) / "sync", 0, task), steps, 2)
         size = sum(file.stat().st_size for file in (Path(folder) / "sync").rglob("step-*/*")) / 2**30
         guard_seconds = _time_guard(run, Path(folder))
 
     saves = list(zip(background.checkpoints.began, background.checkpoints.resumed, background.checkpoints.ended, strict=True))
     first, timed_saves = saves[0], saves[1:]
-    all_steps = list(zip(background.ends[:-1], background.ends[1:], background.waited, strict=True))[warmup:]
+    all_steps = [(*ends, waited) for ends, waited in zip(pairwise(background.ends), background.waits, strict=True)][warmup:]
     disturbed = [any(begun <= end and begin <= written for begun, _, written in saves) for begin, end, _ in all_steps]
     calm = [step for step, touched in zip(all_steps, disturbed, strict=True) if not touched]
     saving = [step for step, touched in zip(all_steps, disturbed, strict=True) if touched and step[0] > first[2]]
     step_seconds = median(end - begin for begin, end, _ in calm)
-    return OverheadMeasurement(
-        device=device_name(run.accelerator.device),
-        precision=t.mixed_precision,
-        batch_size=batch_size,
-        trained_parameters=sum(p.numel() for p in run.network.parameters() if p.requires_grad),
-        checkpoint_gib=size,
-        step_seconds=step_seconds,
-        images_per_second=run.global_batch_size / step_seconds,
-        data_wait_share=sum(waited for _, _, waited in calm) / sum(end - begin for begin, end, _ in calm),
-        guard_seconds=guard_seconds,
-        guard_share=guard_seconds / step_seconds,
-        save_seconds=direct.checkpoints.resumed[1] - direct.checkpoints.began[1],
-        async_blocked_seconds=median(resumed - begun for begun, resumed, _ in timed_saves),
-        async_write_seconds=median(written - begun for begun, _, written in timed_saves),
-        async_steps=len(saving),
-        async_share=sum(end - begin for begin, end, _ in saving) / (len(saving) * step_seconds) - 1,
-    )
+    return {
+        **machine(run.accelerator.device),
+        "precision": config.training.mixed_precision,
+        "batch_size": batch_size,
+        "trained_parameters": sum(p.numel() for p in run.network.parameters() if p.requires_grad),
+        "checkpoint_gib": size,
+        "step_seconds": step_seconds,
+        "images_per_second": run.global_batch_size / step_seconds,
+        "data_wait_share": sum(waited for _, _, waited in calm) / sum(end - begin for begin, end, _ in calm),
+        "guard_seconds": guard_seconds,
+        "guard_share": guard_seconds / step_seconds,
+        "save_seconds": direct.checkpoints.resumed[1] - direct.checkpoints.began[1],
+        "async_blocked_seconds": median(resumed - begun for begun, resumed, _ in timed_saves),
+        "async_write_seconds": median(written - begun for begun, _, written in timed_saves),
+        "async_steps": len(saving),
+        "async_share": sum(end - begin for begin, end, _ in saving) / (len(saving) * step_seconds) - 1,
+    }
 
 
-def _watch(config: Config, folder: Path, pause: int, saves: int) -> tuple[Stopwatch, Run]:
-    """Train until `saves` checkpoints are written, `pause` steps apart."""
-    run = build_run(config, folder, 0, CaptionTask if config.data.data_type == "image_ms" else ClassTask)
+def _prepare(config: Config, batch_size: int) -> Config:
+    """The config of a run that goes on until it is stopped and does nothing but train."""
+    config = copy.deepcopy(config)
+    config.data.dataloader.batch_size = batch_size
+    t = config.training
+    t.max_train_steps = t.log_steps = ENDLESS
+    t.checkpoint_list, t.checkpoints_total_limit, t.sample_steps, t.resume_from_checkpoint = [], 1, None, "latest"
+    return config
+
+
+def _watch(run: Run, pause: int, saves: int) -> Stopwatch:
+    """Train until `saves` checkpoints are written, `pause` steps apart; see `Stopwatch`."""
     checkpoints = TimedCheckpoints(run)
     with checkpoints.preemption:
-        watch = Stopwatch(checkpoints, config.training, pause, saves)
+        watch = Stopwatch(checkpoints, run.config.training, pause, saves)
         start, samples_seen = checkpoints.resume()
         try:
             run_steps(run, checkpoints, watch, start, samples_seen)
         except Enough:
             checkpoints.close()
-    return watch, run
+    return watch
 
 
 def _time_guard(run: Run, folder: Path) -> float:

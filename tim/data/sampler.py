@@ -105,7 +105,7 @@ class BucketBatchSampler(BatchOrder):
         batches: sample indices of each packed batch.
     """
 
-    batches: Sequence[Sequence[int]]
+    batches: Sequence[Sequence[int] | np.ndarray]
 
     @property
     def samples_per_step(self) -> int:

@@ -1,10 +1,9 @@
-"""The sampling engine: a job of images over any number of processes, each a function of (seed, index, repetition)."""
+"""Sampling runs: the images of a prompt set in a folder, on any number of processes, continued after interruptions."""
 
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,215 +14,74 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 import tim
-from tim import rng
 from tim.checkpoint.weights import Weights
-from tim.config import Config
-from tim.distributed import inference_dtype, set_tf32
 from tim.files import claim, write_json
-from tim.generation.jobs import Job
+from tim.generation.prompt_sets import Prompts, PromptSet
+from tim.generation.sampler import Sampler
 from tim.generation.settings import SampleSettings
-from tim.images import make_grid, save_png, shrink, to_uint8
-from tim.models.autoencoders import Autoencoder
-from tim.models.loading import load_strict
-from tim.models.network import Network, build_network, traits_of
+from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
-from tim.schedulers.sampling import guided_steps, sample
-from tim.schedulers.transports import Transport
 
 OVERVIEW_IMAGES, OVERVIEW_SIDE = 64, 256
-
-Conditions = Callable[[Sequence[int]], tuple[dict, dict | None]]
-
-
-@dataclass
-class Sampler:
-    """A loaded model ready to draw images.
-
-    Attributes:
-        conditions: indices of classes or prompts -> (conditional, unconditional) network keywords, on `device`.
-        nfe: network evaluations per image.
-    """
-
-    settings: SampleSettings
-    transport: Transport
-    network: nn.Module
-    vae: Autoencoder | None
-    conditions: Conditions
-    device: torch.device
-
-    def at(self, settings: SampleSettings) -> "Sampler":
-        """The same models under other settings.
-
-        Raises:
-            ValueError: for an impossible setting, or a size that the models cannot draw.
-        """
-        settings = replace(settings)
-        settings.check(self.transport)
-        factor, traits = self.vae.factor if self.vae else 1, traits_of(self.network)
-        settings.height = settings.height or traits.latent_shape()[1] * factor
-        settings.width = settings.width or traits.latent_shape()[2] * factor
-        step = factor * traits.patch_size
-        for flag, side in (("--height", settings.height), ("--width", settings.width)):
-            if side <= 0 or side % step:
-                below = max(0, side // step * step)
-                near = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
-                raise ValueError(f"{flag} {side} is not a multiple of {step} (autoencoder x patch); the nearest are {near}")
-        return replace(self, settings=settings)
-
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per image."""
-        s = self.settings
-        grid = self.transport.time_grid(s.num_steps, s.T_max, s.T_min).tolist()
-        return s.num_steps + sum(guided_steps(grid, s.T_max, *s.guidance()))
-
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of the state."""
-        if self.vae is not None:
-            return self.vae.latent_shape(self.settings.height, self.settings.width)
-        return traits_of(self.network).latent_shape()[0], self.settings.height, self.settings.width
-
-    def draw(self, indices: Sequence[int], repetitions: Sequence[int] | None = None) -> tuple[np.ndarray, Tensor]:
-        """One image for each index (of a class image or a prompt), a function of (seed, index, repetition).
-
-        Returns:
-            uint8 images (B, H, W, 3) and their latents (B, C, h, w) float32.
-        """
-        x = self.latents(indices, repetitions, *self.conditions(indices))
-        return self.decode(x), x
-
-    @torch.no_grad()
-    def latents(self, indices: Sequence[int], repetitions: Sequence[int] | None, cond: dict, uncond: dict | None) -> Tensor:
-        """The transitions: latents (B, C, h, w) float32 of images `indices` under conditions of as many rows.
-
-        Noise comes from one generator per image, the start first and the re-noising of each step after it.
-        """
-        s, shape = self.settings, self.latent_shape()
-        repetitions = [0] * len(indices) if repetitions is None else repetitions
-        generators = [rng.generator(s.global_seed, "sample", j, k) for k, j in zip(indices, repetitions, strict=True)]
-
-        def fresh(step: int = 0) -> Tensor:
-            rows = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
-            return torch.from_numpy(rows).to(self.device, non_blocking=True)
-
-        scale, low, high, first = s.guidance()
-        return sample(
-            self.transport,
-            self.network,
-            fresh(),
-            cond,
-            uncond,
-            num_steps=s.num_steps,
-            T_max=s.T_max,
-            T_min=s.T_min,
-            cfg_scale=scale,
-            cfg_low=low,
-            cfg_high=high,
-            guide_first_step=first,
-            stochasticity_ratio=s.stochasticity_ratio,
-            sample_type=s.sample_type,
-            noise_fn=fresh,
-        ).x.float()
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """uint8 images (B, H, W, 3) of latents."""
-        return to_uint8(latents if self.vae is None else self.vae.decode(latents))
-
-
-def load_sampler(
-    config: Config,
-    weights: Weights,
-    settings: SampleSettings,
-    make_conditions: Callable[[Network], Conditions],
-    device: torch.device,
-) -> Sampler:
-    """Load network and autoencoder and check the settings against them.
-
-    Args:
-        make_conditions: loaded network -> its conditions.
-
-    Raises:
-        ValueError, FileNotFoundError: for weights of another network, an impossible size or setting.
-    """
-    transport = config.model.transport.build()
-    replace(settings).check(transport)
-    set_tf32(settings.tf32)
-    network = build_network(config.model.network)
-    load_strict(network, weights.read(), weights.source)
-    network = network.to(device, network_dtype(config, settings.dtype, device)).eval().requires_grad_(False)
-    vae = None
-    if config.model.vae_dir:
-        vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
-        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
-    return Sampler(settings, transport, network, vae, make_conditions(network), device).at(settings)
-
-
-def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dtype:
-    """The dtype the network samples in."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    return inference_dtype(config.training.mixed_precision, device)
+GRID_ROWS, GRID_IMAGES = 16, 4  # prompts, and images of each prompt and number of steps, in a labelled grid
 
 
 def run_sampling(
-    sampler: Sampler, job: Job, folder: Path, weights: Weights, extra: dict[str, Any], state: PartialState
+    sampler: Sampler, prompt_set: PromptSet, folder: Path, weights: Weights, extra: dict[str, Any], state: PartialState
 ) -> None:
-    """Draw all pictures of `job` into `folder`, continuing what is there, and write run.json beside them.
+    """Draw all images of `prompt_set` into `folder`, continuing what is there, and write run.json beside them.
 
     A batch always holds the same groups of images, whichever process draws it, so that files do not depend on the number
     of processes or on interruptions.
 
     Args:
-        job: how many groups of images there are, and how a group is written.
+        prompt_set: how many groups of images there are, and how a group is written.
         extra: settings of the command that change the images and are not in SampleSettings.
         state: the processes that share the work.
 
     Raises:
-        ValueError: when the folder belongs to a run with other settings.
+        ValueError: when the folder belongs to a run with other settings, or another run is at work there.
     """
     with locked(folder, state):
         record = first_process(state, lambda: _claim(folder, weights, sampler.settings, extra))
-        drawn, seconds = _draw_missing(sampler, job, folder, state)
+        drawn, seconds = _draw_missing(sampler, prompt_set, folder, state)
         if state.is_main_process:
             speed = {"images_drawn": drawn, "seconds": round(seconds, 2), "images_per_second": round(drawn / seconds, 3)}
             _finish(folder, record, speed if drawn else None, sampler.nfe, state.num_processes)
-            save_overview(folder, job)
-            print(f"{job.groups * job.per_group} images in {folder}")
+            save_overview(folder, prompt_set)
+            print(f"{prompt_set.groups * prompt_set.per_group} images in {folder}")
             print(f"{drawn} drawn now, NFE {sampler.nfe} per image, {speed['images_per_second']} images/s")
     state.wait_for_everyone()
 
 
-def _draw_missing(sampler: Sampler, job: Job, folder: Path, state: PartialState) -> tuple[int, float]:
+def _draw_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: PartialState) -> tuple[int, float]:
     """Draw and write what is not there; images drawn by all processes, and seconds."""
-    s = sampler.settings
-    size = max(1, s.per_proc_batch_size // job.per_group)
-    blocks = own_blocks(job.groups, size, lambda group: job.done(folder, group), state)
+    size = max(1, sampler.settings.per_proc_batch_size // prompt_set.per_group)
+    blocks = own_blocks(prompt_set.groups, size, lambda group: prompt_set.done(folder, group), state)
     began, drawn = time.perf_counter(), 0
-    with progress_bar(blocks, state, None, each=job.per_group) as bar:
+    with progress_bar(blocks, state, None, each=prompt_set.per_group) as bar:
         for block in blocks:
-            drawn += _draw_groups(sampler, job, folder, block)
-            bar.update(len(block.missing) * job.per_group)
+            drawn += _draw_groups(sampler, prompt_set, folder, block)
+            bar.update(len(block.missing) * prompt_set.per_group)
     return total_over_processes(drawn), time.perf_counter() - began
 
 
-def _draw_groups(sampler: Sampler, job: Job, folder: Path, block: Block) -> int:
+def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: Block) -> int:
     """Draw all images of a block, in calls of at most per_proc_batch_size, and write the missing groups."""
-    s, n = sampler.settings, job.per_group
-    keys = [(g, j) for g in block.items for j in range(n)]
-    size = max(s.per_proc_batch_size, 1)
+    s, n = sampler.settings, prompt_set.per_group
+    keys = [(prompt_set.prompt(g), g, j) for g in block.items for j in range(n)]
+    size = s.per_proc_batch_size
     parts = [sampler.draw(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
     images, latents = np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     for g in block.missing:
-        place = g - block.items.start
-        own = slice(place * n, (place + 1) * n)
+        own = slice((g - block.items.start) * n, (g - block.items.start + 1) * n)
         if s.save_latent:
             for j, latent in enumerate(latents[own]):
                 name = f"{g:06d}" if n == 1 else f"{g:06d}-{j:02d}"
                 save_file({"latent": latent.cpu().contiguous()}, folder / "latents" / f"{name}.safetensors")
-        job.write(folder, g, images[own])
+        prompt_set.write(folder, g, images[own])
     return len(keys)
 
 
@@ -231,14 +89,11 @@ def _claim(folder: Path, weights: Weights, settings: SampleSettings, extra: dict
     """Create the folder, or make sure that it holds the same run; returns the content of run.json."""
     neutral = {"num_fid_samples", "per_proc_batch_size", "slice_vae", "save_latent", "compile_vae"}
     identity = {k: v for k, v in asdict(settings).items() if k not in neutral} | extra | {"weights_sha256": weights.digest()}
+    path = folder / "run.json"
+    claim(path, identity, "images", "choose another --sample-dir", key="settings", write=False)
     (folder / "latents" if settings.save_latent else folder).mkdir(parents=True, exist_ok=True)
-    path, remedy = folder / "run.json", "choose another --sample-dir"
-    claim(path, identity, "images", remedy, key="settings", write=False)
-    record = {
-        "settings": identity | {k: getattr(settings, k) for k in sorted(neutral)},
-        "weights": str(weights.source),
-        "complete": False,
-    }
+    full = identity | {k: getattr(settings, k) for k in sorted(neutral)}
+    record = {"settings": full, "weights": str(weights.source), "complete": False}
     if not path.is_file():
         write_json(path, record)
     return record
@@ -257,9 +112,30 @@ def _finish(folder: Path, record: dict[str, Any], speed: dict | None, nfe: int, 
     write_json(path, {**record, **done})
 
 
-def save_overview(folder: Path, job: Job) -> None:
-    """The first pictures as a grid in `<folder>.png`, large ones scaled down."""
-    pictures = [np.asarray(shrink(Image.fromarray(p), OVERVIEW_SIDE)) for p in job.pictures(folder, OVERVIEW_IMAGES)]
-    columns = 10 if len(pictures) > 10 else len(pictures)
-    grid = make_grid(np.stack(pictures), columns, scale=max(1, 64 // pictures[0].shape[1]))
+def save_overview(folder: Path, prompt_set: PromptSet) -> None:
+    """The first images as a grid in `<folder>.png`, large ones scaled down."""
+    paths = [prompt_set.files(folder, g)[0] for g in range(min(OVERVIEW_IMAGES, prompt_set.groups))]
+    images = [np.asarray(shrink(Image.fromarray(read_png(path)), OVERVIEW_SIDE)) for path in paths]
+    columns = 10 if len(images) > 10 else len(images)
+    grid = make_grid(np.stack(images), columns, scale=max(1, 64 // images[0].shape[1]))
     save_png(folder.with_name(f"{folder.name}.png"), grid)
+
+
+def save_prompt_grids(prompt_set: Prompts, folders: list[Path], steps: list[int]) -> None:
+    """prompts.json in every folder, and one labelled grid a size beside them: prompts down, numbers of steps across.
+
+    Args:
+        folders: of the runs, for each size one of every number of steps.
+    """
+    for folder in folders:
+        (folder / "prompts.json").write_text(json.dumps(prompt_set.prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+    shown = range(min(prompt_set.groups, GRID_ROWS))
+    repeats = min(prompt_set.per_group, GRID_IMAGES)
+    labels = [f"{n} step{'s' * (n > 1)}" if j == 0 else "" for n in steps for j in range(repeats)]
+    for start in range(0, len(folders), len(steps)):
+        own = folders[start : start + len(steps)]
+        rows = [[read_png(path) for folder in own for path in prompt_set.files(folder, g)[:repeats]] for g in shown]
+        height, width = rows[0][0].shape[:2]
+        path = own[0].parent / f"grid-{height}x{width}.png"
+        save_png(path, labelled_grid(rows, prompt_set.prompts[: len(rows)], labels, min(256, max(96, height, width))))
+        print(f"grid in {path}")

@@ -1,22 +1,109 @@
-"""Prompt sets of the text-to-image benchmarks: where prompts come from and where images go."""
+"""What sampling runs draw: class labels or prompts, and the files their images become."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
+from tim import rng
+from tim.files import replacing
 from tim.images import make_grid, read_png, save_image, save_png
 
 
-class PromptJob:
-    """Prompts with `per_group` images each.
+class PromptSet(Protocol):
+    """`groups` prompts or class labels with `per_group` images each; image j of group g has index g and repetition j.
 
     Attributes:
-        prompts: one a group.
-        fingerprint: sha256 of prompts and file names, so that a folder is not continued with others.
+        identity: what tells the set from others, for run.json, so that a folder is not continued with another.
+    """
+
+    groups: int
+    per_group: int
+    identity: dict[str, Any]
+
+    def prompt(self, group: int) -> str | int:
+        """The prompt or class label of a group."""
+        ...
+
+    def files(self, folder: Path, group: int) -> list[Path]:
+        """The files of a group, the one for the overview first; all there means done."""
+        ...
+
+    def write(self, folder: Path, group: int, images: np.ndarray) -> None:
+        """Write the files of a group, images (per_group, H, W, 3) uint8; each file whole or absent. Here: a file an image."""
+        for path, image in zip(self.files(folder, group), images, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(path, image)
+
+    def done(self, folder: Path, group: int) -> bool:
+        """Whether all files of the group are there."""
+        return all(path.is_file() for path in self.files(folder, group))
+
+
+class ClassLabels(PromptSet):
+    """`{index:06d}.png`, one image a group.
+
+    Args:
+        labels: of image k: `cycle` is k mod num_classes, `random` is drawn from (seed, k), `3,7,11` cycles through a list.
+        num_classes: how many classes to cycle through or draw from; all when None.
+        network_classes: how many the network has.
+        total: number of images.
+
+    Raises:
+        ValueError: for a label that the network does not have.
+    """
+
+    per_group = 1
+
+    def __init__(self, labels: str, num_classes: int | None, network_classes: int, seed: int, total: int) -> None:
+        self.groups, self.labels, self.seed = total, labels, seed
+        self.identity = {"class_labels": labels, "num_classes": num_classes}
+        self.num_classes = network_classes if num_classes is None else num_classes
+        if not 1 <= self.num_classes <= network_classes:
+            raise ValueError(f"--num-classes must lie between 1 and the network's {network_classes}, got {num_classes}")
+        self.listed: list[int] = []
+        if labels not in ("cycle", "random"):
+            try:
+                self.listed = [int(v) for v in labels.split(",")]
+            except ValueError:
+                raise ValueError(f"--class-labels {labels!r} is neither cycle, random nor a list like 3,7,11") from None
+        wrong = [v for v in self.listed if not 0 <= v < network_classes]
+        if wrong:
+            raise ValueError(f"--class-labels: label {wrong[0]} is out of range, the network has 0 to {network_classes - 1}")
+
+    def prompt(self, group: int) -> int:
+        """The class of an image."""
+        if self.listed:
+            return self.listed[group % len(self.listed)]
+        if self.labels == "cycle":
+            return group % self.num_classes
+        return int(rng.generator(self.seed, "label", index=group).integers(self.num_classes))
+
+    def files(self, folder: Path, group: int) -> list[Path]:
+        """The image's."""
+        return [folder / f"{group:06d}.png"]
+
+    def pack_npz(self, folder: Path) -> Path:
+        """All images as arr_0 (N, H, W, 3) uint8 in `<folder>.npz`, the form ADM's evaluator reads."""
+        path = folder.with_name(f"{folder.name}.npz")
+        images = np.stack([read_png(self.files(folder, g)[0]) for g in tqdm(range(self.groups), desc="npz", unit="img")])
+        with replacing(path) as partial, open(partial, "wb") as f:
+            np.savez(f, arr_0=images)
+        return path
+
+
+class Prompts(PromptSet):
+    """Prompts with `per_group` images each; subclasses say where their files are.
+
+    Args:
+        prompts: one a group. names: of each group's files.
+
+    Raises:
+        ValueError: when there is nothing to draw.
     """
 
     def __init__(self, prompts: Sequence[str], names: Sequence[str], per_group: int) -> None:
@@ -26,26 +113,19 @@ class PromptJob:
             raise ValueError(f"--images-per-prompt must be >= 1, got {per_group}")
         self.prompts, self.names, self.per_group = list(prompts), list(names), per_group
         self.groups = len(self.prompts)
-        self.fingerprint = hashlib.sha256(json.dumps([self.names, self.prompts]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([self.names, self.prompts]).encode()).hexdigest()
+        self.identity = {"prompts": digest, "images_per_prompt": per_group}
 
-    def first(self, count: int) -> "PromptJob":
-        """Keep the first `count` prompts."""
-        self.prompts, self.names = self.prompts[:count], self.names[:count]
-        self.groups = len(self.prompts)
-        return self
+    def first(self, count: int) -> None:
+        """Draw the first `count` prompts only; the set stays the same one, whose folder can be completed later."""
+        self.groups = min(count, self.groups)
 
-    def files(self, folder: Path, group: int) -> list[Path]:
-        """The files of a group, the one for the overview first; all there means done."""
-        raise NotImplementedError
-
-    def done(self, folder: Path, group: int) -> bool:
-        return all(path.is_file() for path in self.files(folder, group))
-
-    def pictures(self, folder: Path, limit: int) -> list[np.ndarray]:
-        return [read_png(self.files(folder, group)[0]) for group in range(min(limit, self.groups))]
+    def prompt(self, group: int) -> str:
+        """The prompt of a group."""
+        return self.prompts[group]
 
 
-class GenEvalJob(PromptJob):
+class GenEvalPrompts(Prompts):
     """`{i:05d}/metadata.jsonl`, `{i:05d}/samples/{j:05d}.png` and `{i:05d}/grid.png` for line i of the metadata file."""
 
     def __init__(self, path: str, per_group: int = 4) -> None:
@@ -53,15 +133,15 @@ class GenEvalJob(PromptJob):
         for number, entry in enumerate(self.metadata, start=1):
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError(f"{path} line {number} has no `prompt`; GenEval's evaluation_metadata.jsonl is expected")
-        names = [f"{i:05d}" for i in range(len(self.metadata))]
-        super().__init__([entry["prompt"] for entry in self.metadata], names, per_group)
+        super().__init__([entry["prompt"] for entry in self.metadata], _numbers(self.metadata), per_group)
 
     def files(self, folder: Path, group: int) -> list[Path]:
+        """Grid, metadata and images."""
         own = folder / self.names[group]
-        samples = [own / "samples" / f"{j:05d}.png" for j in range(self.per_group)]
-        return [own / "grid.png", own / "metadata.jsonl", *samples]
+        return [own / "grid.png", own / "metadata.jsonl", *(own / "samples" / f"{j:05d}.png" for j in range(self.per_group))]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
+        """Grid, metadata and images."""
         grid, metadata, *samples = self.files(folder, group)
         samples[0].parent.mkdir(parents=True, exist_ok=True)
         for path, image in zip(samples, images, strict=True):
@@ -70,7 +150,7 @@ class GenEvalJob(PromptJob):
         save_png(grid, make_grid(images, columns=_columns(len(images))))
 
 
-class DPGJob(PromptJob):
+class DPGPrompts(Prompts):
     """`{prompt id}.png`, the images of a prompt side by side without a gap (2x2 for four); ids are `<id>.txt` of a folder."""
 
     def __init__(self, folder: str, per_group: int = 4) -> None:
@@ -84,13 +164,15 @@ class DPGJob(PromptJob):
         super().__init__(prompts, [path.stem for path in paths], per_group)
 
     def files(self, folder: Path, group: int) -> list[Path]:
+        """One of all images of a prompt."""
         return [folder / f"{self.names[group]}.png"]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
+        """One of all images of a prompt."""
         save_png(self.files(folder, group)[0], make_grid(images, columns=_columns(len(images)), pad=0))
 
 
-class MJHQJob(PromptJob):
+class MJHQPrompts(Prompts):
     """`{category}/{key}.png` for every key of meta_data.json ({key: {"category": ..., "prompt": ...}})."""
 
     def __init__(self, path: str, image_format: str = "png") -> None:
@@ -99,26 +181,19 @@ class MJHQJob(PromptJob):
         super().__init__(prompts, names, 1)
 
     def files(self, folder: Path, group: int) -> list[Path]:
+        """The image's."""
         return [folder / f"{self.names[group]}.{self.image_format}"]
 
-    def write(self, folder: Path, group: int, images: np.ndarray) -> None:
-        path = self.files(folder, group)[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(path, images[0])
 
-
-class PromptFilesJob(PromptJob):
+class PromptFiles(Prompts):
     """`{i:05d}-{j:02d}.png` for image j of prompt i."""
 
     def __init__(self, prompts: Sequence[str], per_group: int = 1) -> None:
-        super().__init__(prompts, [f"{i:05d}" for i in range(len(prompts))], per_group)
+        super().__init__(prompts, _numbers(prompts), per_group)
 
     def files(self, folder: Path, group: int) -> list[Path]:
+        """One an image."""
         return [folder / f"{self.names[group]}-{j:02d}.png" for j in range(self.per_group)]
-
-    def write(self, folder: Path, group: int, images: np.ndarray) -> None:
-        for path, image in zip(self.files(folder, group), images, strict=True):
-            save_png(path, image)
 
 
 def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
@@ -157,6 +232,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _json_lines(path: Path) -> list[Any]:
+    """The records of a .jsonl file."""
     if not path.is_file():
         raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
     records = []
@@ -166,6 +242,11 @@ def _json_lines(path: Path) -> list[Any]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
     return records
+
+
+def _numbers(items: Sequence[Any]) -> list[str]:
+    """Names of groups that have no other."""
+    return [f"{i:05d}" for i in range(len(items))]
 
 
 def _columns(count: int) -> int:

@@ -48,6 +48,18 @@ class SampleSettings:
     tile_vae: int | None = None
     compile_vae: bool = False
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels, of settings that a sampler has filled in."""
+        assert self.height is not None and self.width is not None
+        return self.height, self.width
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """T_max and T_min, of settings that `check` has filled in."""
+        assert self.T_max is not None and self.T_min is not None
+        return self.T_max, self.T_min
+
     def guidance(self) -> tuple[float, float, float, bool]:
         """Scale, low and high end of the window, and whether the first step is guided."""
         return self.cfg_scale, self.guidance_low, self.guidance_high, self.guide_first_step

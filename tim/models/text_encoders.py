@@ -104,8 +104,10 @@ class TextEncoder:
                 f"model.text_encoder_dir={text_encoder_dir!r} is no text encoder folder or hub id: {reason}"
             ) from error
         hub_id = None if Path(text_encoder_dir).is_dir() else text_encoder_dir
-        options = dict(max_length=max_length, use_last_hidden_state=use_last_hidden_state, padding=padding)
-        return cls(model.to(device), tokenizer, folder, hub_id, **options)
+        return cls(
+            model.to(device), tokenizer, folder, hub_id,
+            max_length=max_length, use_last_hidden_state=use_last_hidden_state, padding=padding,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -223,12 +225,15 @@ class CaptionCache:
             self.used_bytes -= self._rows.popitem(last=False)[1].nbytes
         return row
 
-    def _path(self, caption: str) -> Path:
-        return self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
+    def _path(self, caption: str) -> Path | None:
+        """The file of a caption's features, None without a folder."""
+        name = f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
+        return None if self.folder is None else self.folder / name
 
     def _read(self, caption: str) -> Tensor | None:
         """Features from the folder; None when it has none, or a damaged file, which is warned of."""
-        if self.folder is None or not (path := self._path(caption)).is_file():
+        path = self._path(caption)
+        if path is None or not path.is_file():
             return None
         try:
             row = load(path.read_bytes())["features"]
@@ -241,10 +246,10 @@ class CaptionCache:
 
     def _write(self, caption: str, row: Tensor) -> None:
         """Save so that readers and other writers never see half a file."""
-        if self.folder is None:
-            return
-        with replacing(self._path(caption)) as partial:
-            save_file({"features": row.contiguous()}, partial)
+        path = self._path(caption)
+        if path is not None:
+            with replacing(path) as partial:
+                save_file({"features": row.contiguous()}, partial)
 
 
 def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | str) -> TextEncoder | CaptionCache:

@@ -63,7 +63,7 @@ def cache_features(
     sources = list_sources(d.image_dir, root)
     claim_for_run = partial(claim, root / RECORD, record, "features", files="*/*.safetensors")
     first_process(state, partial(claim_for_run, write=False))
-    shape = (2, record["tokens"], record["width"])
+    shape = (2, tokens, width)
     blocks = own_blocks(len(sources), batch_size, lambda k: find_corruption(sources[k].target, shape) is None, state, "looking")
     count = total_over_processes(sum(len(block.missing) for block in blocks))
     if state.is_main_process:
