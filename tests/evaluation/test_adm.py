@@ -11,8 +11,8 @@ from helpers.images import save_photographs
 from PIL import Image
 
 from tim.evaluation.adm import STATISTICS, Extraction, read_side
-from tim.evaluation.frechet import frechet_distance, statistics
 from tim.evaluation.inception import load_inception
+from tim.evaluation.metrics import frechet_distance, statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")
 EVALUATOR = "projects/evaluate/adm_evaluator.py"

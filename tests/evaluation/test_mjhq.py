@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tim.evaluation.clip import load_clip
-from tim.evaluation.frechet import frechet_distance, statistics
 from tim.evaluation.inception import load_inception
+from tim.evaluation.metrics import frechet_distance, statistics
 from tim.evaluation.mjhq import PROTOCOLS, antialiased_bilinear, pillow_bicubic
 from tim.images import read_png
 

@@ -9,10 +9,9 @@ import numpy as np
 from accelerate import PartialState
 
 from tim.evaluation.extract import BATCH, CACHE, Features, extract
-from tim.evaluation.frechet import Statistics, distance, streaming_statistics
-from tim.evaluation.images import ImageFiles, npz_arrays, npz_names, open_images
 from tim.evaluation.inception import InceptionV3
-from tim.evaluation.metrics import inception_score, precision_recall
+from tim.evaluation.inputs import ImageFiles, npz_arrays, npz_names, open_images
+from tim.evaluation.metrics import Statistics, distance, inception_score, precision_recall, streaming_statistics
 from tim.evaluation.record import describe_samples
 from tim.files import sha256
 

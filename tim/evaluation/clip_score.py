@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from tim.evaluation.clip import Clip
 from tim.evaluation.extract import BATCH, CACHE, extract
-from tim.evaluation.files import find_images, some
-from tim.evaluation.images import ImageFiles
+from tim.evaluation.inputs import ImageFiles, find_images, some
 from tim.evaluation.mjhq import OVERALL, categories_of
 from tim.evaluation.record import describe_samples
 from tim.files import replacing

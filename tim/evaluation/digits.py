@@ -8,7 +8,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from tim.data.c2i import PackageDataset
-from tim.evaluation.frechet import frechet_distance, statistics
+from tim.evaluation.metrics import frechet_distance, statistics
 
 FEATURES = 64
 

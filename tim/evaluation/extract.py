@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tim.evaluation.command import CACHE
-from tim.evaluation.images import ImageArray, ImageFiles
+from tim.evaluation.inputs import ImageArray, ImageFiles
 from tim.files import write_json
 
 BATCH = 64

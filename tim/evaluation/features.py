@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tim.evaluation.images import Transform
+from tim.evaluation.inputs import Transform
 
 FEATURES = ("digits", "efficientnet", "inception")
 

@@ -9,10 +9,8 @@ from accelerate import PartialState
 
 from tim.evaluation.extract import BATCH, CACHE, Features, extract
 from tim.evaluation.features import FeatureNetwork
-from tim.evaluation.files import find_images
-from tim.evaluation.frechet import distance, streaming_statistics
-from tim.evaluation.images import ImageFiles
-from tim.evaluation.metrics import kernel_distance, precision_recall
+from tim.evaluation.inputs import ImageFiles, find_images
+from tim.evaluation.metrics import distance, kernel_distance, precision_recall, streaming_statistics
 from tim.evaluation.record import describe_samples
 
 COLUMNS = {"frechet_distance": "Fréchet", "kernel_distance": "KID", "precision": "precision", "recall": "recall"}

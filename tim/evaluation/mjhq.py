@@ -13,10 +13,9 @@ from torch import Tensor
 
 from tim.evaluation.adm import Extraction
 from tim.evaluation.extract import Features, extract
-from tim.evaluation.files import find_images
-from tim.evaluation.frechet import Statistics, distance, streaming_statistics
-from tim.evaluation.images import ImageFiles, npz_arrays, npz_names
 from tim.evaluation.inception import tensorflow_resize
+from tim.evaluation.inputs import ImageFiles, find_images, npz_arrays, npz_names
+from tim.evaluation.metrics import Statistics, distance, streaming_statistics
 from tim.evaluation.record import describe_samples
 from tim.files import replacing, sha256
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tim.evaluation.files import SHOWN
+from tim.evaluation.inputs import SHOWN
 
 
 def grid_side(pic_num: int) -> int:

@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from tim.evaluation.files import SHOWN
+from tim.evaluation.inputs import SHOWN
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 DOWNLOAD = "bash tools/download_benchmarks.sh --only dpg fetches it"

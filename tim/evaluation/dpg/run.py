@@ -15,7 +15,7 @@ from tim.evaluation.dpg.grid import check_grids, cut_grid, grid_side
 from tim.evaluation.dpg.judges import load_judge
 from tim.evaluation.dpg.questions import Question, read_questions
 from tim.evaluation.dpg.scoring import result_text, score_answers, summary
-from tim.evaluation.files import SHOWN, find_images, some, stamp
+from tim.evaluation.inputs import SHOWN, find_images, some, stamp
 from tim.evaluation.record import describe_samples, write_result
 from tim.files import sha256, write_json
 from tim.images import open_rgb

@@ -12,13 +12,13 @@ from typing import Any
 from accelerate import PartialState
 
 from tim.evaluation.clip import load_clip
-from tim.evaluation.files import some, stamp
 from tim.evaluation.geneval.colors import ColorClassifier
 from tim.evaluation.geneval.detection import Detector
 from tim.evaluation.geneval.detectors import load_detector
 from tim.evaluation.geneval.options import Options
 from tim.evaluation.geneval.rules import check_metadata, details, judge, keep_objects
 from tim.evaluation.geneval.summary import summarize, write_results
+from tim.evaluation.inputs import some, stamp
 from tim.evaluation.record import describe_samples, write_result
 from tim.images import open_rgb
 from tim.resumable import map_items
