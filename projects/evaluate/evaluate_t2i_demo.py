@@ -1,35 +1,7 @@
-"""Measure prompt following of a small text-to-image model: table over NFE, pictures, JSON.
-
-`shapes` judges the colour and the shape of easy-VQA's prompts by rule; `retrieval` looks for the real picture of each
-prompt among those of all trained prompts by the features of an ImageNet classifier.
-"""
-
-import argparse
-from pathlib import Path
+"""Measure prompt following of a small text-to-image model: evaluate_t2i_demo.py JUDGE --config YAML --samples DIR --out DIR"""
 
 from tim.cli import run_command
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("judge", choices=("shapes", "retrieval"))
-    parser.add_argument("--config", required=True, help="YAML file of the model; its data are the real pictures")
-    parser.add_argument("--samples", type=Path, required=True, help="the --sample-dir of sample_t2i.py")
-    parser.add_argument("--out", type=Path, required=True, help="where metrics.json and the pictures go")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
-    args = parser.parse_intermixed_args()
-
-    from tim.config import load_config
-    from tim.data.t2i import load_t2i_dataset
-    from tim.demo.t2i_report import evaluate, read_runs, real_pictures, table, write_report
-
-    real = real_pictures(load_t2i_dataset(load_config(args.config, args.overrides)))
-    runs = read_runs(args.samples)
-    metrics = evaluate(args.judge, runs, real)
-    write_report(metrics, runs, real, args.out)
-    print(table(metrics))
-    print(f"wrote {args.out}/metrics.json, samples.png, quality.png")
-
+from tim.demo.commands import t2i
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(t2i)

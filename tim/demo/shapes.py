@@ -87,11 +87,11 @@ def _misfit(coverage: np.ndarray, fine: np.ndarray) -> float:
     return float(np.sum((coverage - ideal) ** 2) / ideal.sum())
 
 
-def score(images: np.ndarray, prompts: Sequence[str]) -> dict[str, object]:
+def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, object]:
     """How often the pictures show what their prompts name.
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: N uint8 images (H, W, 3).
         prompts: N captions that each name a shape and a colour, such as 'a blue circle'.
 
     Returns:

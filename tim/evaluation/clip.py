@@ -1,4 +1,4 @@
-"""CLIP as a judge: a transformers or an open_clip model behind one small interface."""
+"""CLIP: a transformers or an open_clip model behind one small interface."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from torch.nn import functional as nnf
 from torchvision.transforms import InterpolationMode, functional
 
 from tim.config import nearest
+from tim.evaluation.pretrained import first_line, load_pretrained
 from tim.files import sha256
-from tim.models.loading import model_identity
 
 OPEN_CLIP = "open_clip:"
 BICUBIC = InterpolationMode.BICUBIC
@@ -75,20 +75,9 @@ def load_clip(name: str, device: torch.device) -> Clip:
 
 
 def _transformers(name: str, device: torch.device) -> Clip:
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
-
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        model, loading = CLIPModel.from_pretrained(name, output_loading_info=True)
-        tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        hint = f" (open_clip's models are named {OPEN_CLIP}{name}:openai)" if "/" not in name else ""
-        raise ValueError(f"{name!r} is no folder or hub id of a transformers CLIP{hint}: {reason}") from error
-    if kind != "clip" or loading["missing_keys"]:
-        what = f"is a {kind} model" if kind != "clip" else f"lacks weights, first: {sorted(loading['missing_keys'])[0]}"
-        raise ValueError(f"{name!r} {what}; a complete CLIP is expected")
-    model.eval().requires_grad_(False).to(device)
+    hint = f" (open_clip's models are named {OPEN_CLIP}{name}:openai)" if "/" not in name else ""
+    refusal = f"{name!r} is no folder or hub id of a transformers CLIP{hint}"
+    model, identity, (tokenizer, processor) = load_pretrained(name, _choose_clip, refusal, device)
     longest = model.config.text_config.max_position_embeddings
 
     def text_tower(texts: list[str]) -> Tensor:
@@ -97,13 +86,21 @@ def _transformers(name: str, device: torch.device) -> Clip:
         return model.text_projection(pooled)
 
     return Clip(
-        model_identity(name, model.config),
+        identity,
         model.config.vision_config.image_size,
         processor.image_mean,
         processor.image_std,
         lambda pixels: model.visual_projection(model.vision_model(pixels.to(device)).pooler_output),
         text_tower,
     )
+
+
+def _choose_clip(config: Any) -> tuple[Any, Any, Any]:
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    if config.model_type != "clip":
+        raise ValueError(f"it is a {config.model_type} model")
+    return CLIPModel, AutoTokenizer, AutoImageProcessor
 
 
 def _open_clip(name: str, device: torch.device) -> Clip:
@@ -121,8 +118,7 @@ def _open_clip(name: str, device: torch.device) -> Clip:
     try:
         model = open_clip.create_model(architecture, pretrained=source, device=device)
     except Exception as error:  # damaged files, other architectures' weights and failed downloads share no base class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"{name!r} cannot be loaded: {first_line(error)}") from error
     model.eval().requires_grad_(False)
     tokenizer, how = open_clip.get_tokenizer(architecture), open_clip.get_model_preprocess_cfg(model)
     size = how["size"]

@@ -54,7 +54,7 @@ def streaming_statistics(parts: Callable[[], Iterable[np.ndarray]]) -> Statistic
     Raises:
         ValueError: for fewer than two rows.
     """
-    count, total = 0, np.float64(0)
+    count, total = 0, np.zeros(())
     for part in parts():
         count, total = count + len(part), total + part.sum(axis=0, dtype=np.float64)
     if count < 2:
