@@ -1,6 +1,7 @@
 """The ADM suite: FID, sFID, inception score, precision and recall of Inception-2015 features (Dhariwal & Nichol 2021)."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,14 +47,17 @@ def adm_extractor(network: InceptionV3) -> FeatureExtractor:
     return FeatureExtractor("Inception-2015-12-05", identity, as_uint8_tensor, network)
 
 
-def read_statistics(path: Path) -> dict[str, Statistics]:
-    """Ready statistics of an `.npz` in ADM's form: (mu, sigma) of pool3 and (mu_s, sigma_s) of the spatial features.
+def read_statistics(path: Path, pairs: Mapping[str, tuple[str, str]] = STATISTICS) -> dict[str, Statistics]:
+    """Ready statistics of an `.npz`, as far as it holds them.
+
+    Args:
+        pairs: names of mean and covariance in the file by the name of what they describe, by default those of ADM.
 
     Raises:
         ValueError: for a damaged file, or arrays that are no mean and covariance.
     """
     names, found = npz_names(path), {}
-    for feature, pair in STATISTICS.items():
+    for feature, pair in pairs.items():
         if all(name in names for name in pair):
             mean, cov = npz_arrays(path, pair)
             found[feature] = Statistics.checked(mean, cov, f"{path}: {' and '.join(pair)}")

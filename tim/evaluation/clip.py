@@ -75,32 +75,32 @@ def load_clip(name: str, device: torch.device) -> Clip:
 
 
 def _transformers(name: str, device: torch.device) -> Clip:
-    hint = f" (open_clip's models are named {OPEN_CLIP}{name}:openai)" if "/" not in name else ""
-    refusal = f"{name!r} is no folder or hub id of a transformers CLIP{hint}"
-    model, identity, (tokenizer, processor) = load_pretrained(name, _choose_clip, refusal, device)
-    longest = model.config.text_config.max_position_embeddings
-
-    def text_tower(texts: list[str]) -> Tensor:
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
-        pooled = model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        return model.text_projection(pooled)
-
-    return Clip(
-        identity,
-        model.config.vision_config.image_size,
-        processor.image_mean,
-        processor.image_std,
-        lambda pixels: model.visual_projection(model.vision_model(pixels.to(device)).pooler_output),
-        text_tower,
-    )
-
-
-def _choose_clip(config: Any) -> tuple[Any, Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    if config.model_type != "clip":
-        raise ValueError(f"it is a {config.model_type} model")
-    return CLIPModel, AutoTokenizer, AutoImageProcessor
+    def choose(config: Any) -> tuple[Any, ...]:
+        if config.model_type != "clip":
+            raise ValueError(f"it is a {config.model_type} model")
+        return build, CLIPModel, AutoTokenizer, AutoImageProcessor
+
+    def build(model: Any, identity: dict[str, Any], tokenizer: Any, processor: Any) -> Clip:
+        longest = model.config.text_config.max_position_embeddings
+
+        def text_tower(texts: list[str]) -> Tensor:
+            tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+            pooled = model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+            return model.text_projection(pooled)
+
+        return Clip(
+            identity,
+            model.config.vision_config.image_size,
+            processor.image_mean,
+            processor.image_std,
+            lambda pixels: model.visual_projection(model.vision_model(pixels.to(device)).pooler_output),
+            text_tower,
+        )
+
+    hint = f" (open_clip's models are named {OPEN_CLIP}{name}:openai)" if "/" not in name else ""
+    return load_pretrained(name, choose, f"{name!r} is no folder or hub id of a transformers CLIP{hint}", device)
 
 
 def _open_clip(name: str, device: torch.device) -> Clip:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tim.evaluation.adm import ImageSet
+from tim.evaluation.adm import ImageSet, read_statistics
 from tim.evaluation.clip import Clip
 from tim.evaluation.extract import Extraction, FeatureExtractor, Features
 from tim.evaluation.inception import SIDE, InceptionV3, tensorflow_resize
@@ -63,14 +63,14 @@ def fid_extractor(network: InceptionV3, protocol: str) -> FeatureExtractor:
     )
 
 
-def categories_of(folder: Path, files: list[Path]) -> dict[str, np.ndarray]:
-    """Places of each category's images (first folder of the path); empty for a folder without subfolders."""
-    names = [path.relative_to(folder).parts for path in files]
+def places_of(folder: Path, files: list[Path]) -> dict[str, np.ndarray]:
+    """Places of all images (`overall`), then of each category's: the first folder of their paths."""
     found: dict[str, list[int]] = {}
-    for place, parts in enumerate(names):
-        if len(parts) > 1:
-            found.setdefault(parts[0], []).append(place)
-    return {name: np.array(places) for name, places in sorted(found.items())}
+    for place, path in enumerate(files):
+        category, *rest = path.relative_to(folder).parts
+        if rest:
+            found.setdefault(category, []).append(place)
+    return {OVERALL: np.arange(len(files))} | {name: np.array(places) for name, places in sorted(found.items())}
 
 
 def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
@@ -87,7 +87,7 @@ def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
     facts = describe_samples(path, files) | {"images_per_second": features.images_per_second}
     if not how.state.is_main_process:
         return ImageSet({}, facts)
-    groups = {OVERALL: np.arange(len(files))} | {k: v for k, v in categories_of(path, files).items() if len(v) > 1}
+    groups = {name: places for name, places in places_of(path, files).items() if len(places) > 1 or name == OVERALL}
     return ImageSet({name: _statistics(features, places) for name, places in groups.items()}, facts)
 
 
@@ -130,13 +130,11 @@ def load_statistics(path: Path, protocol: str, weights_sha256: str) -> ImageSet:
             raise ValueError(f"{path} was made with {key} {made}, now {wanted}; make it again with --save-stats")
     if not {"mu", "sigma"} <= set(names):
         raise ValueError(f"{path} holds no statistics (mu, sigma)")
-    statistics = {}
-    for prefix in sorted(name.removesuffix("mu") for name in names if name.endswith("mu")):
-        mean, cov = npz_arrays(path, [f"{prefix}mu", f"{prefix}sigma"])
-        found = Statistics.checked(mean, cov, f"{path}: {prefix}mu and {prefix}sigma")
-        if f"{prefix}n" in names:
-            found.count = int(npz_arrays(path, [f"{prefix}n"])[0])
-        statistics[prefix.rstrip("/") or OVERALL] = found
+    prefixes = {prefix.rstrip("/") or OVERALL: prefix for prefix in sorted(k[:-2] for k in names if k.endswith("mu"))}
+    statistics = read_statistics(path, {name: (f"{prefix}mu", f"{prefix}sigma") for name, prefix in prefixes.items()})
+    for name, found in statistics.items():
+        if (key := f"{prefixes[name]}n") in names:
+            found.count = int(npz_arrays(path, [key])[0])
     return ImageSet(statistics, {"path": str(path), "sha256": sha256(path), "n": statistics[OVERALL].count})
 
 
@@ -257,7 +255,7 @@ def clip_score(text: dict[str, Tensor], folder: Path, clip: Clip, how: Extractio
     if image.shape != wanted.shape:
         raise ValueError(f"text features have width {wanted.shape[1]}, the images' {image.shape[1]}: they are of other models")
     cosine = 100 * (image.astype(np.float64) * wanted).sum(axis=1)
-    groups = {OVERALL: np.arange(len(files)), **categories_of(folder, files)}
+    groups = places_of(folder, files)
     return {
         "scores": {name: float(cosine[places].mean()) for name, places in groups.items()},
         "n": len(files),

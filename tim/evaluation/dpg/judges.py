@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,9 +102,9 @@ class TransformersJudge:
 
     is_official = False
 
-    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
+    def __init__(self, model: Any, identity: dict[str, Any], processor: Any, batch_size: int, dtype: str) -> None:
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.name, self.identity = identity["name"], {**identity, "questions_a_batch": batch_size}
+        self.name, self.identity = identity["name"], {**identity, "dtype": dtype, "questions_a_batch": batch_size}
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
@@ -123,10 +124,10 @@ class TransformersJudge:
 class VQAJudge(TransformersJudge):
     """A model for visual question answering: it chooses among its answers (ViLT) or writes one (BLIP)."""
 
-    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
+    def __init__(self, model: Any, identity: dict[str, Any], processor: Any, batch_size: int, dtype: str) -> None:
         self.writes = model.can_generate()
         # transformers' BLIP does not mask padding when it writes, so that answers would depend on the other questions
-        super().__init__(model, processor, identity, 1 if self.writes else batch_size)
+        super().__init__(model, identity, processor, 1 if self.writes else batch_size, dtype)
 
     def _answer(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
         images = [image] * len(questions)
@@ -141,8 +142,8 @@ class VQAJudge(TransformersJudge):
 class ChatJudge(TransformersJudge):
     """An instruction-tuned model that is asked to answer with yes or no."""
 
-    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
-        super().__init__(model, processor, {**identity, "prompt": PROMPT}, batch_size)
+    def __init__(self, model: Any, identity: dict[str, Any], processor: Any, batch_size: int, dtype: str) -> None:
+        super().__init__(model, {**identity, "prompt": PROMPT}, processor, batch_size, dtype)
         if getattr(processor, "chat_template", None) is None:
             raise ValueError("its processor has no chat template; choose an instruction-tuned model")
         tokenizer = processor.tokenizer
@@ -174,22 +175,18 @@ def _load_transformers(name: str, device: torch.device, dtype: str, batch_size: 
 
     from tim.models.text_encoders import DTYPE_KEYWORD
 
-    judge: type[VQAJudge | ChatJudge] = VQAJudge
-
-    def choose(config: Any) -> tuple[Any, Any]:
-        nonlocal judge
+    def choose(config: Any) -> tuple[Any, ...]:
+        judge: type[TransformersJudge] = VQAJudge
+        kind: Any
         # BLIP-2 is listed as a model for question answering, but continues a text
         if type(config) in hf.MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING and config.model_type != "blip-2":
-            return hf.AutoModelForVisualQuestionAnswering, hf.AutoProcessor
-        if type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            judge = ChatJudge
-            return hf.AutoModelForImageTextToText, hf.AutoProcessor
-        raise ValueError(f"a {config.model_type} model answers no questions about images")
+            kind = hf.AutoModelForVisualQuestionAnswering
+        elif type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            judge, kind = ChatJudge, hf.AutoModelForImageTextToText
+        else:
+            raise ValueError(f"a {config.model_type} model answers no questions about images")
+        return partial(judge, batch_size=batch_size, dtype=dtype), kind, hf.AutoProcessor
 
     refusal = f"--vqa-model {name} is neither {MPLUG} nor a judge of transformers"
     options: dict[str, Any] = {DTYPE_KEYWORD: DTYPES[dtype]}
-    model, identity, (processor,) = load_pretrained(name, choose, refusal, device, **options)
-    try:
-        return judge(model, processor, {**identity, "dtype": dtype}, batch_size)
-    except ValueError as error:
-        raise ValueError(f"{refusal}: {error}") from error
+    return load_pretrained(name, choose, refusal, device, **options)

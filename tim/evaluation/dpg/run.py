@@ -34,7 +34,7 @@ class Settings:
 
     Attributes:
         folder: of the images, `{prompt id}.png`.
-        res_path: the result file; record and answers go beside it.
+        res_path: the result file; provenance and answers go beside it.
         csv: the questions.
         pic_num: images in every file.
         resolution: pixels along each side of one image, None for whatever the file gives.
@@ -69,7 +69,7 @@ class Found:
     Attributes:
         answers: by image, crop and proposition.
         source: the judge's name or the file.
-        facts: about them, for the record.
+        facts: about them, for the result.
         judge: the name in the result file of a judge that is not the official one.
     """
 

@@ -98,23 +98,17 @@ def _read(checkpoint: Path) -> dict[str, torch.Tensor]:
 def _load_transformers(model_path: str, device: torch.device) -> Detector:
     import transformers as hf
 
-    detector: Any = BoxDetector
-
-    def choose(config: Any) -> tuple[Any, Any]:
-        nonlocal detector
+    def choose(config: Any) -> tuple[Any, ...]:
         if config.model_type == "mask2former":
-            detector = _mask2former
-            return hf.Mask2FormerForUniversalSegmentation, hf.AutoImageProcessor
+            return _mask2former, hf.Mask2FormerForUniversalSegmentation, hf.AutoImageProcessor
         if config.model_type in OWL + GROUNDING:
             detector = OwlDetector if config.model_type in OWL else GroundingDetector
-            return hf.AutoModelForZeroShotObjectDetection, hf.AutoProcessor
+            return detector, hf.AutoModelForZeroShotObjectDetection, hf.AutoProcessor
         if type(config) in hf.MODEL_FOR_OBJECT_DETECTION_MAPPING:
-            return hf.AutoModelForObjectDetection, hf.AutoImageProcessor
+            return BoxDetector, hf.AutoModelForObjectDetection, hf.AutoImageProcessor
         raise ValueError(f"a {config.model_type} is no Mask2Former, object detector, OWL or Grounding DINO")
 
-    refusal = f"--model-path {model_path} is no detector's folder or hub id"
-    model, identity, (processor,) = load_pretrained(model_path, choose, refusal, device, UNUSED)
-    return detector(model.float(), processor, identity, device)
+    return load_pretrained(model_path, choose, f"--model-path {model_path} is no detector's folder or hub id", device, UNUSED)
 
 
 def coco_labels(id2label: Mapping[int, str], count: int, name: str) -> list[int | None]:
@@ -137,27 +131,27 @@ def coco_labels(id2label: Mapping[int, str], count: int, name: str) -> list[int 
     return labels
 
 
-def _mask2former(model: Any, processor: Any, identity: dict[str, Any], device: torch.device) -> Mask2FormerDetector:
+def _mask2former(model: Any, identity: dict[str, Any], processor: Any) -> Mask2FormerDetector:
     def prepare(image: Image.Image) -> Prepared:
         inputs = processor(images=image, return_tensors="pt")
         shown = inputs["pixel_mask"][0].bool()
         return inputs["pixel_values"], (int(shown.any(1).sum()), int(shown.any(0).sum()))
 
     labels = coco_labels(model.config.id2label, model.config.num_labels, identity["name"])
-    return Mask2FormerDetector(model, prepare, labels, identity, device)
+    return Mask2FormerDetector(model.float(), prepare, labels, identity, model.device)
 
 
 class BoxDetector:
     """DETR and its kin: boxes without masks, of the classes that the model was trained on.
 
     Args:
-        model: the network, on `device`.
-        processor: its image processor, or processor of images and texts.
+        model: the network.
         identity: see `Detector`.
+        processor: its image processor, or processor of images and texts.
     """
 
-    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], device: torch.device) -> None:
-        self.model, self.processor, self.device = model, processor, device
+    def __init__(self, model: Any, identity: dict[str, Any], processor: Any) -> None:
+        self.model, self.processor, self.device = model.float(), processor, model.device
         self.name, self.identity = identity["name"], identity
         self._prepare_classes()
 
