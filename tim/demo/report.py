@@ -116,7 +116,7 @@ def evaluate(name: str, runs: Sequence[Run], real: dict[str, np.ndarray]) -> dic
     for run in runs:
         settings = run.record["settings"]
         metrics["nfe"][str(run.nfe)] = {
-            "n": len(run.images),
+            "images": len(run.images),
             **judge(run.images, run.prompts),
             "num_steps": settings.get("num_steps"),
             "cfg_scale": settings.get("cfg_scale"),
@@ -133,13 +133,14 @@ def table(metrics: dict[str, Any]) -> str:
     runs, baseline = metrics["nfe"], metrics.get("flow_matching", {})
     first = next(iter(runs.values()))
     keys = [key for key in COLUMNS if key in first]
-    rows: list[list[object]] = [["NFE", *(COLUMNS[key] for key in keys)]]
-    rows += [[nfe, *(f"{values[key]:.3f}" for key in keys)] for nfe, values in runs.items()]
+    rows: list[list[object]] = [["NFE", "steps", *(COLUMNS[key] for key in keys)]]
+    rows += [[nfe, values.get("num_steps") or "-", *(f"{values[key]:.3f}" for key in keys)] for nfe, values in runs.items()]
     if baseline:
         rows[0] += [f"FM {COLUMNS[key]}" for key in keys]
         for row in rows[1:]:
             row += [f"{baseline[row[0]][key]:.3f}" if row[0] in baseline else "" for key in keys]
-    lines = [columns(rows, [">6", *[">12"] * (len(rows[0]) - 1)])]
+    judge = metrics.get("judge") or metrics["features"]  # as the stored numbers of flow matching name it
+    lines = [f"judge: {judge}", columns(rows, [">5", ">6", *[">11"] * (len(rows[0]) - 2)])]
     if "real" in metrics:
         real = metrics["real"]
         lines.append(f"1,000 resampled real digits: Fréchet distance {real['frechet_distance_of_1000_real']:.3f}")
@@ -147,7 +148,7 @@ def table(metrics: dict[str, Any]) -> str:
     if "candidates" in first:
         count = first["candidates"]
         lines.append(f"chance: top1 {1 / count:.3f}, top5 {5 / count:.3f}, mean_rank {(count + 1) / 2:.3f}")
-    return "\n".join([f"judge: {metrics['judge']}", *lines])
+    return "\n".join(lines)
 
 
 def write_report(metrics: dict[str, Any], runs: Sequence[Run], real: dict[str, np.ndarray], out: Path) -> None:
