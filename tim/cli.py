@@ -26,12 +26,12 @@ SAMPLE = {
     "mjhq30k": ("tim.generation.commands:sample_mjhq30k", "an image of every MJHQ-30K prompt"),
 }
 EVALUATE = {
-    "adm": ("tim.evaluation.commands:evaluate_adm", "FID, sFID, inception score, precision and recall as ADM measures them"),
-    "folder": ("tim.evaluation.commands:evaluate_folder", "distances between folders of images under features of your choice"),
-    "mjhq-fid": ("tim.evaluation.commands:evaluate_mjhq_fid", "FID of MJHQ-30K, overall and by category"),
-    "mjhq-clip": ("tim.evaluation.commands:evaluate_mjhq_clip", "CLIP score of MJHQ-30K"),
-    "geneval": ("tim.evaluation.commands:evaluate_geneval", "GenEval's images, by an object detector and CLIP"),
-    "dpg": ("tim.evaluation.commands:evaluate_dpg", "DPG-Bench's images, by answers to its questions"),
+    "adm": ("tim.evaluation.commands:adm", "FID, sFID, inception score, precision and recall as ADM measures them"),
+    "folder": ("tim.evaluation.commands:folder", "distances between folders of images under features of your choice"),
+    "mjhq-fid": ("tim.evaluation.commands:mjhq_fid", "FID of MJHQ-30K, overall and by category"),
+    "mjhq-clip": ("tim.evaluation.commands:mjhq_clip", "CLIP score of MJHQ-30K"),
+    "geneval": ("tim.evaluation.commands:geneval", "GenEval's images, by an object detector and CLIP"),
+    "dpg": ("tim.evaluation.commands:dpg", "DPG-Bench's images, by answers to its questions"),
 }
 
 

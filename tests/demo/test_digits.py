@@ -8,13 +8,13 @@ import torch
 from helpers.commands import command
 
 from tim.data.c2i import PackageDataset
-from tim.evaluation.digits import train_judge
+from tim.demo.digits import DigitJudge
 from tim.images import save_png, to_uint8
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return train_judge()
+    return DigitJudge()
 
 
 def test_the_judge_knows_digits_and_ranks_damage(judge):

@@ -10,9 +10,10 @@ from helpers.commands import command
 from helpers.images import save_photographs
 from PIL import Image
 
-from tim.evaluation.adm import STATISTICS, Extraction, read_side
-from tim.evaluation.frechet import frechet_distance, statistics
+from tim.evaluation.adm import STATISTICS, adm_extractor, read_side
+from tim.evaluation.extract import Extraction
 from tim.evaluation.inception import load_inception
+from tim.evaluation.metrics import frechet_distance, statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")
 EVALUATOR = "projects/evaluate/adm_evaluator.py"
@@ -100,7 +101,8 @@ def test_distances_are_those_of_the_tapped_activations(scored, features):
 
 def test_every_published_form_of_reference_says_the_same(folders, inception_file, features):
     """Images and statistics, statistics alone, those of FID alone, images alone, compressed; a folder."""
-    how = Extraction(load_inception(inception_file, torch.device("cpu")), PartialState(), cache=folders / "cache", batch_size=6)
+    extractor = adm_extractor(load_inception(inception_file, torch.device("cpu")))
+    how = Extraction(extractor, PartialState(), cache=folders / "cache", batch_size=6)
     images = np.stack([np.asarray(Image.open(p)) for p in sorted((folders / "real").iterdir())])
     stats = {}
     for name, (mu, sigma) in STATISTICS.items():

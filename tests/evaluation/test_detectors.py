@@ -172,7 +172,7 @@ def test_missing_weights_are_refused(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     del state["class_labels_classifier.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the detector, first: class_labels_classifier\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights, first: class_labels_classifier\.weight"):
         load_detector(str(tmp_path), CPU)
 
 

@@ -10,11 +10,9 @@ import torch
 from helpers.dpg_models import QUESTIONS, picture, save_blip, save_llava, save_vilt
 from helpers.paths import GOLDENS
 
-from tim.evaluation.dpg.answers import read_answers
-from tim.evaluation.dpg.grid import check_grids, cut_grid, grid_side
 from tim.evaluation.dpg.judges import load_judge, normalise
-from tim.evaluation.dpg.questions import Question, read_questions
-from tim.evaluation.dpg.scoring import score_answers, score_crop
+from tim.evaluation.dpg.run import check_grids, cut_grid, grid_side
+from tim.evaluation.dpg.scoring import Question, read_answers, read_questions, score_answers, score_crop
 
 HEAD = "item_id,proposition_id,dependency,tuple,question_natural_language\nskipped,1,0,a - b (x),really?\n"
 CPU = torch.device("cpu")

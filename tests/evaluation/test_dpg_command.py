@@ -12,11 +12,10 @@ from helpers.dpg_models import QUESTIONS, picture, save_benchmark, save_vilt
 from helpers.paths import GOLDENS
 from PIL import Image
 
-from tim.evaluation.command import start
+from tim.evaluation.commands import start
 from tim.evaluation.dpg import run
-from tim.evaluation.dpg.grid import cut_grid
 from tim.evaluation.dpg.judges import load_judge
-from tim.evaluation.dpg.run import Settings, evaluate_folder
+from tim.evaluation.dpg.run import Settings, cut_grid, evaluate_folder
 
 COMPUTE = "projects/evaluate/dpg_bench/compute_dpg_bench.py"
 GOLDEN = GOLDENS / "dpg"

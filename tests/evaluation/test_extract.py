@@ -11,8 +11,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from tim.evaluation.extract import extract
-from tim.evaluation.files import check_one_size, find_images
-from tim.evaluation.images import ImageArray, ImageFiles, map_member, open_images
+from tim.evaluation.inputs import ImageArray, ImageFiles, check_one_size, find_images, map_member, open_images
 from tim.images import save_png
 from tim.resumable import map_items
 
@@ -147,8 +146,8 @@ from pathlib import Path
 from accelerate import PartialState
 from tim.distributed import leave_process_group
 from tim.evaluation.extract import extract
-from tim.evaluation.files import find_images
-from tim.evaluation.images import ImageFiles
+from tim.evaluation.inputs import find_images
+from tim.evaluation.inputs import ImageFiles
 from tim.resumable import map_items
 folder, out = map(Path, sys.argv[1:])
 state = PartialState(cpu=True)

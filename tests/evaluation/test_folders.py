@@ -10,9 +10,9 @@ from helpers.commands import command
 from helpers.images import photographs
 
 from tim.data.c2i import PackageDataset
-from tim.evaluation.frechet import frechet_distance, statistics
+from tim.demo.retrieval import image_features
 from tim.evaluation.inception import load_inception
-from tim.evaluation.retrieval import image_features
+from tim.evaluation.metrics import frechet_distance, statistics
 from tim.images import save_png, to_uint8
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tim.evaluation.frechet import Statistics, distance, frechet_distance, statistics, streaming_statistics
+from tim.evaluation.metrics import Statistics, distance, frechet_distance, statistics, streaming_statistics
 
 
 def rotation(width: int, seed: int = 0) -> np.ndarray:

@@ -10,10 +10,19 @@ from helpers.paths import GOLDENS
 from PIL import Image
 
 from tim.evaluation.clip import load_clip
-from tim.evaluation.geneval.colors import ColorClassifier, cut_out
 from tim.evaluation.geneval.detection import COCO_CLASSES, Detections
-from tim.evaluation.geneval.options import Options, parse_options
-from tim.evaluation.geneval.rules import COLORS, Instance, check_metadata, details, judge, keep_objects, relations
+from tim.evaluation.geneval.rules import (
+    COLORS,
+    Instance,
+    Options,
+    check_metadata,
+    details,
+    judge,
+    keep_objects,
+    parse_options,
+    relations,
+)
+from tim.evaluation.geneval.run import ColorClassifier, cut_out
 from tim.evaluation.geneval.summary import read_results, result_line, summarize, summary_text, write_results
 
 CASES = json.loads((GOLDENS / "geneval_cases.json").read_text())["cases"]
@@ -341,5 +350,5 @@ def test_what_is_no_complete_clip_is_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["text_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks weights, first: text_projection\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights, first: text_projection\.weight"):
         load_clip(str(tmp_path), CPU)

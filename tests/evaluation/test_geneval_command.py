@@ -9,10 +9,10 @@ import torch
 from helpers.commands import command
 from helpers.geneval_models import save_samples, save_tiny_clip, save_tiny_detector
 
-from tim.evaluation.command import start
+from tim.evaluation.commands import start
 from tim.evaluation.geneval import run
 from tim.evaluation.geneval.detection import Detections
-from tim.evaluation.geneval.options import Options
+from tim.evaluation.geneval.rules import Options
 from tim.evaluation.geneval.run import evaluate_folder
 
 EVALUATE = "projects/evaluate/geneval/evaluation/evaluate_images.py"

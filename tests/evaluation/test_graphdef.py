@@ -41,7 +41,7 @@ def test_one_value_fills_the_shape_and_nodes_are_described(tmp_path):
     assert np.array_equal(graph.constant("conv/scale", 1), np.full(5, 0.5))
     assert list(graph.nodes) == ["conv/kernel", "conv/scale", "conv/batchnorm"]
     node = graph.nodes["conv/batchnorm"]
-    assert (node.op, node.inputs) == ("BatchNormWithGlobalNormalization", ("conv/kernel", "conv/scale"))
+    assert (node.op, tuple(node.input)) == ("BatchNormWithGlobalNormalization", ("conv/kernel", "conv/scale"))
     assert graph.flag("conv/batchnorm", "scale_after_normalization") is False
     assert graph.flag("conv/kernel", "scale_after_normalization") is None
     assert graph.flag("nowhere", "scale_after_normalization") is None

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tim.evaluation.clip import load_clip
-from tim.evaluation.frechet import frechet_distance, statistics
 from tim.evaluation.inception import load_inception
-from tim.evaluation.mjhq import PROTOCOLS, antialiased_bilinear, pillow_bicubic
+from tim.evaluation.metrics import frechet_distance, statistics
+from tim.evaluation.mjhq import RESIZES, antialiased_bilinear, pillow_bicubic
 from tim.images import read_png
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")
@@ -58,7 +58,7 @@ def test_resizes_by_hand():
     assert antialiased_bilinear(pixels)[:, 5:-5, 5:-5].mean() == pytest.approx(60, abs=0.5)
     assert antialiased_bilinear(pixels)[:, 5:-5, 5:-5].std() < 35, "every other pixel alone would leave 104"
     noise = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    for resize, _ in PROTOCOLS.values():
+    for resize, _ in RESIZES.values():
         assert resize(noise).shape == (3, 299, 299) and resize(noise).min() >= 0 and resize(noise).max() <= 255
         np.testing.assert_allclose(resize(np.full((33, 20, 3), 77, dtype=np.uint8)), 77, atol=1e-3)
     channel = Image.fromarray(noise[:, :, 1].astype(np.float32), mode="F").resize((299, 299), Image.Resampling.BICUBIC)
@@ -66,7 +66,7 @@ def test_resizes_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", list(PROTOCOLS))
+@pytest.mark.parametrize("protocol", list(RESIZES))
 def test_fid_of_all_and_of_each_category(benchmark, inception_file, protocol):
     done = fid(benchmark, inception_file, benchmark / "real", benchmark / "drawn", "--protocol", protocol)
     network = load_inception(inception_file, torch.device("cpu"))
@@ -74,7 +74,7 @@ def test_fid_of_all_and_of_each_category(benchmark, inception_file, protocol):
     for side, by_category in pool3.items():
         for category in CATEGORIES:
             files = sorted((benchmark / side / category).iterdir())
-            pixels = torch.stack([PROTOCOLS[protocol][0](read_png(p)) for p in files])
+            pixels = torch.stack([RESIZES[protocol][0](read_png(p)) for p in files])
             by_category[category] = network.features_299(pixels)["pool3"].numpy()
         by_category["overall"] = np.concatenate([by_category[c] for c in CATEGORIES])
     scores = fid_scores(benchmark, protocol)

@@ -12,9 +12,8 @@ from torch import Tensor
 from tim.benchmarks.measure import Results, machine, synchronize
 from tim.distributed import set_tf32
 from tim.evaluation.extract import extract
-from tim.evaluation.files import find_images
-from tim.evaluation.images import ImageFiles
 from tim.evaluation.inception import load_inception
+from tim.evaluation.inputs import ImageFiles, find_images
 from tim.images import save_png
 
 

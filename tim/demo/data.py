@@ -1,4 +1,4 @@
-"""Small captioned picture sets that installed packages carry: emoji (openmoji, nature), coloured shapes, digits."""
+"""Small captioned image sets that installed packages carry: emoji (openmoji, nature), coloured shapes, digits."""
 
 import importlib.util
 import json
@@ -45,10 +45,10 @@ def write_demo(name: str, out: str | Path, size: int | None = None) -> tuple[int
     Every line of the captions is {"image_file": relative to OUT/images, "captions": [...]}.
 
     Args:
-        size: longer side of the pictures in pixels; as drawn when None (emoji up to 180, shapes 40).
+        size: longer side of the images in pixels; as drawn when None (emoji up to 180, shapes 40).
 
     Returns:
-        Number of pictures, and the attribution that must go with them.
+        Number of images, and the attribution that must go with them.
 
     Raises:
         ValueError: for an unknown name, a size below 8, or a package that is not installed.
@@ -133,7 +133,7 @@ def emoji_captions(names: Iterable[str]) -> list[str]:
 
 
 def shapes() -> Iterator[Sample]:
-    """The training pictures of easy-VQA, cut around the shape, with captions such as 'a blue circle'; see `read_shapes`.
+    """The training images of easy-VQA, cut around the shape, with captions such as 'a blue circle'; see `read_shapes`.
 
     Raises:
         ValueError: when easy-vqa is not installed.
@@ -144,7 +144,7 @@ def shapes() -> Iterator[Sample]:
 
 
 def around_shape(image: Image.Image) -> Image.Image:
-    """The square of `WINDOW` pixels around what differs from the corner's colour, moved inside the picture."""
+    """The square of `WINDOW` pixels around what differs from the corner's colour, moved inside the image."""
     plain = Image.new("RGB", image.size, image.getpixel((0, 0)))
     box = ImageChops.difference(image, plain).getbbox() or (0, 0, *image.size)
     left, top = (
@@ -155,7 +155,7 @@ def around_shape(image: Image.Image) -> Image.Image:
 
 
 def read_shapes(split: str) -> list[tuple[Path, str, str]]:
-    """(file, shape, colour) of the pictures of easy-VQA's 'train' or 'test' split, in the order of their numbers.
+    """(file, shape, colour) of the images of easy-VQA's 'train' or 'test' split, in the order of their numbers.
 
     Pictures whose questions leave the shape or the colour open are left out.
 

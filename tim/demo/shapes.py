@@ -1,4 +1,4 @@
-"""Does a picture show the coloured shape that its caption asks for? A judge by rule for easy-VQA's pictures."""
+"""Does an image show the coloured shape that its caption asks for? A judge by rule for easy-VQA's images."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ PALETTE = {  # RGB of easy-VQA's eight colours, as drawn
 }
 MIN_CONTRAST = 60  # RGB distance of a shape from its background; the closest real pair is 180 apart
 MIN_PIXELS = 4
-RASTER = 8  # the ideal shapes are drawn RASTER times finer than the picture
-MAX_MISFIT = 0.25  # squared difference from the best ideal shape over its area; real pictures stay below 0.16
+RASTER = 8  # the ideal shapes are drawn RASTER times finer than the image
+MAX_MISFIT = 0.25  # squared difference from the best ideal shape over its area; real images stay below 0.16
 
 
 def detect(image: np.ndarray) -> tuple[str | None, str | None]:
@@ -54,7 +54,7 @@ def detect(image: np.ndarray) -> tuple[str | None, str | None]:
 
 
 def _shape(coverage: np.ndarray) -> str | None:
-    """The shape whose ideal picture in the same box is closest to the coverage (H, W) in [0, 1]; None when none is close."""
+    """The shape whose ideal image in the same box is closest to the coverage (H, W) in [0, 1]; None when none is close."""
     top, height = _extent(coverage.max(axis=1))
     left, width = _extent(coverage.max(axis=0))
     y = ((np.arange(coverage.shape[0] * RASTER) + 0.5) / RASTER - top)[:, None] / height
@@ -87,16 +87,16 @@ def _misfit(coverage: np.ndarray, fine: np.ndarray) -> float:
     return float(np.sum((coverage - ideal) ** 2) / ideal.sum())
 
 
-def score(images: np.ndarray, prompts: Sequence[str]) -> dict[str, object]:
-    """How often the pictures show what their prompts name.
+def score(images: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, object]:
+    """How often the images show what their prompts name.
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: N uint8 images (H, W, 3).
         prompts: N captions that each name a shape and a colour, such as 'a blue circle'.
 
     Returns:
-        'color', 'shape', 'both': accuracies in [0, 1]; 'n': pictures; 'colors' and 'shapes': for each asked class
-        {'n', 'accuracy', 'seen': {what was seen: count}}, 'none' counting pictures in which nothing was recognised.
+        'color', 'shape', 'both': accuracies in [0, 1]; 'n': images; 'colors' and 'shapes': for each asked class
+        {'n', 'accuracy', 'seen': {what was seen: count}}, 'none' counting images in which nothing was recognised.
 
     Raises:
         ValueError: for another number of prompts than images, or a prompt without shape and colour.

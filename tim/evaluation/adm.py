@@ -1,19 +1,19 @@
 """The ADM suite: FID, sFID, inception score, precision and recall of Inception-2015 features (Dhariwal & Nichol 2021)."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 
-from tim.evaluation.extract import BATCH, CACHE, Features, extract
-from tim.evaluation.frechet import Statistics, distance, streaming_statistics
-from tim.evaluation.images import ImageFiles, npz_arrays, npz_names, open_images
+from tim.evaluation.extract import Extraction, FeatureExtractor, Features
 from tim.evaluation.inception import InceptionV3
-from tim.evaluation.metrics import inception_score, precision_recall
-from tim.evaluation.record import describe_samples
+from tim.evaluation.inputs import ImageFiles, as_uint8_tensor, npz_arrays, npz_names, open_images
+from tim.evaluation.metrics import Statistics, distance, inception_score, precision_recall, streaming_statistics
+from tim.evaluation.results import columns, describe_samples
 from tim.files import sha256
 
 REFERENCE_ROWS = 10_000  # real images in precision and recall, as many as ADM's reference batches hold
@@ -22,51 +22,49 @@ SCORES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "P
 
 
 @dataclass
-class Side:
-    """One side of the comparison: statistics by feature name, features where there are images, facts for the record."""
+class ImageSet:
+    """One side of a comparison.
+
+    Attributes:
+        statistics: by name of a feature (ADM) or of a category (MJHQ-30K); empty on other processes than the main.
+        facts: for the result.
+        features: None where there are no images.
+    """
 
     statistics: dict[str, Statistics]
-    features: Features | None
     facts: dict[str, Any]
+    features: Features | None = None
 
 
-@dataclass
-class Extraction:
-    """How features are extracted; see `tim.evaluation.extract.extract`."""
-
-    network: InceptionV3
-    state: PartialState
-    precision: str = "float32"
-    cache: Path = CACHE
-    batch_size: int = BATCH
-    workers: int | None = None
-
-    def run(self, images: Any, desc: str) -> Features:
-        """pool3, spatial and probs of all images."""
-        identity = {
-            "network": "inception-2015-12-05",
-            "weights_sha256": self.network.weights_sha256,
-            "resize": "tensorflow bilinear 299",
-            "precision": self.precision,
-        }
-        return extract(images, self.network, identity, self.state, self.cache, self.batch_size, self.workers, desc)
+def adm_extractor(network: InceptionV3) -> FeatureExtractor:
+    """pool3, spatial features (sFID: Nash et al. 2021) and class probabilities; the network resizes as ADM's graph does."""
+    identity = {
+        "network": "inception-2015-12-05",
+        "weights_sha256": network.weights_sha256,
+        "resize": "tensorflow bilinear 299",
+        "precision": network.precision,
+    }
+    return FeatureExtractor("Inception-2015-12-05", identity, as_uint8_tensor, network)
 
 
-def read_statistics(path: Path) -> dict[str, Statistics]:
-    """Ready statistics of an `.npz` in ADM's form: (mu, sigma) of pool3 and (mu_s, sigma_s) of the spatial features.
+def read_statistics(path: Path, pairs: Mapping[str, tuple[str, str]] = STATISTICS) -> dict[str, Statistics]:
+    """Ready statistics of an `.npz`, as far as it holds them.
+
+    Args:
+        pairs: names of mean and covariance in the file by the name of what they describe, by default those of ADM.
 
     Raises:
         ValueError: for a damaged file, or arrays that are no mean and covariance.
     """
     names, found = npz_names(path), {}
-    for feature, pair in STATISTICS.items():
+    for feature, pair in pairs.items():
         if all(name in names for name in pair):
             mean, cov = npz_arrays(path, pair)
             found[feature] = Statistics.checked(mean, cov, f"{path}: {' and '.join(pair)}")
     return found
 
 
-def read_side(path: Path, how: Extraction, desc: str) -> Side:
+def read_side(path: Path, how: Extraction, desc: str) -> ImageSet:
     """Statistics and features of a folder of images or an `.npz` with arr_0 and/or statistics.
 
     Raises:
@@ -79,16 +77,18 @@ def read_side(path: Path, how: Extraction, desc: str) -> Side:
         if "arr_0" not in npz_names(path):
             if not ready:
                 raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
-            return Side(ready, None, {"path": str(path), "sha256": sha256(path), "n": None})
+            return ImageSet(ready, {"path": str(path), "sha256": sha256(path), "n": None})
     images = open_images(path, how.cache, progress)
     features = how.run(images, desc)
     facts = describe_samples(path, images.files) if isinstance(images, ImageFiles) else {"path": str(path), "n": len(images)}
     if path.is_file() and progress:
         facts["sha256"] = sha256(path)
     if not progress:
-        return Side({}, features, facts)
-    own = {name: streaming_statistics(lambda name=name: features.parts(name)) for name in STATISTICS if name not in ready}
-    return Side({**own, **ready}, features, facts | {"images_per_second": features.images_per_second})
+        return ImageSet({}, facts, features)
+    for name in STATISTICS:
+        if name not in ready:
+            ready[name] = streaming_statistics(partial(features.parts, name))
+    return ImageSet(ready, facts | {"images_per_second": features.images_per_second}, features)
 
 
 def evaluate(reference: Path, samples: Path, how: Extraction) -> dict[str, Any] | None:
@@ -104,7 +104,7 @@ def evaluate(reference: Path, samples: Path, how: Extraction) -> dict[str, Any] 
         raise ValueError(f"{samples} holds no images (arr_0); samples must be a folder or an .npz of images")
     real = read_side(reference, how, "reference")
     fake = read_side(samples, how, "samples")
-    if not how.state.is_main_process:
+    if not how.state.is_main_process or fake.features is None:
         return None
     scores: dict[str, float | None] = {}
     for score, feature in (("fid", "pool3"), ("sfid", "spatial")):
@@ -124,10 +124,10 @@ def evaluate(reference: Path, samples: Path, how: Extraction) -> dict[str, Any] 
         real.facts["rows_of_precision_recall"] = len(rows)
     facts = {
         "n": len(fake.features),
-        "features": "Inception-2015-12-05",
-        "weights_sha256": how.network.weights_sha256,
+        "features": how.extractor.name,
+        "weights_sha256": how.extractor.identity["weights_sha256"],
         "resize": "tensorflow bilinear 299x299",
-        "precision_of_features": how.precision,
+        "precision_of_features": how.extractor.identity["precision"],
     }
     return {"scores": scores, **facts, "samples": fake.facts, "reference": real.facts}
 
@@ -141,5 +141,4 @@ def table(result: dict[str, Any]) -> str:
     """The scores as text."""
     scores = result["scores"]
     values = ["n/a" if scores[key] is None else f"{scores[key]:.4f}" for key in SCORES]
-    head = " ".join(f"{name:>10}" for name in SCORES.values())
-    return f"{head} {'images':>8}\n{' '.join(f'{v:>10}' for v in values)} {result['n']:>8}"
+    return columns([[*SCORES.values(), "images"], [*values, result["n"]]], [*[">10"] * len(SCORES), ">8"])

@@ -1,4 +1,4 @@
-"""CLIP as a judge: a transformers or an open_clip model behind one small interface."""
+"""CLIP: a transformers or an open_clip model behind one small interface."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms import InterpolationMode, functional
 
+from tim.evaluation.pretrained import first_line, load_pretrained
 from tim.files import sha256
-from tim.models.loading import model_identity
 from tim.typed_yaml import nearest
 
 OPEN_CLIP = "open_clip:"
@@ -75,35 +75,32 @@ def load_clip(name: str, device: torch.device) -> Clip:
 
 
 def _transformers(name: str, device: torch.device) -> Clip:
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        model, loading = CLIPModel.from_pretrained(name, output_loading_info=True)
-        tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        hint = f" (open_clip's models are named {OPEN_CLIP}{name}:openai)" if "/" not in name else ""
-        raise ValueError(f"{name!r} is no folder or hub id of a transformers CLIP{hint}: {reason}") from error
-    if kind != "clip" or loading["missing_keys"]:
-        what = f"is a {kind} model" if kind != "clip" else f"lacks weights, first: {sorted(loading['missing_keys'])[0]}"
-        raise ValueError(f"{name!r} {what}; a complete CLIP is expected")
-    model.eval().requires_grad_(False).to(device)
-    longest = model.config.text_config.max_position_embeddings
+    def choose(config: Any) -> tuple[Any, ...]:
+        if config.model_type != "clip":
+            raise ValueError(f"it is a {config.model_type} model")
+        return build, CLIPModel, AutoTokenizer, AutoImageProcessor
 
-    def text_tower(texts: list[str]) -> Tensor:
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
-        pooled = model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        return model.text_projection(pooled)
+    def build(model: Any, identity: dict[str, Any], tokenizer: Any, processor: Any) -> Clip:
+        longest = model.config.text_config.max_position_embeddings
 
-    return Clip(
-        model_identity(name, model.config),
-        model.config.vision_config.image_size,
-        processor.image_mean,
-        processor.image_std,
-        lambda pixels: model.visual_projection(model.vision_model(pixels.to(device)).pooler_output),
-        text_tower,
-    )
+        def text_tower(texts: list[str]) -> Tensor:
+            tokens = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+            pooled = model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+            return model.text_projection(pooled)
+
+        return Clip(
+            identity,
+            model.config.vision_config.image_size,
+            processor.image_mean,
+            processor.image_std,
+            lambda pixels: model.visual_projection(model.vision_model(pixels.to(device)).pooler_output),
+            text_tower,
+        )
+
+    hint = f" (open_clip's models are named {OPEN_CLIP}{name}:openai)" if "/" not in name else ""
+    return load_pretrained(name, choose, f"{name!r} is no folder or hub id of a transformers CLIP{hint}", device)
 
 
 def _open_clip(name: str, device: torch.device) -> Clip:
@@ -121,8 +118,7 @@ def _open_clip(name: str, device: torch.device) -> Clip:
     try:
         model = open_clip.create_model(architecture, pretrained=source, device=device)
     except Exception as error:  # damaged files, other architectures' weights and failed downloads share no base class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"{name!r} cannot be loaded: {first_line(error)}") from error
     model.eval().requires_grad_(False)
     tokenizer, how = open_clip.get_tokenizer(architecture), open_clip.get_model_preprocess_cfg(model)
     size = how["size"]

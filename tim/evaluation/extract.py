@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from tim.evaluation.command import CACHE
-from tim.evaluation.images import ImageArray, ImageFiles
+from tim.evaluation import BATCH, CACHE
+from tim.evaluation.inputs import ImageArray, ImageFiles, Transform
 from tim.files import claim, replacing
 from tim.resumable import first_process, own_blocks, total_over_processes
 
-BATCH = 64
 CHUNK_BATCHES = 16  # a chunk holds at most so many batches: what an interruption can lose
 
 Network = Callable[[Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """What turns images into features: the interface of all feature networks.
+
+    Attributes:
+        name: for humans, beside every number.
+        identity: what the features depend on besides the images (network, weights, resize, precision): the cache's key.
+        transform: uint8 (H, W, 3) to the network's input.
+        network: a batch on the device to named features (B, D).
+    """
+
+    name: str
+    identity: dict[str, Any]
+    transform: Transform
+    network: Network
 
 
 class Features:
@@ -107,6 +124,26 @@ def extract(
     return features
 
 
+@dataclass(frozen=True)
+class Extraction:
+    """A feature extractor, the processes that run it, and where features are kept; see `extract`."""
+
+    extractor: FeatureExtractor
+    state: PartialState
+    cache: Path = CACHE
+    batch_size: int = BATCH
+    workers: int | None = None
+
+    def run(self, images: ImageFiles | ImageArray, desc: str) -> Features:
+        """Features of images that are already in the form that the network takes."""
+        network, identity = self.extractor.network, self.extractor.identity
+        return extract(images, network, identity, self.state, self.cache, self.batch_size, self.workers, desc)
+
+    def run_files(self, files: Sequence[Path], desc: str) -> Features:
+        """Features of image files."""
+        return self.run(ImageFiles(files, self.extractor.transform), desc)
+
+
 @torch.inference_mode()
 def _run(
     images: ImageFiles | ImageArray,
@@ -146,7 +183,7 @@ def _run(
 def _collate(items: list[Tensor | str]) -> Tensor | list[str]:
     """A batch, or what is wrong with some of its images."""
     problems = [item for item in items if isinstance(item, str)]
-    return problems or torch.stack(items)
+    return problems or torch.stack([item for item in items if isinstance(item, Tensor)])
 
 
 def _workers(wanted: int | None, batches: int, processes: int) -> int:
@@ -156,6 +193,6 @@ def _workers(wanted: int | None, batches: int, processes: int) -> int:
     return 0 if batches < 8 else max(0, min(8, cores - 1))
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _write(path: Path, arrays: dict[str, Any]) -> None:
     with replacing(path) as partial, open(partial, "wb") as f:
         np.savez(f, **arrays)

@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
-from tim.evaluation.extract import BATCH, CACHE, Features, extract
-from tim.evaluation.features import FeatureNetwork
-from tim.evaluation.files import find_images
-from tim.evaluation.frechet import distance, streaming_statistics
-from tim.evaluation.images import ImageFiles
-from tim.evaluation.metrics import kernel_distance, precision_recall
-from tim.evaluation.record import describe_samples
+from tim.evaluation.extract import Extraction, Features
+from tim.evaluation.inputs import find_images
+from tim.evaluation.metrics import distance, kernel_distance, precision_recall, streaming_statistics
+from tim.evaluation.results import columns, describe_samples
 
 COLUMNS = {"frechet_distance": "Fréchet", "kernel_distance": "KID", "precision": "precision", "recall": "recall"}
 
@@ -36,16 +32,7 @@ def select(folder: Path, patterns: Sequence[str]) -> dict[str, list[Path]]:
     return rows
 
 
-def compare_folders(
-    real: Path,
-    samples: Sequence[Path],
-    patterns: Sequence[str],
-    features: FeatureNetwork,
-    state: PartialState,
-    cache: Path = CACHE,
-    batch_size: int = BATCH,
-    workers: int | None = None,
-) -> dict[str, Any] | None:
+def compare_folders(real: Path, samples: Sequence[Path], patterns: Sequence[str], how: Extraction) -> dict[str, Any] | None:
     """Fréchet distance, kernel distance, precision and recall of each folder (and pattern) of samples.
 
     Returns:
@@ -54,33 +41,28 @@ def compare_folders(
     Raises:
         FileNotFoundError, ValueError: for folders without images, or images that cannot be read (named).
     """
-
-    def run(files: list[Path], desc: str) -> Features:
-        images = ImageFiles(files, features.transform)
-        return extract(images, features.network, features.identity, state, cache, batch_size, workers, desc)
-
     real_files = find_images(real)
     chosen = [(folder, label, files) for folder in samples for label, files in select(folder, patterns).items()]
-    reference = run(real_files, "real")
-    found = [(folder, label, files, run(files, label)) for folder, label, files in chosen]
-    if not state.is_main_process:
+    reference = how.run_files(real_files, "real")
+    found = [(folder, label, files, how.run_files(files, label)) for folder, label, files in chosen]
+    if not how.state.is_main_process:
         return None
     rows, names = {}, [folder.name for folder in samples]
     for folder, label, files, own in found:
         name = folder.name if names.count(folder.name) == 1 else str(folder)
         name = f"{name}: {label}" if patterns and len(samples) > 1 else label if patterns else name
-        rows[name] = _scores(own, reference, features.name, state) | describe_samples(folder, files)
-    facts = {"features": features.name, **features.identity, "reference": describe_samples(real, real_files)}
+        rows[name] = _scores(own, reference, how) | describe_samples(folder, files)
+    facts = {"features": how.extractor.name, **how.extractor.identity, "reference": describe_samples(real, real_files)}
     return {"scores": rows, **facts}
 
 
-def _scores(samples: Features, real: Features, name: str, state: PartialState) -> dict[str, Any]:
-    statistics = [streaming_statistics(lambda own=own: own.parts("features")) for own in (samples, real)]
+def _scores(samples: Features, real: Features, how: Extraction) -> dict[str, Any]:
+    own, other = (streaming_statistics(partial(side.parts, "features")) for side in (samples, real))
     a, b = samples.array("features"), real.array("features")
     mean, std = kernel_distance(a, b)
-    manifold = precision_recall(a, b, device=state.device)
+    manifold = precision_recall(a, b, device=how.state.device)
     return {
-        "frechet_distance": distance(*statistics, name),
+        "frechet_distance": distance(own, other, how.extractor.name),
         "kernel_distance": mean,
         "kernel_distance_std": std,
         "precision": manifold.precision,
@@ -90,11 +72,6 @@ def _scores(samples: Features, real: Features, name: str, state: PartialState) -
 
 def table(result: dict[str, Any]) -> str:
     """The scores as text, headed by the name of the features."""
-    width = max(len(name) for name in result["scores"])
-    lines = [
-        f"features: {result['features']}",
-        " ".join([" " * width, f"{'images':>8}", *(f"{c:>10}" for c in COLUMNS.values())]),
-    ]
-    for name, row in result["scores"].items():
-        lines.append(" ".join([f"{name:<{width}}", f"{row['n']:>8}", *(f"{row[key]:>10.4g}" for key in COLUMNS)]))
-    return "\n".join(lines)
+    rows = [[name, row["n"], *(f"{row[key]:.4g}" for key in COLUMNS)] for name, row in result["scores"].items()]
+    formats = [f"<{max(map(len, result['scores']))}", ">8", *[">10"] * len(COLUMNS)]
+    return f"features: {result['features']}\n" + columns([["", "images", *COLUMNS.values()], *rows], formats)

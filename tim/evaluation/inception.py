@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,74 +24,27 @@ FILES = (
 )
 DOWNLOAD = "bash tools/download_benchmarks.sh --only inception fetches it"
 
-# names of convolutions in the TensorFlow graph and in torch-fidelity: within a block of each kind, then of the blocks
-_A = {
-    "conv": "branch1x1",
-    "tower/conv": "branch5x5_1",
-    "tower/conv_1": "branch5x5_2",
-    "tower_1/conv": "branch3x3dbl_1",
-    "tower_1/conv_1": "branch3x3dbl_2",
-    "tower_1/conv_2": "branch3x3dbl_3",
-    "tower_2/conv": "branch_pool",
+# scopes of the convolutions in the TensorFlow graph: within a block of each kind, then all of them, in the order of
+# torch-fidelity's layers
+_KINDS = {
+    "A": ("conv", "tower/conv", "tower/conv_1", "tower_1/conv", "tower_1/conv_1", "tower_1/conv_2", "tower_2/conv"),
+    "B": ("conv", "tower/conv", "tower/conv_1", "tower/conv_2"),
+    "C": (
+        *("conv", "tower/conv", "tower/conv_1", "tower/conv_2"),
+        *("tower_1/conv", "tower_1/conv_1", "tower_1/conv_2", "tower_1/conv_3", "tower_1/conv_4", "tower_2/conv"),
+    ),
+    "D": ("tower/conv", "tower/conv_1", "tower_1/conv", "tower_1/conv_1", "tower_1/conv_2", "tower_1/conv_3"),
+    "E": (
+        *("conv", "tower/conv", "tower/mixed/conv", "tower/mixed/conv_1"),
+        *("tower_1/conv", "tower_1/conv_1", "tower_1/mixed/conv", "tower_1/mixed/conv_1", "tower_2/conv"),
+    ),
 }
-_B = {
-    "conv": "branch3x3",
-    "tower/conv": "branch3x3dbl_1",
-    "tower/conv_1": "branch3x3dbl_2",
-    "tower/conv_2": "branch3x3dbl_3",
-}
-_C = {
-    "conv": "branch1x1",
-    "tower/conv": "branch7x7_1",
-    "tower/conv_1": "branch7x7_2",
-    "tower/conv_2": "branch7x7_3",
-    "tower_1/conv": "branch7x7dbl_1",
-    "tower_1/conv_1": "branch7x7dbl_2",
-    "tower_1/conv_2": "branch7x7dbl_3",
-    "tower_1/conv_3": "branch7x7dbl_4",
-    "tower_1/conv_4": "branch7x7dbl_5",
-    "tower_2/conv": "branch_pool",
-}
-_D = {
-    "tower/conv": "branch3x3_1",
-    "tower/conv_1": "branch3x3_2",
-    "tower_1/conv": "branch7x7x3_1",
-    "tower_1/conv_1": "branch7x7x3_2",
-    "tower_1/conv_2": "branch7x7x3_3",
-    "tower_1/conv_3": "branch7x7x3_4",
-}
-_E = {
-    "conv": "branch1x1",
-    "tower/conv": "branch3x3_1",
-    "tower/mixed/conv": "branch3x3_2a",
-    "tower/mixed/conv_1": "branch3x3_2b",
-    "tower_1/conv": "branch3x3dbl_1",
-    "tower_1/conv_1": "branch3x3dbl_2",
-    "tower_1/mixed/conv": "branch3x3dbl_3a",
-    "tower_1/mixed/conv_1": "branch3x3dbl_3b",
-    "tower_2/conv": "branch_pool",
-}
-_STEM = {
-    "conv": "Conv2d_1a_3x3",
-    "conv_1": "Conv2d_2a_3x3",
-    "conv_2": "Conv2d_2b_3x3",
-    "conv_3": "Conv2d_3b_1x1",
-    "conv_4": "Conv2d_4a_3x3",
-}
-_BLOCKS = {
-    "mixed": ("Mixed_5b", _A),
-    "mixed_1": ("Mixed_5c", _A),
-    "mixed_2": ("Mixed_5d", _A),
-    "mixed_3": ("Mixed_6a", _B),
-    "mixed_4": ("Mixed_6b", _C),
-    "mixed_5": ("Mixed_6c", _C),
-    "mixed_6": ("Mixed_6d", _C),
-    "mixed_7": ("Mixed_6e", _C),
-    "mixed_8": ("Mixed_7a", _D),
-    "mixed_9": ("Mixed_7b", _E),
-    "mixed_10": ("Mixed_7c", _E),
-}
-LAYERS = _STEM | {f"{block}/{a}": f"{module}.{b}" for block, (module, kind) in _BLOCKS.items() for a, b in kind.items()}
+_BLOCKS = {"mixed" if k == 0 else f"mixed_{k}": kind for k, kind in enumerate("AAABCCCCDEE")}
+SCOPES = (
+    *("conv", "conv_1", "conv_2", "conv_3", "conv_4"),
+    *(f"{block}/{scope}" for block, kind in _BLOCKS.items() for scope in _KINDS[kind]),
+)
+NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 
 
 class InceptionV3(nn.Module):
@@ -99,22 +53,19 @@ class InceptionV3(nn.Module):
     Products are as exact as the caller's settings: see `tim.distributed.set_tf32` for TF32 on CUDA.
 
     Args:
-        state: weights under torch-fidelity's names.
-        source: their file, named when they do not fit.
-        weights_sha256: of that file.
-
-    Raises:
-        ValueError: names missing or unknown keys, or says how to install torch-fidelity.
+        network: torch-fidelity's.
+        weights_sha256: of the file of its weights.
+        precision: bfloat16 runs the convolutions under autocast.
     """
 
-    def __init__(self, state: dict[str, Tensor], source: str | Path, weights_sha256: str) -> None:
+    def __init__(self, network: nn.Module, weights_sha256: str, precision: str = "float32") -> None:
         super().__init__()
-        layers = dict(_torch_fidelity_network(state, source).named_children())  # in the order of use
+        layers = dict(network.named_children())  # in the order of use
         self.fc = layers.pop("fc")
         tap = list(layers).index("Mixed_6d") + 1
         self.stem = nn.Sequential(*list(layers.values())[:tap])
         self.head = nn.Sequential(*list(layers.values())[tap:])
-        self.weights_sha256 = weights_sha256
+        self.weights_sha256, self.precision = weights_sha256, precision
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -138,24 +89,27 @@ class InceptionV3(nn.Module):
         """
         if images.ndim != 4 or images.shape[1:] != (3, SIDE, SIDE):
             raise ValueError(f"Inception takes resized images (B, 3, {SIDE}, {SIDE}), got {tuple(images.shape)}")
-        x = self.stem((images - 128) / 128)
+        rough = torch.autocast(images.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        with rough:
+            x = self.stem((images - 128) / 128)
+            pool3 = self.head(x).flatten(1).float()
         # a block joins its branches, the 1x1 convolution first: these channels are mixed_6/conv; TensorFlow has channels last
         spatial = x[:, :TAPPED].permute(0, 2, 3, 1).flatten(1).float()
-        pool3 = self.head(x).flatten(1).float()
         with torch.autocast(pool3.device.type, enabled=False):
             probs = (pool3 @ self.fc.weight.T).softmax(1)  # without bias, as in ADM's evaluation
         return {"pool3": pool3, "spatial": spatial, "probs": probs}
 
 
-def load_inception(path: str | Path | None, device: torch.device) -> InceptionV3:
+def load_inception(path: str | Path | None, device: torch.device, precision: str = "float32") -> InceptionV3:
     """The network with weights from a file: torch-fidelity's .pth, or the TensorFlow graph `classify_image_graph_def.pb`.
 
     Args:
         path: weights file; None takes the first of `FILES` in `checkpoints/`.
+        precision: see `InceptionV3`.
 
     Raises:
         FileNotFoundError: when there is no such file; says which tool fetches it.
-        ValueError: when the file is damaged or holds another network's weights.
+        ValueError: when the file is damaged or holds another network's weights, or torch-fidelity is missing.
     """
     path = _default_file() if path is None else Path(path)
     if not path.is_file():
@@ -164,26 +118,31 @@ def load_inception(path: str | Path | None, device: torch.device) -> InceptionV3
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named and not digest.startswith(named[1]):
         raise ValueError(f"{path} is damaged: its sha256 begins with {digest[:8]}, not {named[1]}; delete it, {DOWNLOAD}")
-    state = read_graph_weights(path) if path.suffix == ".pb" else read_state_dict(path)
-    return InceptionV3(state, path, digest).to(device)
+    network = _blank_network()
+    state = read_graph_weights(path, network) if path.suffix == ".pb" else read_state_dict(path)
+    try:
+        nn.Module.load_state_dict(network, state)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:400]
+        raise ValueError(f"{path} does not hold the weights of Inception-2015-12-05: {problem}") from error
+    return InceptionV3(network, digest, precision).to(device)
 
 
-def read_graph_weights(path: str | Path) -> dict[str, Tensor]:
-    """Weights of `classify_image_graph_def.pb` under torch-fidelity's names.
+def read_graph_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
+    """Weights of `classify_image_graph_def.pb` under the names of torch-fidelity's network.
 
     Raises:
         ValueError: when the file is damaged or another graph; names it and the missing constant.
     """
     graph = Graph(path)
     state = {}
-    for scope, layer in LAYERS.items():
+    layers = [name.removesuffix(".conv") for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    for scope, layer in zip(SCOPES, layers, strict=True):
         kernel = graph.constant(f"{scope}/conv2d_params", 4)  # height, width, in, out
         state[f"{layer}.conv.weight"] = torch.tensor(kernel.transpose(3, 2, 0, 1))
-        norm = f"{scope}/batchnorm"
-        names = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
-        for ours, theirs in names.items():
-            state[f"{layer}.bn.{ours}"] = torch.tensor(graph.constant(f"{norm}/{theirs}", 1))
-        if graph.flag(norm, "scale_after_normalization") is False:  # TensorFlow then leaves gamma out
+        for ours, theirs in NORM.items():
+            state[f"{layer}.bn.{ours}"] = torch.tensor(graph.constant(f"{scope}/batchnorm/{theirs}", 1))
+        if graph.flag(f"{scope}/batchnorm", "scale_after_normalization") is False:  # TensorFlow then leaves gamma out
             state[f"{layer}.bn.weight"].fill_(1)
     state["fc.weight"] = torch.tensor(graph.constant("softmax/weights", 2).T)
     state["fc.bias"] = torch.tensor(graph.constant("softmax/biases", 1))
@@ -217,18 +176,25 @@ def _default_file() -> Path:
     return found
 
 
-def _torch_fidelity_network(state: dict[str, Tensor], source: str | Path) -> nn.Module:
+def _blank_network() -> nn.Module:
+    """torch-fidelity's network, without weights.
+
+    Raises:
+        ValueError: when torch-fidelity is not installed.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ValueError("Inception features need torch-fidelity: pip install torch-fidelity") from error
-    # its constructor unpickles a file, and downloads one when it gets none: give it checked tensors in memory
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return FeatureExtractorInceptionV3("inception", ["2048"], file)
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())[:400]
-        raise ValueError(f"{source} does not hold the weights of Inception-2015-12-05: {problem}") from error
+
+    class Blank(FeatureExtractorInceptionV3):
+        """Its constructor unpickles a file, and downloads one when it gets none: give it one with nothing to load."""
+
+        def load_state_dict(self, *args: object, **kwargs: object) -> None:
+            """Load nothing."""
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with torch.random.fork_rng(devices=[]):
+        return Blank("inception", ["2048"], nothing)

@@ -1,7 +1,8 @@
-"""MJHQ-30K: FID over all images and for each category, under one of three ways to resize."""
+"""MJHQ-30K: FID under one of three ways to resize, and CLIP score, over all images and for each category."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,23 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from tim.evaluation.adm import Extraction
-from tim.evaluation.extract import Features, extract
-from tim.evaluation.files import find_images
-from tim.evaluation.frechet import Statistics, distance, streaming_statistics
-from tim.evaluation.images import ImageFiles, npz_arrays, npz_names
-from tim.evaluation.inception import tensorflow_resize
-from tim.evaluation.record import describe_samples
+from tim.evaluation.adm import ImageSet, read_statistics
+from tim.evaluation.clip import Clip
+from tim.evaluation.extract import Extraction, FeatureExtractor, Features
+from tim.evaluation.inception import SIDE, InceptionV3, tensorflow_resize
+from tim.evaluation.inputs import Transform, find_images, npz_arrays, npz_names, some
+from tim.evaluation.metrics import Statistics, distance, streaming_statistics
+from tim.evaluation.results import columns, describe_samples
 from tim.files import replacing, sha256
+from tim.generation.prompt_sets import read_mjhq
 
-SIDE = 299  # pixels, Inception's input
 OVERALL = "overall"
+TEXTS = 256  # prompts a batch
 
 
 def antialiased_bilinear(pixels: np.ndarray) -> Tensor:
@@ -37,33 +42,35 @@ def pillow_bicubic(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack(resized))
 
 
-PROTOCOLS: dict[str, tuple[Callable[[np.ndarray], Tensor], str]] = {
+RESIZES: dict[str, tuple[Transform, str]] = {  # by protocol
     "tim": (antialiased_bilinear, "antialiased bilinear 299x299"),
     "clean": (pillow_bicubic, "Pillow bicubic 299x299 on float channels"),
     "torch-fidelity": (tensorflow_resize, "tensorflow bilinear 299x299"),
 }
 
 
-@dataclass
-class ImageSet:
-    """Statistics by category, `overall` among them, and facts for the record."""
+def fid_extractor(network: InceptionV3, protocol: str) -> FeatureExtractor:
+    """pool3 of images that are resized as one of the `RESIZES` says."""
+    transform, resize = RESIZES[protocol]
+    identity = {
+        "network": "inception-2015-12-05, pool3",
+        "weights_sha256": network.weights_sha256,
+        "resize": resize,
+        "precision": network.precision,
+    }
+    return FeatureExtractor(
+        "Inception-2015-12-05 pool3", identity, transform, lambda x: {"pool3": network.features_299(x)["pool3"]}
+    )
 
-    statistics: dict[str, Statistics]
-    facts: dict[str, Any]
 
-    def counts(self) -> dict[str, int | None]:
-        """Images by category."""
-        return {name: found.count for name, found in self.statistics.items()}
-
-
-def categories_of(folder: Path, files: list[Path]) -> dict[str, np.ndarray]:
-    """Places of each category's images (first folder of the path); empty for a folder without subfolders."""
-    names = [path.relative_to(folder).parts for path in files]
+def places_of(folder: Path, files: list[Path]) -> dict[str, np.ndarray]:
+    """Places of all images (`overall`), then of each category's: the first folder of their paths."""
     found: dict[str, list[int]] = {}
-    for place, parts in enumerate(names):
-        if len(parts) > 1:
-            found.setdefault(parts[0], []).append(place)
-    return {name: np.array(places) for name, places in sorted(found.items())}
+    for place, path in enumerate(files):
+        category, *rest = path.relative_to(folder).parts
+        if rest:
+            found.setdefault(category, []).append(place)
+    return {OVERALL: np.arange(len(files))} | {name: np.array(places) for name, places in sorted(found.items())}
 
 
 def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
@@ -74,31 +81,20 @@ def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
             another protocol or other weights.
     """
     if path.suffix == ".npz":
-        return load_statistics(path, protocol, how.network.weights_sha256)
+        return load_statistics(path, protocol, how.extractor.identity["weights_sha256"])
     files = find_images(path)
-    transform, resize = PROTOCOLS[protocol]
-    identity = {
-        "network": "inception-2015-12-05, pool3",
-        "weights_sha256": how.network.weights_sha256,
-        "resize": resize,
-        "precision": how.precision,
-    }
-    features = extract(
-        ImageFiles(files, transform),
-        lambda x: {"pool3": how.network.features_299(x)["pool3"]},
-        identity, how.state, how.cache, how.batch_size, how.workers, desc,
-    )  # fmt: skip
+    features = how.run_files(files, desc)
     facts = describe_samples(path, files) | {"images_per_second": features.images_per_second}
     if not how.state.is_main_process:
         return ImageSet({}, facts)
-    groups = {OVERALL: np.arange(len(files))} | {k: v for k, v in categories_of(path, files).items() if len(v) > 1}
+    groups = {name: places for name, places in places_of(path, files).items() if len(places) > 1 or name == OVERALL}
     return ImageSet({name: _statistics(features, places) for name, places in groups.items()}, facts)
 
 
 def _statistics(features: Features, places: np.ndarray) -> Statistics:
     """Statistics of the images at `places`, in ascending order."""
 
-    def parts():
+    def parts() -> Iterator[np.ndarray]:
         for index, part in enumerate(features.parts("pool3")):
             rows = features.rows(index)
             own = places[(places >= rows.start) & (places < rows.stop)] - rows.start
@@ -130,19 +126,15 @@ def load_statistics(path: Path, protocol: str, weights_sha256: str) -> ImageSet:
         raise FileNotFoundError(f"no statistics file {path}")
     names = npz_names(path)
     for key, wanted in (("protocol", protocol), ("weights_sha256", weights_sha256)):
-        if key in names:
-            found = str(npz_arrays(path, [key])[0])
-            if found != wanted:
-                raise ValueError(f"{path} was made with {key} {found}, now {wanted}; make it again with --save-stats")
+        if key in names and (made := str(npz_arrays(path, [key])[0])) != wanted:
+            raise ValueError(f"{path} was made with {key} {made}, now {wanted}; make it again with --save-stats")
     if not {"mu", "sigma"} <= set(names):
         raise ValueError(f"{path} holds no statistics (mu, sigma)")
-    statistics = {}
-    for prefix in sorted(name.removesuffix("mu") for name in names if name.endswith("mu")):
-        mean, cov = npz_arrays(path, [f"{prefix}mu", f"{prefix}sigma"])
-        found = Statistics.checked(mean, cov, f"{path}: {prefix}mu and {prefix}sigma")
-        if f"{prefix}n" in names:
-            found.count = int(npz_arrays(path, [f"{prefix}n"])[0])
-        statistics[prefix.rstrip("/") or OVERALL] = found
+    prefixes = {prefix.rstrip("/") or OVERALL: prefix for prefix in sorted(k[:-2] for k in names if k.endswith("mu"))}
+    statistics = read_statistics(path, {name: (f"{prefix}mu", f"{prefix}sigma") for name, prefix in prefixes.items()})
+    for name, found in statistics.items():
+        if (key := f"{prefixes[name]}n") in names:
+            found.count = int(npz_arrays(path, [key])[0])
     return ImageSet(statistics, {"path": str(path), "sha256": sha256(path), "n": statistics[OVERALL].count})
 
 
@@ -161,25 +153,133 @@ def compare(reference: ImageSet, samples: ImageSet) -> dict[str, float]:
     return {name: distance(samples.statistics[name], reference.statistics[name], f"FID {name}") for name in shared}
 
 
-def record(scores: dict[str, float], reference: ImageSet, samples: ImageSet, protocol: str, how: Extraction) -> dict[str, Any]:
-    """The result file's content: scores by category and where they come from."""
+def fid_result(reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor) -> dict[str, Any]:
+    """The result: FID by category and where it comes from.
+
+    Raises:
+        ValueError: see `compare`.
+    """
     return {
-        "scores": scores,
+        "scores": compare(reference, samples),
         "n": samples.facts["n"],
-        "images_by_category": samples.counts(),
-        "features": "Inception-2015-12-05 pool3",
-        "weights_sha256": how.network.weights_sha256,
-        "resize": PROTOCOLS[protocol][1],
-        "precision_of_features": how.precision,
+        "images_by_category": {name: found.count for name, found in samples.statistics.items()},
+        "features": extractor.name,
+        "weights_sha256": extractor.identity["weights_sha256"],
+        "resize": extractor.identity["resize"],
+        "precision_of_features": extractor.identity["precision"],
         "samples": samples.facts,
         "reference": reference.facts,
     }
 
 
-def table(scores: dict[str, float], metric: str, counts: dict[str, int | None]) -> str:
+def table(result: dict[str, Any], metric: str) -> str:
     """Scores by category as text, overall last."""
-    width = max(len(name) for name in scores)
+    scores, counts = result["scores"], result["images_by_category"]
     ordered = [*(k for k in scores if k != OVERALL), OVERALL]
-    lines = [f"{'category':<{width}} {'images':>8} {metric:>10}"]
-    lines += [f"{k:<{width}} {'-' if counts.get(k) is None else counts[k]:>8} {scores[k]:>10.4f}" for k in ordered]
-    return "\n".join(lines)
+    rows = [[k, "-" if counts.get(k) is None else counts[k], f"{scores[k]:.4f}"] for k in ordered]
+    return columns([["category", "images", metric], *rows], [f"<{max(map(len, scores))}", ">8", ">10"])
+
+
+def write_text_features(metadata: Path, out: Path, clip: Clip, progress: bool = True) -> int:
+    """Unit text features of MJHQ-30K's prompts as safetensors `category/key` -> (D,) float32, with the model's name.
+
+    Returns:
+        number of prompts.
+
+    Raises:
+        FileNotFoundError, ValueError: for a metadata file that is missing or not in MJHQ-30K's form.
+    """
+    names, prompts = read_mjhq(metadata)
+    order = np.argsort([len(p) for p in prompts], kind="stable")  # similar lengths together waste no padding
+    features: dict[str, Tensor] = {}
+    for start in tqdm(range(0, len(order), TEXTS), desc="text", unit="batch", disable=not progress):
+        places = order[start : start + TEXTS]
+        for place, row in zip(places, clip.encode_texts([prompts[k] for k in places]).cpu(), strict=True):
+            features[names[place]] = row.clone()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as partial:
+        save_file(features, partial, metadata={"clip": clip.identity["name"], "weights": _weights(clip)})
+    return len(features)
+
+
+def read_text_features(path: Path, clip: Clip) -> dict[str, Tensor]:
+    """Features of `write_text_features`.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged, or of another model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no text features {path}; calculate_clip.py META.json {path} --save-stats writes them")
+    try:
+        with safe_open(path, "pt") as file:
+            made = file.metadata() or {}
+            features = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    if made.get("weights", _weights(clip)) != _weights(clip):
+        raise ValueError(
+            f"{path} was made with other weights ({made.get('clip')}) than {clip.identity['name']}; "
+            "make it again with --save-stats"
+        )
+    return features
+
+
+def clip_extractor(clip: Clip) -> FeatureExtractor:
+    """CLIP's unit vectors of images, squeezed to a square."""
+    identity = {"network": "clip", **clip.identity, "resize": f"bicubic {clip.side}x{clip.side}"}
+    return FeatureExtractor("CLIP", identity, clip.squash, lambda x: {"clip": clip.encode_images(x)})
+
+
+def clip_score(text: dict[str, Tensor], folder: Path, clip: Clip, how: Extraction) -> dict[str, Any] | None:
+    """CLIP score, 100 x the cosine between an image and its prompt (Hessel et al. 2021), overall and by category.
+
+    Args:
+        text: unit features by `category/key`, the image's path without its suffix.
+        how: extraction with `clip_extractor` of the same model.
+
+    Returns:
+        mean scores and facts on the main process, None on the others.
+
+    Raises:
+        FileNotFoundError, ValueError: for a folder without images, unreadable images, or images without a prompt (named).
+    """
+    files = find_images(folder)
+    keys = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
+    _check_pairs(keys, text, folder)
+    features = how.run_files(files, "features")
+    if not how.state.is_main_process:
+        return None
+    wanted = torch.stack([text[key] for key in keys]).numpy()
+    image = features.array("clip")
+    if image.shape != wanted.shape:
+        raise ValueError(f"text features have width {wanted.shape[1]}, the images' {image.shape[1]}: they are of other models")
+    cosine = 100 * (image.astype(np.float64) * wanted).sum(axis=1)
+    groups = places_of(folder, files)
+    return {
+        "scores": {name: float(cosine[places].mean()) for name, places in groups.items()},
+        "n": len(files),
+        "images_by_category": {name: len(places) for name, places in groups.items()},
+        "missing_images": len(text.keys() - set(keys)),
+        "clip": clip.identity,
+        "resize": how.extractor.identity["resize"],
+        "samples": describe_samples(folder, files) | {"images_per_second": features.images_per_second},
+    }
+
+
+def _check_pairs(keys: list[str], text: dict[str, Tensor], folder: Path) -> None:
+    """Every image needs a prompt; prompts without an image are only said, since samples may be a part of the benchmark."""
+    unknown = [key for key in keys if key not in text]
+    if unknown:
+        raise ValueError(f"{folder}: {some(unknown)} images have no prompt")
+    if len(set(keys)) < len(keys):
+        twice = sorted(key for key in set(keys) if keys.count(key) > 1)
+        raise ValueError(f"{folder}: {some(twice)} prompts have several images")
+    missing = sorted(text.keys() - set(keys))
+    if missing:
+        warnings.warn(f"{folder}: {some(missing)} of {len(text)} prompts have no image", stacklevel=3)
+
+
+def _weights(clip: Clip) -> str:
+    """What tells two models apart: the digests of local weights, else the name."""
+    return json.dumps(clip.identity.get("weights_sha256") or clip.identity["name"], sort_keys=True)

@@ -25,16 +25,19 @@ class Task(Protocol):
     """What the training loop asks of a task.
 
     Attributes:
-        dataset: the samples.
         drop_prob: probability that a sample is trained without its condition.
         channels: of the latents, known after `check`.
     """
 
-    dataset: Samples
     drop_prob: float
     channels: int
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None: ...
+
+    @property
+    def dataset(self) -> Samples:
+        """The samples."""
+        ...
 
     def check(self, network: Network) -> None:
         """Compare data, conditions and network; ValueError when they do not fit."""

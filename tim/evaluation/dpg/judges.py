@@ -1,17 +1,22 @@
 """Who answers DPG-Bench's questions: mPLUG, or a vision-language model of transformers under its own name."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tim.evaluation.dpg.mplug import MODEL, MPlugJudge
-from tim.models.loading import model_identity
+from tim.evaluation.pretrained import load_pretrained
+from tim.files import sha256
 
 MPLUG = "mplug"
+MPLUG_MODEL = "damo/mplug_visual-question-answering_coco_large_en"
+INSTALL = "in an environment of its own: pip install -r projects/evaluate/dpg_bench/requirements_mplug.txt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROMPT = "{question} Answer with yes or no."
 ANSWER_TOKENS = 10
@@ -48,7 +53,7 @@ def load_judge(name: str, device: torch.device, dtype: str = "float32", batch_si
     """
     kind, _, folder = name.partition(":")
     if kind == MPLUG:
-        return MPlugJudge(folder or MODEL, device)
+        return MPlugJudge(folder or MPLUG_MODEL, device)
     return _load_transformers(name, device, dtype, batch_size)
 
 
@@ -58,14 +63,48 @@ def normalise(text: str) -> str:
     return words.group() if words else ""
 
 
+class MPlugJudge:
+    """mPLUG through modelscope's pipeline, which answers one question at a time.
+
+    Args:
+        model: modelscope's name of the model, or a folder with its files.
+        device: where it runs.
+
+    Raises:
+        ValueError: when modelscope or the model cannot be loaded; the message says how to install what it needs.
+    """
+
+    is_official = True
+    identity: dict[str, Any]
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        try:
+            from modelscope.pipelines import pipeline
+            from modelscope.utils.constant import Tasks
+        except ImportError as error:
+            raise ValueError(f"the judge mplug needs modelscope ({error}); {INSTALL}") from error
+        try:
+            self.pipeline = pipeline(Tasks.visual_question_answering, model=model, device=str(device))
+        except Exception as error:  # modelscope wraps missing packages, failed downloads and damaged files in many classes
+            raise ValueError(f"modelscope cannot load {model}: {' '.join(str(error).split())}; it needs, {INSTALL}") from error
+        logging.getLogger().setLevel(logging.WARNING)  # the packages it imports leave it at DEBUG, for every other package
+        folder = Path(self.pipeline.model.model_dir)
+        self.name = folder.resolve().name if Path(model).is_dir() else model
+        self.identity = {"name": self.name, "weights_sha256": {p.name: sha256(p) for p in sorted(folder.glob("*.bin"))}}
+
+    def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
+        """Answers to questions about an image, as mPLUG words them."""
+        return [found["text"] for found in self.pipeline([{"image": image, "question": text} for text in questions])]
+
+
 class TransformersJudge:
     """What the judges of transformers share: batches of questions about one image, answers cut to their first word."""
 
     is_official = False
 
-    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
+    def __init__(self, model: Any, identity: dict[str, Any], processor: Any, batch_size: int, dtype: str) -> None:
         self.model, self.processor, self.batch_size = model, processor, batch_size
-        self.name, self.identity = identity["name"], {**identity, "questions_a_batch": batch_size}
+        self.name, self.identity = identity["name"], {**identity, "dtype": dtype, "questions_a_batch": batch_size}
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
@@ -85,10 +124,10 @@ class TransformersJudge:
 class VQAJudge(TransformersJudge):
     """A model for visual question answering: it chooses among its answers (ViLT) or writes one (BLIP)."""
 
-    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
+    def __init__(self, model: Any, identity: dict[str, Any], processor: Any, batch_size: int, dtype: str) -> None:
         self.writes = model.can_generate()
         # transformers' BLIP does not mask padding when it writes, so that answers would depend on the other questions
-        super().__init__(model, processor, identity, 1 if self.writes else batch_size)
+        super().__init__(model, identity, processor, 1 if self.writes else batch_size, dtype)
 
     def _answer(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
         images = [image] * len(questions)
@@ -103,8 +142,8 @@ class VQAJudge(TransformersJudge):
 class ChatJudge(TransformersJudge):
     """An instruction-tuned model that is asked to answer with yes or no."""
 
-    def __init__(self, model: Any, processor: Any, identity: dict[str, Any], batch_size: int) -> None:
-        super().__init__(model, processor, {**identity, "prompt": PROMPT}, batch_size)
+    def __init__(self, model: Any, identity: dict[str, Any], processor: Any, batch_size: int, dtype: str) -> None:
+        super().__init__(model, {**identity, "prompt": PROMPT}, processor, batch_size, dtype)
         if getattr(processor, "chat_template", None) is None:
             raise ValueError("its processor has no chat template; choose an instruction-tuned model")
         tokenizer = processor.tokenizer
@@ -136,22 +175,18 @@ def _load_transformers(name: str, device: torch.device, dtype: str, batch_size: 
 
     from tim.models.text_encoders import DTYPE_KEYWORD
 
-    try:
-        config = hf.AutoConfig.from_pretrained(name)
+    def choose(config: Any) -> tuple[Any, ...]:
+        judge: type[TransformersJudge] = VQAJudge
+        kind: Any
         # BLIP-2 is listed as a model for question answering, but continues a text
         if type(config) in hf.MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING and config.model_type != "blip-2":
-            kind, judge = hf.AutoModelForVisualQuestionAnswering, VQAJudge
+            kind = hf.AutoModelForVisualQuestionAnswering
         elif type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            kind, judge = hf.AutoModelForImageTextToText, ChatJudge
+            judge, kind = ChatJudge, hf.AutoModelForImageTextToText
         else:
             raise ValueError(f"a {config.model_type} model answers no questions about images")
-        model, report = kind.from_pretrained(name, output_loading_info=True, **{DTYPE_KEYWORD: DTYPES[dtype]})
-        unset = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
-        if unset:
-            raise ValueError(f"it lacks {len(unset)} weights, first: {unset[0]}")
-        processor = hf.AutoProcessor.from_pretrained(name)
-        identity = {**model_identity(name, config), "dtype": dtype}
-        return judge(model.eval().requires_grad_(False).to(device), processor, identity, batch_size)
-    except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"--vqa-model {name} is neither {MPLUG} nor a judge of transformers: {reason}") from error
+        return partial(judge, batch_size=batch_size, dtype=dtype), kind, hf.AutoProcessor
+
+    refusal = f"--vqa-model {name} is neither {MPLUG} nor a judge of transformers"
+    options: dict[str, Any] = {DTYPE_KEYWORD: DTYPES[dtype]}
+    return load_pretrained(name, choose, refusal, device, **options)

@@ -1,27 +1,31 @@
 """DPG-Bench on a folder of images: match them with the questions, collect the answers, write scores and answers."""
 
-import time
+import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from PIL import Image
 
-from tim.evaluation.dpg.answers import answer_rows, read_answers
-from tim.evaluation.dpg.grid import check_grids, cut_grid, grid_side
 from tim.evaluation.dpg.judges import load_judge
-from tim.evaluation.dpg.questions import Question, read_questions
-from tim.evaluation.dpg.scoring import result_text, score_answers, summary
-from tim.evaluation.files import SHOWN, find_images, some, stamp
-from tim.evaluation.record import describe_samples, write_result
+from tim.evaluation.dpg.scoring import (
+    Answers,
+    Question,
+    Questions,
+    answer_rows,
+    read_answers,
+    read_questions,
+    result_text,
+    score_answers,
+)
+from tim.evaluation.inputs import find_images, image_size, shown, some
+from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
 from tim.files import sha256, write_json
 from tim.images import open_rgb
-from tim.resumable import map_items
-
-Questions = Mapping[str, Sequence[Question]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Settings:
 
     Attributes:
         folder: of the images, `{prompt id}.png`.
-        res_path: the result file; record and answers go beside it.
+        res_path: the result file; provenance and answers go beside it.
         csv: the questions.
         pic_num: images in every file.
         resolution: pixels along each side of one image, None for whatever the file gives.
@@ -65,11 +69,11 @@ class Found:
     Attributes:
         answers: by image, crop and proposition.
         source: the judge's name or the file.
-        facts: about them, for the record.
+        facts: about them, for the result.
         judge: the name in the result file of a judge that is not the official one.
     """
 
-    answers: dict[tuple[str, int, int], str]
+    answers: Answers
     source: str
     facts: dict[str, Any]
     judge: str | None = None
@@ -97,7 +101,7 @@ def evaluate_folder(settings: Settings, state: PartialState) -> str | None:
         check_grids(images, side, settings.resolution)
         found = ask_judge(names, questions, side, settings, state)
     else:
-        found = ready_answers(settings) if state.is_main_process else None
+        found = ready_answers(settings.answers, settings) if state.is_main_process else None
     if found is None:
         return None
     try:
@@ -109,7 +113,9 @@ def evaluate_folder(settings: Settings, state: PartialState) -> str | None:
     write_json(settings.details, rows)
     kinds = Counter(row["answer"] if row["answer"] in ("yes", "no") else "other" for row in rows)
     facts = {
-        **summary(scores),
+        "score": scores.score,
+        "categories_level_1": scores.broad,
+        "categories_level_2": scores.detailed,
         "n": len(images),
         "crops": settings.pic_num,
         "questions": scores.questions,
@@ -134,7 +140,7 @@ def match_images(folder: Path, questions: Questions) -> tuple[list[Path], list[s
     files = [path for path in find_images(folder) if path.parent == folder]
     images = [path for path in files if path.stem in questions]
     if not images:
-        names = ", ".join(list(questions)[:SHOWN])
+        names = shown(list(questions))
         raise ValueError(f"{folder} holds no image of a prompt; files must be named by prompt, such as {names}, and .png")
     by_prompt: dict[str, Path] = {}
     for path in images:
@@ -153,13 +159,12 @@ def match_images(folder: Path, questions: Questions) -> tuple[list[Path], list[s
     return images, missing
 
 
-def ready_answers(settings: Settings) -> Found:
+def ready_answers(path: Path, settings: Settings) -> Found:
     """The answers of a file.
 
     Raises:
         FileNotFoundError, ValueError: when it cannot be read, or the results would overwrite it.
     """
-    path = settings.answers
     if path.absolute() == settings.details.absolute():
         raise ValueError(f"--res-path {settings.res_path} would overwrite the results that {path} belongs to; choose another")
     return Found(read_answers(path), str(path), {"judge": {"answers": str(path), "sha256": sha256(path)}})
@@ -171,35 +176,65 @@ def ask_judge(names: Sequence[str], questions: Questions, side: int, settings: S
     Raises:
         ValueError: when an image cannot be read or changes meanwhile, or earlier results are in the way.
     """
-    parts, folder = settings.beside(".parts"), settings.folder
-    if settings.res_path.exists() and not parts.is_dir():
-        raise ValueError(f"{settings.res_path} is there already, from a run that this one cannot continue; delete or rename it")
+    parts = settings.beside(".parts")
+    check_continuable(settings.res_path, parts)
     with state.main_process_first():  # one process downloads
         judge = load_judge(settings.vqa_model, state.device, settings.dtype, settings.batch_size)
 
-    def ask(name: str) -> dict[str, Any]:
-        began, stamped = time.perf_counter(), stamp(folder / name)
-        texts = [question.text for question in _of(name, questions)]
-        answers = [judge(crop, texts) for crop in cut_grid(open_rgb(folder / name), side)]
-        return {"image": name, "stamp": stamped, "answers": answers, "seconds": time.perf_counter() - began}
+    def ask(name: str, asked: Sequence[Question]) -> dict[str, Any]:
+        texts = [question.text for question in asked]
+        return {"answers": [judge(crop, texts) for crop in cut_grid(open_rgb(settings.folder / name), side)]}
 
     identity = {"judge": judge.identity, "csv": sha256(settings.csv), "pic_num": settings.pic_num}
-    records = map_items(names, lambda batch: [ask(name) for name in batch], parts, identity, state, desc="dpg")
-    if records is None:
+    asked = {name: questions[Path(name).stem] for name in names}
+    found = judge_images(settings.folder, asked, ask, parts, identity, state, "dpg")
+    if found is None:
         return None
-    changed = [record["image"] for record in records if record["stamp"] != stamp(folder / record["image"])]
-    if changed:
-        raise ValueError(f"{folder}: {some(changed)} images have changed since they were judged; delete {parts}")
+    judged, speed = found
     answers = {
-        (record["image"], crop, question.proposition): answer
-        for record in records
-        for crop, crop_answers in enumerate(record["answers"])
-        for question, answer in zip(_of(record["image"], questions), crop_answers, strict=True)
+        (name, crop, question.proposition): answer
+        for name, judgement in zip(names, judged, strict=True)
+        for crop, crop_answers in enumerate(judgement["answers"])
+        for question, answer in zip(asked[name], crop_answers, strict=True)
     }
-    speed = len(records) / sum(record["seconds"] for record in records)
     facts = {"judge": judge.identity, "images_per_second_and_process": speed}
     return Found(answers, judge.name, facts, None if judge.is_official else judge.name)
 
 
-def _of(image: str, questions: Questions) -> Sequence[Question]:
-    return questions[Path(image).stem]
+def grid_side(pic_num: int) -> int:
+    """Images along a side of the grid.
+
+    Raises:
+        ValueError: when `pic_num` is no square.
+    """
+    side = math.isqrt(max(pic_num, 0))
+    if side < 1 or side**2 != pic_num:
+        raise ValueError(f"--pic-num must be a square (1, 4, 9, ...), as images form a square grid; got {pic_num}")
+    return side
+
+
+def check_grids(files: Sequence[Path], side: int, resolution: int | None = None) -> None:
+    """Make sure that every image can be cut into side x side equal parts; reads headers only.
+
+    Args:
+        resolution: pixels along each side of a part, None for whatever the image gives.
+
+    Raises:
+        ValueError: names the images that cannot, or that cannot be read.
+    """
+    wrong = []
+    for path in files:
+        width, height = image_size(path)
+        whole = (resolution * side,) * 2 if resolution else (width // side * side, height // side * side)
+        if (width, height) != whole or not width or not height:
+            wrong.append(f"{path} ({width}x{height})")
+    if wrong:
+        of = f" of {resolution}x{resolution}" if resolution else ""
+        raise ValueError(f"not {side}x{side} equal images{of} (--pic-num, --resolution): {shown(wrong)}")
+
+
+def cut_grid(image: Image.Image, side: int) -> list[Image.Image]:
+    """The side x side images of a grid, row by row."""
+    width, height = image.width // side, image.height // side
+    corners = [(column * width, row * height) for row in range(side) for column in range(side)]
+    return [image.crop((x, y, x + width, y + height)) for x, y in corners]

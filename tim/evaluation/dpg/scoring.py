@@ -1,16 +1,139 @@
-"""DPG-Bench's scores of ready answers: no image and no model is needed here."""
+"""DPG-Bench without images and models: its questions, the answers to them, and the scores of these."""
 
-from collections.abc import Mapping, Sequence
+import csv
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tim.evaluation.dpg.questions import Question
+from tim.evaluation.inputs import shown
 
+COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
+DOWNLOAD = "bash tools/download_benchmarks.sh --only dpg fetches it"
+ROW = ("image", "crop", "proposition_id", "answer")  # what a row of answers must have
 YES = "yes"  # the only answer that counts
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a prompt's image.
+
+    Attributes:
+        proposition: its number within the prompt.
+        text: what the judge is asked.
+        parents: propositions without which this one counts as failed.
+        category: level-2 category, e.g. `attribute - color`.
+    """
+
+    proposition: int
+    text: str
+    parents: tuple[int, ...]
+    category: str
+
+    @property
+    def broad_category(self) -> str:
+        """Level-1 category, e.g. `attribute`."""
+        return self.category.partition("-")[0].strip()
+
+
+Questions = Mapping[str, Sequence[Question]]  # by prompt id, the stem of the image file's name
 Answers = Mapping[tuple[str, int, int], str]  # by image file's name, crop, proposition
+
+
+def read_questions(path: Path) -> dict[str, list[Question]]:
+    """Questions by prompt id, in the file's order. The first data row does not count, as in the official scores.
+
+    Raises:
+        FileNotFoundError: when there is no such file; the message says how to get it.
+        ValueError: when it lacks a column, or a row is no question; the message names the row.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no questions {path}; {DOWNLOAD}")
+    found: dict[str, dict[int, Question]] = {}
+    twice = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(missing)}; DPG-Bench's dpg_bench.csv is expected, {DOWNLOAD}")
+        next(reader, None)
+        for row in reader:
+            item, question = _parse(row, f"{path} line {reader.line_num}")
+            own = found.setdefault(item, {})
+            if question.proposition in own:
+                twice.append(f"{item} {question.proposition}")
+            own[question.proposition] = question
+    if not found:
+        raise ValueError(f"{path} holds no questions after its first row; {DOWNLOAD}")
+    orphans = [f"{item} {q.proposition}" for item, own in found.items() for q in own.values() if not own.keys() >= {*q.parents}]
+    for names, what in ((twice, "twice; the last one counts"), (orphans, "with a parent that is not asked; it bars nothing")):
+        if names:
+            warnings.warn(f"{path}: {len(names)} propositions {what}: {shown(names)}", stacklevel=2)
+    return {item: list(own.values()) for item, own in found.items()}
+
+
+def _parse(row: dict[str, str | None], where: str) -> tuple[str, Question]:
+    item, number, dependency, label, text = (row[name] or "" for name in COLUMNS)
+    try:
+        parents = tuple(int(n) for n in dependency.split(","))
+        question = Question(int(number), text.strip(), tuple(n for n in parents if n), label.partition("(")[0].strip())
+    except ValueError:
+        raise ValueError(
+            f"{where}: proposition_id {number!r} and dependency {dependency!r} must be numbers such as 3 and '1, 2'"
+        ) from None
+    if not (item and question.text and question.category):
+        raise ValueError(f"{where}: item_id, tuple and question_natural_language must not be empty")
+    return item, question
+
+
+def answer_rows(questions: Questions, answers: Answers, images: Iterable[str], crops: int) -> list[dict[str, Any]]:
+    """The answers about images, ordered by image, crop and question.
+
+    Returns:
+        rows with image (file name), crop (0-based, row-major), proposition_id, question, answer.
+    """
+    return [
+        {
+            "image": image,
+            "crop": crop,
+            "proposition_id": question.proposition,
+            "question": question.text,
+            "answer": answers[image, crop, question.proposition],
+        }
+        for image in images
+        for crop in range(crops)
+        for question in questions[Path(image).stem]
+    ]
+
+
+def read_answers(path: Path) -> Answers:
+    """Answers by image, crop and proposition of a file in the form of `answer_rows`.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no such file, or answers a question in two ways; the message names the row.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of answers {path}")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} is no list of answers")
+    answers: dict[tuple[str, int, int], str] = {}
+    for number, row in enumerate(rows):
+        values: tuple[Any, ...] = tuple(row.get(name) for name in ROW) if isinstance(row, dict) else ()
+        if tuple(map(type, values)) != (str, int, int, str):
+            raise ValueError(f"{path}: entry {number} has no image, crop, proposition_id and answer: {row!r}")
+        image, crop, proposition, answer = values
+        if answers.setdefault((image, crop, proposition), answer) != answer:
+            raise ValueError(f"{path}: image {image}, crop {crop}, proposition {proposition} has two different answers")
+    return answers
 
 
 @dataclass(frozen=True)
@@ -43,7 +166,7 @@ def score_crop(questions: Sequence[Question], said_yes: Mapping[int, bool]) -> f
     return sum(holds.values()) / len(holds)
 
 
-def score_answers(questions: Mapping[str, Sequence[Question]], answers: Answers, images: Sequence[str], crops: int) -> Scores:
+def score_answers(questions: Questions, answers: Answers, images: Sequence[str], crops: int) -> Scores:
     """Score images by the answers about them.
 
     A category's score is the share of yes among the answers about each image's last crop, whatever became of their
@@ -105,8 +228,3 @@ def result_text(scores: Scores, folder: Path, res_path: Path, judge: str | None 
         lines += [f"{level} category scores:", *(f"\t{name}: {value}" for name, value in categories.items())]
     lines += [f"Image path: {folder}", f"Save results to: {res_path}", f"DPG-Bench score: {scores.score}"]
     return "\n".join(lines) + "\n"
-
-
-def summary(scores: Scores) -> dict[str, Any]:
-    """What the record keeps of the scores."""
-    return {"score": scores.score, "categories_level_1": scores.broad, "categories_level_2": scores.detailed}

@@ -1,13 +1,12 @@
 """mmdet's Mask2Former state dict, renamed and rearranged to that of transformers' published Mask2Former checkpoints."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformers import Mask2FormerConfig, SwinConfig
+from tim.evaluation.inputs import shown
 
 INDEX = "relative_position_index"
 SHOWN = 8  # keys named in an error
@@ -29,9 +28,10 @@ class Entry(NamedTuple):
 
 
 Layout = Iterator[tuple[str, Entry]]
+Config = Any  # of transformers: Mask2FormerConfig, or its SwinConfig, whose fields are typed as all that a file may hold
 
 
-def mmdet_layout(config: "Mask2FormerConfig") -> dict[str, Entry]:
+def mmdet_layout(config: Config) -> dict[str, Entry]:
     """All keys of mmdet's state dict of a Mask2Former with a Swin backbone, and where they go."""
     swin = config.backbone_config
     decoder = "model.pixel_level_module.decoder."
@@ -45,7 +45,7 @@ def mmdet_layout(config: "Mask2FormerConfig") -> dict[str, Entry]:
     )
 
 
-def convert_mmdet(state: dict[str, Tensor], config: "Mask2FormerConfig", source: object) -> dict[str, Tensor]:
+def convert_mmdet(state: dict[str, Tensor], config: Config, source: object) -> dict[str, Tensor]:
     """Rename and rearrange mmdet's tensors.
 
     Args:
@@ -92,11 +92,7 @@ def _check(state: dict[str, Tensor], layout: dict[str, Entry], window: int, sour
             k for k in same if k.endswith(INDEX) and state[k].shape == index.shape and not torch.equal(state[k], index)
         ],
     }
-    texts = [
-        f"{len(found)} {what}: {', '.join(found[:SHOWN])}" + (", ..." if len(found) > SHOWN else "")
-        for what, found in problems.items()
-        if found
-    ]
+    texts = [f"{len(found)} {what}: {shown(found, SHOWN)}" for what, found in problems.items() if found]
     if texts:
         raise ValueError(f"{source} is no mmdet checkpoint of this Mask2Former: {' | '.join(texts)}")
 
@@ -109,7 +105,7 @@ def _layer(old: str, new: str | Sequence[str], *shape: int, bias: bool = True, s
         yield f"{old}{sep}{part}", Entry(size, tuple(f"{name}{sep}{part}" for name in news))
 
 
-def _backbone(swin: "SwinConfig") -> Layout:
+def _backbone(swin: Config) -> Layout:
     """The Swin transformer with a norm after each stage."""
     new = "model.pixel_level_module.encoder."
     patch, window = swin.patch_size, swin.window_size
@@ -150,7 +146,7 @@ def _swin_block(old: str, new: str, width: int, heads: int, window: int, mlp_rat
     yield from _layer(f"{old}.ffn.layers.1", f"{new}.output.dense", width, hidden)
 
 
-def _pixel_decoder(config: "Mask2FormerConfig", swin: "SwinConfig", new: str) -> Layout:
+def _pixel_decoder(config: Config, swin: Config, new: str) -> Layout:
     """Projections to the common width, the level embedding, and the finest level's convolutions."""
     old, width = "panoptic_head.pixel_decoder.", config.feature_size
     coarse_first = [swin.embed_dim * 2**s for s in range(len(swin.depths))][: -LEVELS - 1 : -1]
@@ -165,7 +161,7 @@ def _pixel_decoder(config: "Mask2FormerConfig", swin: "SwinConfig", new: str) ->
     yield from _layer(f"{old}mask_feature", f"{new}mask_projection", config.mask_feature_size, width, 1, 1)
 
 
-def _deformable_encoder(config: "Mask2FormerConfig", decoder: str) -> Layout:
+def _deformable_encoder(config: Config, decoder: str) -> Layout:
     """The pixel decoder's layers of deformable attention."""
     width, hidden = config.feature_size, config.encoder_feedforward_dim
     samples = config.num_attention_heads * LEVELS * POINTS
@@ -180,7 +176,7 @@ def _deformable_encoder(config: "Mask2FormerConfig", decoder: str) -> Layout:
             yield from _layer(f"{old}norms.{n}", f"{new}{name}", width)
 
 
-def _transformer_decoder(config: "Mask2FormerConfig") -> Layout:
+def _transformer_decoder(config: Config) -> Layout:
     """Queries, the masked-attention layers (cross-attention first), and the two heads."""
     head, module = "panoptic_head.", "model.transformer_module."
     width, hidden, queries = config.hidden_dim, config.dim_feedforward, config.num_queries

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +10,8 @@ import torch.nn.functional as nnf
 from PIL import Image
 from torch import Tensor
 
-from tim.evaluation.geneval.convert_mmdet import INDEX, convert_mmdet, relative_position_index
+from tim.evaluation.geneval.convert_mmdet import INDEX, Config, convert_mmdet, relative_position_index
 from tim.evaluation.geneval.detection import COCO_CLASSES, Detections, find_instances
-
-if TYPE_CHECKING:
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 NAME = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
 SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels the network sees: as many as fit
@@ -26,18 +23,17 @@ UNUSED = ("swin.layernorm.weight", "swin.layernorm.bias", "criterion.empty_weigh
 Prepared = tuple[Tensor, tuple[int, int]]  # network input (1, 3, H, W); height and width of the part that is no padding
 
 
-def swin_s_config() -> "Mask2FormerConfig":
+def swin_s_config() -> Config:
     """The network of mmdet's config `mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco`."""
     from transformers import Mask2FormerConfig, SwinConfig
 
     stages = [f"stage{i}" for i in range(1, 5)]
-    swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=stages)
-    return Mask2FormerConfig(backbone_config=swin, num_queries=100, num_labels=len(COCO_CLASSES))
+    swin: dict[str, Any] = {"depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7, "out_features": stages}
+    head: dict[str, Any] = {"num_queries": 100, "num_labels": len(COCO_CLASSES)}
+    return Mask2FormerConfig(backbone_config=SwinConfig(embed_dim=96, **swin), **head)
 
 
-def build_mask2former(
-    state: dict[str, Tensor], config: "Mask2FormerConfig", source: object
-) -> "Mask2FormerForUniversalSegmentation":
+def build_mask2former(state: dict[str, Tensor], config: Config, source: object) -> Any:
     """Build the network with mmdet's weights, in evaluation mode on the CPU.
 
     Args:
@@ -51,9 +47,10 @@ def build_mask2former(
 
     converted = convert_mmdet(state, config, source)
     with _quiet():  # through from_pretrained, because names inside the network change with transformers' version
-        model, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             None, config=config, state_dict=converted, output_loading_info=True
         )
+    model, report = loaded
     unset = [k for k in report["missing_keys"] if not k.endswith(UNUSED)]
     if unset or report["unexpected_keys"]:
         raise ValueError(
@@ -108,8 +105,8 @@ def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     centre = ((np.arange(new) + 0.5) / (new / old) - 0.5).astype(np.float32)
     first = np.floor(centre).astype(np.int32)
     fraction = centre - first.astype(np.float32)
-    weights = [np.rint(w * 2048).astype(np.int32) for w in (1 - fraction, fraction)]
-    return first.clip(0, old - 1), (first + 1).clip(0, old - 1), *weights
+    near, far = (np.rint(w * 2048).astype(np.int32) for w in (1 - fraction, fraction))
+    return first.clip(0, old - 1), (first + 1).clip(0, old - 1), near, far
 
 
 class Mask2FormerDetector:
@@ -125,7 +122,7 @@ class Mask2FormerDetector:
 
     def __init__(
         self,
-        model: "Mask2FormerForUniversalSegmentation",
+        model: Any,
         prepare: Callable[[Image.Image], Prepared],
         labels: Sequence[int | None],
         identity: dict[str, Any],
@@ -140,5 +137,5 @@ class Mask2FormerDetector:
         out = self.model(pixel_values=pixels.to(self.device))
         return find_instances(
             out.class_queries_logits[0], out.masks_queries_logits[0],
-            pixels.shape[-2:], unpadded, (image.height, image.width), self.labels,
+            (pixels.shape[-2], pixels.shape[-1]), unpadded, (image.height, image.width), self.labels,
         )  # fmt: skip

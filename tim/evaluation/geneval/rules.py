@@ -1,21 +1,103 @@
 """GenEval's rules (Ghosh et al. 2023): which detections count, and whether they are what the prompt asks for."""
 
+import dataclasses
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageColor
 from torchvision.ops import nms
 
+from tim.evaluation import CLIP
 from tim.evaluation.geneval.detection import COCO_CLASSES, Detections
-from tim.evaluation.geneval.options import Options
 from tim.typed_yaml import nearest
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTING = "counting"  # the tag with a threshold of its own
 DIRECTION = 0.5  # component of a direction from which it counts as left of, right of, above or below: within 60 degrees
+ORIGINAL = "original"  # bgcolor that leaves the background as it is
+RANGES: dict[str, tuple[float, float | None]] = {
+    "threshold": (0.0, 1.0),
+    "counting_threshold": (0.0, 1.0),
+    "max_objects": (1, None),
+    "max_overlap": (0.0, 1.0),
+    "position_threshold": (0.0, None),
+    "crop": (0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The protocol's settings; the defaults are those of the published numbers.
+
+    Attributes:
+        threshold: objects count when their score is above it.
+        counting_threshold: the same for prompts of the tag `counting`.
+        max_objects: most objects kept of a class.
+        max_overlap: below 1, of two objects of a class whose boxes overlap more (intersection over union) the better stays.
+        position_threshold: gap between box centres, in summed box sizes, up to which they do not differ in position.
+        crop: 1 shows CLIP the object's box, 0 the whole image.
+        bgcolor: what replaces the background of an object before its colour is read; 'original' keeps it.
+        clip_model: see `tim.evaluation.clip.load_clip`.
+    """
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    max_overlap: float = 1.0
+    position_threshold: float = 0.1
+    crop: int = 1
+    bgcolor: str = "#999"
+    clip_model: str = CLIP
+
+
+def parse_options(words: Sequence[str]) -> Options:
+    """Options from `key=value` words.
+
+    Raises:
+        ValueError: for a word without `=`, an unknown key or a value out of range; names the nearest valid one.
+    """
+    defaults = dataclasses.asdict(Options())
+    values: dict[str, Any] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not sign:
+            raise ValueError(f"--options {word}: write key=value, with key one of {', '.join(defaults)}")
+        if key not in defaults:
+            raise ValueError(f"--options has no {key!r}{nearest(key, defaults)}")
+        if not value:
+            raise ValueError(f"--options {key}= is empty; the default is {defaults[key]}")
+        if key == "bgcolor":
+            _check_color(value)
+        values[key] = _number(key, value, type(defaults[key])) if key in RANGES else value
+    return Options(**values)
+
+
+def _number(key: str, value: str, kind: type[int] | type[float]) -> int | float:
+    try:
+        number = kind(value)
+    except ValueError:
+        raise ValueError(f"--options {key}={value}: {'a whole number' if kind is int else 'a number'} is expected") from None
+    low, high = RANGES[key]
+    if not (number >= low and (high is None or number <= high)):
+        bound = high if high is not None and number > high else low
+        raise ValueError(f"--options {key}={value} is out of range; the nearest valid value is {bound:g}")
+    return number
+
+
+def _check_color(value: str) -> None:
+    if value == ORIGINAL:
+        return
+    try:
+        ImageColor.getrgb(value)
+    except ValueError:
+        match = difflib.get_close_matches(value, [ORIGINAL, *ImageColor.colormap], n=1)
+        hint = f"did you mean {match[0]!r}?" if match else f"give #rgb, a colour's name or {ORIGINAL!r}"
+        raise ValueError(f"--options bgcolor={value} is no colour; {hint}") from None
 
 
 @dataclass(frozen=True)

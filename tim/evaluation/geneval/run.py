@@ -1,41 +1,35 @@
-"""GenEval on a folder of images: find the samples, judge them with all processes, write the results."""
+"""GenEval on a folder of images: detect objects, read their colours, apply the rules with all processes, write the results."""
 
 import json
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as nnf
 
-from tim.evaluation.clip import load_clip
-from tim.evaluation.files import some, stamp
-from tim.evaluation.geneval.colors import ColorClassifier
+from tim.evaluation.clip import Clip, load_clip
 from tim.evaluation.geneval.detection import Detector
 from tim.evaluation.geneval.detectors import load_detector
-from tim.evaluation.geneval.options import Options
-from tim.evaluation.geneval.rules import check_metadata, details, judge, keep_objects
+from tim.evaluation.geneval.rules import COLORS, ORIGINAL, Instance, Options, check_metadata, details, judge, keep_objects
 from tim.evaluation.geneval.summary import summarize, write_results
-from tim.evaluation.record import describe_samples, write_result
+from tim.evaluation.inputs import some
+from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
 from tim.images import open_rgb
-from tim.resumable import map_items
 
 METADATA = "metadata.jsonl"
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An image of a prompt; `filename` is relative to the folder of all samples."""
-
-    filename: str
-    metadata: dict[str, Any]
-
-
-def find_samples(folder: Path) -> list[Sample]:
-    """Images of `{prompt:05d}/samples/*.png` with the prompt of `{prompt:05d}/metadata.jsonl`, in order.
+def find_samples(folder: Path) -> dict[str, dict[str, Any]]:
+    """Images `{prompt:05d}/samples/*.png`, by their path within the folder, with `{prompt:05d}/metadata.jsonl`, in order.
 
     Raises:
         FileNotFoundError: when there is no such folder, or metadata.jsonl is missing somewhere.
@@ -58,7 +52,7 @@ def find_samples(folder: Path) -> list[Sample]:
     if short:
         warnings.warn(f"{folder}: {some(short)} of {len(prompts)} prompts with fewer than {most} images", stacklevel=2)
     metadata = {p: _read_metadata(p / METADATA) for p in prompts}
-    return [Sample(f.relative_to(folder).as_posix(), metadata[p]) for p in prompts for f in files[p]]
+    return {f.relative_to(folder).as_posix(): metadata[p] for p in prompts for f in files[p]}
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -71,34 +65,31 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 
 def judge_image(
-    folder: Path, sample: Sample, detector: Detector, colors: ColorClassifier | None, options: Options
+    folder: Path, detector: Detector, colors: "ColorClassifier | None", options: Options, name: str, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """Detect, read colours, apply the rules.
 
     Args:
         colors: None when no prompt names a colour.
+        name: the image's path within the folder.
 
     Returns:
-        the fields of a line of the result file, `image` (size and time of the file) and `seconds`.
+        the fields of a line of the result file.
 
     Raises:
         ValueError: names an image that cannot be read.
     """
-    began = time.perf_counter()
-    path, metadata = folder / sample.filename, sample.metadata
-    image = open_rgb(path)
+    image = open_rgb(folder / name)
     objects = keep_objects(detector(image), options, metadata["tag"])
     reasons = judge(metadata, objects, partial(colors, image) if colors else _no_colors, options.position_threshold)
     return {
-        "filename": sample.filename,
+        "filename": name,
         "tag": metadata["tag"],
         "prompt": metadata["prompt"],
         "correct": not reasons,
         "reason": "\n".join(reasons),
         "metadata": metadata,
         "details": details(objects),
-        "image": stamp(path),
-        "seconds": time.perf_counter() - began,
     }
 
 
@@ -127,35 +118,78 @@ def evaluate_folder(
     if outfile.suffix == ".json":
         raise ValueError(f"--outfile {outfile} must end in .jsonl; scores and provenance go to the .json beside it")
     parts = outfile.with_name(f"{outfile.name}.parts")
-    if outfile.exists() and not parts.is_dir():
-        raise ValueError(f"{outfile} is there already, from a run that this one cannot continue; delete it or choose another")
+    check_continuable(outfile, parts)
     samples = find_samples(folder)
     detector = load_detector(model_path, state.device)
-    asked = any("color" in clause for sample in samples for clause in sample.metadata.get("include", []))
     colors = None
-    if asked:
+    if any("color" in clause for metadata in samples.values() for clause in metadata.get("include", [])):
         colors = ColorClassifier(load_clip(options.clip_model, state.device), bool(options.crop), options.bgcolor)
-    models = {"detector": detector.identity, "color_model": colors.clip.identity if colors else None}
-    identity = {**models, "options": asdict(options)}
-    records = map_items(
-        samples,
-        lambda batch: [judge_image(folder, sample, detector, colors, options) for sample in batch],
-        parts, identity, state, desc="geneval",
-    )  # fmt: skip
-    if records is None:
+    identity = {
+        "detector": detector.identity,
+        "color_model": colors.clip.identity if colors else None,
+        "options": asdict(options),
+    }
+    found = judge_images(
+        folder, samples, partial(judge_image, folder, detector, colors, options), parts, identity, state, "geneval"
+    )
+    if found is None:
         return None
-    changed = [r["filename"] for r in records if r["image"] != stamp(folder / r["filename"])]
-    if changed:
-        raise ValueError(f"{folder}: {some(changed)} images have changed since they were judged; delete {parts}")
-    write_results(outfile, records)
-    scores = summarize(records)
-    seconds = sum(r["seconds"] for r in records)
+    judged, speed = found
+    write_results(outfile, judged)
+    scores = summarize(judged)
     facts = {
         "n": scores["images"],
         "scores": scores,
         **identity,
-        "samples": describe_samples(folder, [folder / sample.filename for sample in samples]),
-        "images_per_second_and_process": len(records) / seconds,
+        "samples": describe_samples(folder, [folder / name for name in samples]),
+        "images_per_second_and_process": speed,
     }
     write_result(outfile.with_suffix(".json"), "geneval", facts)
     return scores
+
+
+class ColorClassifier:
+    """Reads the colours of objects of an image.
+
+    Args:
+        clip: see `tim.evaluation.clip.load_clip`.
+        crop: cut objects out by their boxes, else show the whole image.
+        bgcolor: what replaces everything outside an object's mask (or box, without masks); 'original' keeps it.
+    """
+
+    def __init__(self, clip: Clip, crop: bool = True, bgcolor: str = "#999") -> None:
+        self.clip, self.crop, self.bgcolor = clip, crop, bgcolor
+        self._weights: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image, name: str, instances: Sequence[Instance]) -> list[str]:
+        """One of `COLORS` for each object of class `name`; image in RGB."""
+        views = [self.clip.crop(cut_out(image, instance, self.crop, self.bgcolor)) for instance in instances]
+        logits = 100 * self.clip.encode_images(torch.stack(views)) @ self.weights(name).T
+        return [COLORS[k] for k in logits.argmax(dim=-1).tolist()]
+
+    @torch.inference_mode()
+    def weights(self, name: str) -> Tensor:
+        """(10, D) a unit vector for each colour of a class: the mean of the templates' unit vectors, normalised again."""
+        if name not in self._weights:
+            texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+            features = self.clip.encode_texts(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
+            self._weights[name] = nnf.normalize(features.mean(dim=1), dim=-1)
+        return self._weights[name]
+
+
+def cut_out(image: Image.Image, instance: Instance, crop: bool = True, bgcolor: str = "#999") -> Image.Image:
+    """The object's box of an image (or all of it), everything outside its mask replaced by `bgcolor`."""
+    x1, y1, x2, y2 = np.rint(instance.box).astype(int).tolist()
+    x1, y1 = (min(max(low, 0), side - 1) for low, side in zip((x1, y1), image.size, strict=True))
+    x2, y2 = max(min(x2, image.width), x1 + 1), max(min(y2, image.height), y1 + 1)  # thin boxes keep a pixel
+    region = (x1, y1, x2, y2) if crop else (0, 0, *image.size)
+    view = image.crop(region)
+    if bgcolor == ORIGINAL:
+        return view
+    mask = instance.mask
+    if mask is None:
+        mask = np.zeros((image.height, image.width), dtype=bool)
+        mask[y1:y2, x1:x2] = True
+    own = Image.fromarray(mask[region[1] : region[3], region[0] : region[2]].astype(np.uint8) * 255)
+    return Image.composite(view, Image.new("RGB", view.size, bgcolor), own)

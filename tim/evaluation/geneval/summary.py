@@ -10,24 +10,24 @@ from tim.files import replacing
 FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
 
-def result_line(record: dict[str, Any]) -> str:
-    """A record as a line of the result file, the same bytes as the published evaluation writes.
+def result_line(judgement: dict[str, Any]) -> str:
+    """A judgement as a line of the result file, the same bytes as the published evaluation writes.
 
     `metadata` and `details` are JSON inside a string, slashes and all that is not ASCII are escaped.
     """
-    flat = {key: record[key] if key not in ("metadata", "details") else json.dumps(record[key]) for key in FIELDS}
+    flat = {key: judgement[key] if key not in ("metadata", "details") else json.dumps(judgement[key]) for key in FIELDS}
     return json.dumps(flat, separators=(",", ":")).replace("/", "\\/")
 
 
-def write_results(path: Path, records: Iterable[dict[str, Any]]) -> None:
+def write_results(path: Path, judgements: Iterable[dict[str, Any]]) -> None:
     """Write the result file so that it is either whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text("".join(result_line(record) + "\n" for record in records), encoding="utf-8")
+        partial.write_text("".join(result_line(judgement) + "\n" for judgement in judgements), encoding="utf-8")
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Records of a result file, ours or one of the published evaluation.
+    """Judgements of a result file, ours or one of the published evaluation.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -35,26 +35,26 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no result file {path}; evaluate_images.py writes it")
-    records = []
+    judgements = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             flat = json.loads(line)
             metadata, details = json.loads(flat["metadata"]), json.loads(flat["details"])
-            records.append({**{key: flat[key] for key in FIELDS}, "metadata": metadata, "details": details})
+            judgements.append({**{key: flat[key] for key in FIELDS}, "metadata": metadata, "details": details})
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} line {number} is no result of GenEval: {error!r}") from error
-    if not records:
+    if not judgements:
         raise ValueError(f"{path} holds no result")
-    return records
+    return judgements
 
 
-def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize(judgements: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Scores of all images.
 
     Args:
-        records: at least one; `tag`, `metadata` and `correct` count.
+        judgements: at least one; `tag`, `metadata` and `correct` count.
 
     Returns:
         images and prompts (numbers), correct_images and correct_prompts (fractions; a prompt is correct when one of its
@@ -62,18 +62,18 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     prompts: dict[str, bool] = {}
     tasks: dict[str, dict[str, Any]] = {}
-    for record in records:
-        key = json.dumps(record["metadata"], sort_keys=True)
-        prompts[key] = prompts.get(key, False) or record["correct"]
-        task = tasks.setdefault(record["tag"], {"correct": 0, "n": 0})
-        task["correct"] += int(record["correct"])
+    for judgement in judgements:
+        key = json.dumps(judgement["metadata"], sort_keys=True)
+        prompts[key] = prompts.get(key, False) or judgement["correct"]
+        task = tasks.setdefault(judgement["tag"], {"correct": 0, "n": 0})
+        task["correct"] += int(judgement["correct"])
         task["n"] += 1
     for task in tasks.values():
         task["accuracy"] = task["correct"] / task["n"]
     return {
-        "images": len(records),
+        "images": len(judgements),
         "prompts": len(prompts),
-        "correct_images": sum(task["correct"] for task in tasks.values()) / len(records),
+        "correct_images": sum(task["correct"] for task in tasks.values()) / len(judgements),
         "correct_prompts": sum(prompts.values()) / len(prompts),
         "tasks": tasks,
         "overall": sum(task["accuracy"] for task in tasks.values()) / len(tasks),

@@ -1,23 +1,97 @@
-"""Images to extract features from: a folder, or arr_0 of an `.npz` without reading it whole."""
+"""What a set of images is: the files of a folder, or arr_0 of an `.npz`, which is not read whole."""
 
+import hashlib
+import json
 import os
 import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from tim.evaluation.files import check_one_size, find_images, fingerprint
-from tim.images import read_png
+from tim.images import IMAGE_SUFFIXES, read_png
+
+SHOWN = 5  # names in a message
+LOCAL_HEADER = 30  # bytes of a zip member's fixed header; name and extra field follow
+DAMAGED = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, struct.error)  # what reading one raises
 
 Transform = Callable[[np.ndarray], Tensor]
-LOCAL_HEADER = 30  # bytes of a zip member's fixed header; name and extra field follow
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Image files at any depth below a folder, sorted by their path; hidden files do not count.
+
+    Raises:
+        FileNotFoundError: when there is no such folder.
+        ValueError: when it holds no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    if not files:
+        raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def shown(names: Sequence[str], most: int = SHOWN) -> str:
+    """The first of some names, for a message."""
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+
+
+def some(names: Sequence[str]) -> str:
+    """Number of names and the first of them, for a message."""
+    return f"{len(names)} ({shown(names)})"
+
+
+def stamp(path: Path) -> list[int]:
+    """Size and time of a file, by which a result knows whether its file has changed."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """sha256 of names, sizes and modification times, so that cached results of other files are not taken for theirs."""
+    stats = [(str(path.resolve()), *stamp(path)) for path in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels; reads the header only.
+
+    Raises:
+        ValueError: names a file that is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def check_one_size(files: Sequence[Path], progress: bool = False) -> tuple[int, int]:
+    """(width, height) that all images share; reads headers only.
+
+    Raises:
+        ValueError: names images of another size than most, or that are no images.
+    """
+    sizes: dict[tuple[int, int], list[Path]] = {}
+    for path in tqdm(files, desc="sizes", unit="img", disable=not progress, leave=False):
+        sizes.setdefault(image_size(path), []).append(path)
+    common = max(sizes, key=lambda size: len(sizes[size]))
+    odd = [f"{path} ({size[0]}x{size[1]})" for size, paths in sizes.items() if size != common for path in paths]
+    if odd:
+        raise ValueError(f"images differ in size: most are {common[0]}x{common[1]}, but not {shown(odd)}")
+    return common
 
 
 def as_uint8_tensor(pixels: np.ndarray) -> Tensor:
@@ -25,7 +99,7 @@ def as_uint8_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-class ImageFiles(Dataset):
+class ImageFiles(Dataset[Tensor | str]):
     """Images of files, each turned into a tensor by `transform` where it is read.
 
     Args:
@@ -51,21 +125,21 @@ class ImageFiles(Dataset):
             return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
-class ImageArray(Dataset):
+class ImageArray(Dataset[Tensor | str]):
     """Images of an array (N, H, W, 3) uint8, such as a memory map."""
 
-    def __init__(self, array: np.ndarray, fingerprint: str, transform: Transform = as_uint8_tensor) -> None:
-        self.array, self.fingerprint, self.transform = array, fingerprint, transform
+    def __init__(self, array: np.ndarray, fingerprint: str) -> None:
+        self.array, self.fingerprint = array, fingerprint
 
     def __len__(self) -> int:
         return len(self.array)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(np.asarray(self.array[index]))
+        return as_uint8_tensor(np.asarray(self.array[index]))
 
 
 def open_images(path: str | Path, scratch: Path, progress: bool = False) -> ImageFiles | ImageArray:
-    """The images of a folder, all of one size, or of an `.npz` in ADM's form.
+    """The images of a folder, all of one size, or of an `.npz` in ADM's form, as uint8 tensors.
 
     Args:
         path: folder, or .npz with arr_0 (N, H, W, 3) uint8.
@@ -108,11 +182,8 @@ def npz_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
     Raises:
         ValueError: when one is missing or damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return [file[name] for name in names]
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: {', '.join(names)} cannot be read: {error}") from error
+    with _reading(path, ", ".join(names)), np.load(path, allow_pickle=False) as file:
+        return [file[name] for name in names]
 
 
 def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
@@ -123,7 +194,7 @@ def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
     """
     if name not in npz_names(path):
         raise ValueError(f"{path} holds no {name}, only {', '.join(npz_names(path))}")
-    try:
+    with _reading(path, name):
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(f"{name}.npy")
             if info.compress_type != zipfile.ZIP_STORED:
@@ -141,8 +212,15 @@ def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
             if dtype.hasobject or fortran:
                 raise ValueError(f"{name} is no plain array")
             return np.memmap(path, dtype=dtype, mode="r", offset=f.tell(), shape=shape)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, struct.error) as error:
-        raise ValueError(f"{path}: {name} cannot be read: {error}") from error
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Damage of an `.npz`, whatever reads it, as a ValueError that names file and array."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise ValueError(f"{path}: {what} cannot be read: {error}") from error
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:

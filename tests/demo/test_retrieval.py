@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tim.evaluation.retrieval import cell_colors, classifier, image_features, preprocess, rank_report, retrieval
+from tim.demo.retrieval import cell_colors, image_features, rank_report
+from tim.evaluation.features import efficientnet, preprocess
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def test_the_classifier_names_two_photographs():
     from sklearn import datasets
 
     photographs = [datasets.load_sample_image(name)[:420, 110:530] for name in ("china.jpg", "flower.jpg")]
-    assert classifier()(preprocess(np.stack(photographs))).argmax(1).tolist() == [698, 985]
+    assert efficientnet()(preprocess(np.stack(photographs))).argmax(1).tolist() == [698, 985]
 
 
 @pytest.mark.parametrize("features", [image_features, cell_colors])
@@ -32,11 +33,11 @@ def test_noisy_pictures_find_themselves_and_shuffled_ones_do_not(emoji_pictures,
     real, rng = emoji_pictures, np.random.default_rng(0)
     noisy = np.clip(real + rng.normal(0, 12, real.shape), 0, 255).astype(np.uint8)
     ids = np.arange(len(real))
-    own = retrieval(noisy, real, ids, features)
+    own = rank_report(features(noisy), features(real), ids)
     assert (own["n"], own["candidates"]) == (len(real), len(real))
     assert own["top1"] > 0.9
     assert own["mean_rank"] < 1.5
-    other = retrieval(noisy, real, (ids + 7) % len(real), features)
+    other = rank_report(features(noisy), features(real), (ids + 7) % len(real))
     assert other["top1"] < 0.1
     assert other["mean_rank"] == pytest.approx((len(real) + 1) / 2, rel=0.3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tim.demo.t2i_report import evaluate, read_runs, table, write_report
+from tim.demo.report import evaluate, read_runs, table, write_report
 
 COLORS = {"a red rectangle": (255, 0, 0), "a blue rectangle": (0, 0, 255)}
 
@@ -43,7 +43,7 @@ def test_runs_of_several_folders_are_joined_and_judged(tmp_path):
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished run"):
+    with pytest.raises(FileNotFoundError, match="no finished sampling run"):
         read_runs(tmp_path)
     write_run(tmp_path / "a", 4, list(COLORS), COLORS.values())
     write_run(tmp_path / "b", 4, list(COLORS), COLORS.values(), cfg_scale=2.0)

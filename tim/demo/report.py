@@ -1,0 +1,182 @@
+"""Does a small model draw what it is asked for? From folders of samples to a table, a JSON and two pictures."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tim
+from tim import rng
+from tim.data.c2i import PackageDataset
+from tim.data.t2i import CaptionedImages
+from tim.demo.digits import DigitJudge
+from tim.demo.retrieval import RetrievalJudge
+from tim.demo.shapes import score
+from tim.evaluation.results import columns
+from tim.images import labelled_grid, read_png, save_png, to_uint8
+
+SHOWN = 10  # prompts in the picture
+CLASSES = 10  # of digits, drawn in turn
+Judge = Callable[[Sequence[np.ndarray], Sequence[str]], Mapping[str, Any]]  # images and their prompts to metrics
+JUDGES: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Judge]]] = {  # what it is, and how it is made of real images
+    "digits": ("hidden layer of a digit classifier", lambda real: DigitJudge()),
+    "shapes": ("colour and shape by rule", lambda real: score),
+    "retrieval": (
+        "EfficientNet-lite0 features (ImageNet), cosine to the real picture of every trained prompt",
+        RetrievalJudge,
+    ),
+}
+COLUMNS = {"frechet_distance": "Fréchet"} | {
+    key: key for key in ("accuracy", "color", "shape", "both", "top1", "top5", "mean_rank", "color_top5")
+}
+PANELS = {  # of the plot: title, and scale of the metrics
+    "Fréchet distance (lower is better)": ("log", ("frechet_distance",)),
+    "Accuracy": ("linear", ("accuracy", "color", "shape")),
+    "Own picture": ("linear", ("top1", "top5")),
+}
+
+
+@dataclass
+class Run:
+    """The images of all sampling folders with one number of network evaluations, and what they were asked to show."""
+
+    nfe: int
+    record: dict[str, Any]
+    images: list[np.ndarray] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+
+
+def read_runs(sample_dir: Path) -> list[Run]:
+    """Finished runs of the samplers under sample_dir, folders of several sizes joined, fewest evaluations first.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when runs with the same number of evaluations differ in weights, seed, steps or guidance.
+    """
+    runs: dict[int, Run] = {}
+    for path in sorted(sample_dir.rglob("run.json")):
+        record = json.loads(path.read_text())
+        samples = _samples(path.parent, record["settings"])
+        if not record["complete"] or not samples:
+            continue
+        run = runs.setdefault(record["nfe"], Run(record["nfe"], record))
+        for key in ("num_steps", "cfg_scale", "weights_sha256", "global_seed"):
+            if run.record["settings"].get(key) != record["settings"].get(key):
+                raise ValueError(f"{sample_dir} holds runs of {record['nfe']} NFE that differ in {key}; measure them apart")
+        run.images += [read_png(file) for file, _ in samples]
+        run.prompts += [prompt for _, prompt in samples]
+    if not runs:
+        raise FileNotFoundError(f"no finished sampling run in {sample_dir}")
+    return [runs[nfe] for nfe in sorted(runs)]
+
+
+def _samples(folder: Path, settings: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Images of a run with their prompts: of sample_t2i.py, or the digits of sample_c2i_ddp.py."""
+    path = folder / "prompts.json"
+    if not path.is_file():
+        return [(folder / f"{k:06d}.png", str(k % CLASSES)) for k in range(settings.get("num_fid_samples", 0))]
+    prompts = json.loads(path.read_text(encoding="utf-8"))
+    return [(file, prompts[int(file.stem.split("-")[0])]) for file in sorted(folder.glob("?????-??.png"))]
+
+
+def real_images(dataset: CaptionedImages) -> dict[str, np.ndarray]:
+    """First caption -> real image (H, W, 3) uint8 at the size it was trained at, the first of equal captions."""
+    images: dict[str, np.ndarray] = {}
+    for index in np.sort(np.concatenate(dataset.batches)):
+        caption = dataset.captions(int(index))[0]
+        if caption not in images:
+            images[caption] = to_uint8(dataset.load(int(index), rng.generator(0, "data"))["image"][None])[0]
+    return images
+
+
+def real_digits() -> dict[str, np.ndarray]:
+    """The first digit (8, 8, 3) uint8 of each class, by its name '0' to '9'."""
+    data = PackageDataset("digits")
+    labels = np.asarray(data.labels)
+    return {str(k): to_uint8(data.images[int(np.argmax(labels == k))][None])[0] for k in range(CLASSES)}
+
+
+def evaluate(name: str, runs: Sequence[Run], real: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Metrics of every run, keyed by NFE.
+
+    Args:
+        name: `digits` (Fréchet distance, accuracy), `shapes` (accuracy of colour and shape) or `retrieval` (rank of the
+            prompt's own image).
+        real: the trained prompts and their images.
+
+    Raises:
+        ValueError: when a prompt was not trained, for retrieval.
+    """
+    title, make = JUDGES[name]
+    judge = make(real)
+    metrics: dict[str, Any] = {"judge": title, "tim": tim.__version__, "trained_prompts": len(real), "nfe": {}}
+    for run in runs:
+        settings = run.record["settings"]
+        metrics["nfe"][str(run.nfe)] = {
+            "images": len(run.images),
+            **judge(run.images, run.prompts),
+            "num_steps": settings.get("num_steps"),
+            "cfg_scale": settings.get("cfg_scale"),
+            "images_per_second": (run.record["speed"] or {}).get("images_per_second"),
+            "weights_sha256": settings["weights_sha256"],
+        }
+    if isinstance(judge, DigitJudge):
+        metrics["real"] = judge.measure_real()
+    return metrics
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """The numbers as text, beside those of the baseline where there is one, and what perfect or blind drawing would score."""
+    runs, baseline = metrics["nfe"], metrics.get("flow_matching", {})
+    first = next(iter(runs.values()))
+    keys = [key for key in COLUMNS if key in first]
+    rows: list[list[object]] = [["NFE", "steps", *(COLUMNS[key] for key in keys)]]
+    rows += [[nfe, values.get("num_steps") or "-", *(f"{values[key]:.3f}" for key in keys)] for nfe, values in runs.items()]
+    if baseline:
+        rows[0] += [f"FM {COLUMNS[key]}" for key in keys]
+        for row in rows[1:]:
+            row += [f"{baseline[row[0]][key]:.3f}" if row[0] in baseline else "" for key in keys]
+    judge = metrics.get("judge") or metrics["features"]  # as the stored numbers of flow matching name it
+    lines = [f"judge: {judge}", columns(rows, [">5", ">6", *[">11"] * (len(rows[0]) - 2)])]
+    if "real" in metrics:
+        real = metrics["real"]
+        lines.append(f"1,000 resampled real digits: Fréchet distance {real['frechet_distance_of_1000_real']:.3f}")
+        lines.append(f"accuracy of the classifier on held-out digits: {real['held_out_accuracy']:.3f}")
+    if "candidates" in first:
+        count = first["candidates"]
+        lines.append(f"chance: top1 {1 / count:.3f}, top5 {5 / count:.3f}, mean_rank {(count + 1) / 2:.3f}")
+    return "\n".join(lines)
+
+
+def write_report(metrics: dict[str, Any], runs: Sequence[Run], real: dict[str, np.ndarray], out: Path) -> None:
+    """samples.png (real image, then every number of evaluations), quality.png and, last, metrics.json in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    prompts = list(dict.fromkeys(runs[0].prompts))
+    shown = [prompts[int(k)] for k in np.linspace(0, len(prompts) - 1, min(SHOWN, len(prompts)))]
+    rows = [[real[p], *(run.images[run.prompts.index(p)] for run in runs)] for p in shown]
+    save_png(out / "samples.png", labelled_grid(rows, shown, ["real", *(f"{run.nfe} NFE" for run in runs)]))
+    _plot(metrics, out / "quality.png")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+
+
+def _plot(metrics: dict[str, Any], path: Path) -> None:
+    """Every metric of `PANELS` against NFE, with the baseline where there is one."""
+    from matplotlib.figure import Figure
+
+    first = next(iter(metrics["nfe"].values()))
+    panels = {title: panel for title, panel in PANELS.items() if any(key in first for key in panel[1])}
+    figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
+    for axis, (title, (scale, keys)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for model, runs in (("TiM", metrics["nfe"]), ("flow matching", metrics.get("flow_matching", {}))):
+            for key in keys:
+                if runs and key in first:
+                    axis.plot([int(n) for n in runs], [runs[n][key] for n in runs], marker="o", label=f"{model}, {key}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([int(n) for n in metrics["nfe"]], list(metrics["nfe"]))
+        axis.set(xlabel="network evaluations (NFE)", yscale=scale, title=title)
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
