@@ -1,6 +1,7 @@
 """What the command lines share: help, messages, errors, and the table of what the console scripts run."""
 
 import argparse
+import inspect
 import logging
 import os
 import pkgutil
@@ -48,7 +49,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of a command, whose help keeps the description's lines and shows defaults."""
-    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    return argparse.ArgumentParser(description=inspect.cleandoc(description or ""), formatter_class=HelpFormatter)
 
 
 def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = "YAML file") -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tim.evaluation.commands import add_config_arguments, command_parser
+from tim.cli import add_config_arguments, command_parser
 
 
 def digits(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tim.cli import command_parser
 from tim.evaluation import BATCH, CACHE, CLIP, FEATURES, PROTOCOLS
 
 if TYPE_CHECKING:
@@ -189,12 +190,6 @@ def dpg(argv: list[str] | None = None) -> None:
     if text is not None:
         print(text, end="")
         print(f"wrote {settings.res_path}, {settings.beside('.json')} and {settings.details}")
-
-
-def command_parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose description is a function's docstring, as it is laid out."""
-    lines = [line.removeprefix("    ") for line in (doc or "").splitlines()]
-    return argparse.ArgumentParser(description="\n".join(lines), formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def start() -> "PartialState":
