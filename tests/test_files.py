@@ -1,0 +1,151 @@
+"""Files that are whole or absent, folders that belong to one run, and work that is shared and continued."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from accelerate import PartialState
+from helpers.paths import ROOT
+
+from tim.files import claim, lock, replacing, sha256, write_json, write_json_lines
+from tim.resumable import first_process, locked, own_blocks
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"é": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+    with pytest.raises(RuntimeError), replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text(encoding="utf-8")) == {"é": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"], "nothing is left behind"
+
+
+def test_writers_side_by_side_do_not_share_a_temporary_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first", "the block that ends last wins, whole"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_was_written_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    seen = []
+    real_sync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        seen.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        real_sync(descriptor)
+
+    def replace(source, target, **kwargs):
+        seen.append("rename")
+        real_replace(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_json_lines(tmp_path / "a.jsonl", [1, 2])
+    assert seen == ["sync file", "rename", "sync folder"]
+
+
+def test_results_are_readable_by_whom_the_umask_lets_read(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; os.umask(0o027)\n"
+        "import torch; from tim.files import write_json, write_tensors\n"
+        "write_json(Path(sys.argv[1]) / 'a.json', 1)\n"
+        "write_tensors(Path(sys.argv[1]) / 'a.safetensors', {'x': torch.zeros(2)}, lambda path: None)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
+    assert {oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()} == {"0o640"}
+
+
+def test_long_names_can_be_written(tmp_path):
+    path = tmp_path / ("n" * 250 + ".json")
+    write_json(path, 1)
+    assert len(sha256(path)) == 64
+
+
+def test_a_folder_belongs_to_its_settings(tmp_path):
+    record = tmp_path / "run" / "identity.json"
+    claim(record, {"seed": 1, "size": (8, 8)}, "images", write=False)
+    assert not record.exists()
+    claim(record, {"seed": 1, "size": (8, 8)}, "images")
+    claim(record, {"size": [8, 8]}, "images")
+    with pytest.raises(ValueError, match=r"run holds images of another run \(seed: 1 there, 2 now\); choose another folder"):
+        claim(record, {"seed": 2, "size": [8, 8]}, "images")
+    assert json.loads(record.read_text()) == {"seed": 1, "size": [8, 8]}
+    record.write_text("[")
+    with pytest.raises(ValueError, match=r"identity\.json does not say what .*run holds"):
+        claim(record, {"seed": 1}, "images")
+
+
+def test_files_without_a_record_are_not_adopted(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"images of an unknown run \(no run\.json\)"):
+        claim(tmp_path / "run.json", {}, "images", files="*.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_one_run_at_a_time_and_a_killed_one_lets_go(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from tim.files import lock\n"
+        "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another run is at work in"), lock(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    with lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass
+
+
+@pytest.mark.dist
+def test_all_processes_hear_that_a_folder_is_taken(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from accelerate import PartialState; from tim.resumable import locked\n"
+        "from tim.distributed import leave_process_group\n"
+        "state = PartialState(cpu=True)\n"
+        "try:\n    with locked(Path(sys.argv[1]), state): print('ran')\n"
+        "except ValueError as error: print(state.process_index, error, flush=True)\n"
+        "leave_process_group()"
+    )
+    script = tmp_path / "other.py"
+    script.write_text(code)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
+    with lock(tmp_path):
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    assert "ran" not in done.stdout
+    assert all(f"{rank} another run is at work in {tmp_path}" in done.stdout for rank in (0, 1)), done.stdout
+
+
+def test_blocks_hold_the_same_items_whatever_is_done():
+    def blocks(rank, world):
+        state = SimpleNamespace(is_main_process=rank == 0, process_index=rank, num_processes=world)
+        return own_blocks(11, 3, lambda k: k in finished, state)
+
+    finished = {0, 1, 2, 5, 9}
+    whole = blocks(0, 1)
+    assert [(list(b.items), b.missing) for b in whole] == [([3, 4, 5], [3, 4]), ([6, 7, 8], [6, 7, 8]), ([9, 10], [10])]
+    for world in (2, 3, 5):
+        parts = [block for rank in range(world) for block in blocks(rank, world)]
+        assert sorted(parts, key=lambda block: block.missing) == whole
+
+
+def test_an_error_of_the_first_process_keeps_its_words(tmp_path):
+    def fail():
+        raise ValueError("taken")
+
+    with pytest.raises(ValueError, match="^taken$"):
+        first_process(PartialState(), fail)
+    with locked(tmp_path, PartialState()):
+        assert first_process(PartialState(), lambda: 3) == 3
