@@ -145,7 +145,7 @@ def test_an_error_of_the_first_process_keeps_its_words(tmp_path):
     def fail():
         raise ValueError("taken")
 
-    with pytest.raises(ValueError, match="^taken$"):
+    with pytest.raises(ValueError, match=r"^taken$"):
         first_process(PartialState(), fail)
     with locked(tmp_path, PartialState()):
         assert first_process(PartialState(), lambda: 3) == 3
