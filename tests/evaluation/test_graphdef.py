@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -119,3 +120,10 @@ def test_flipped_bits_never_crash_or_hang(tmp_path):
             refused += 1
             assert "flipped.pb" in str(error)
     assert len(damages) / 4 < refused < len(damages)
+
+
+def test_a_missing_package_says_how_to_install_it(tmp_path, monkeypatch):
+    path = small_graph(tmp_path / "g.pb")
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.graph_pb2", None)
+    with pytest.raises(ValueError, match=r"needs tensorboard: pip install tim-pytorch\[eval\]"):
+        Graph(path)
