@@ -10,7 +10,7 @@ trap 'rm -f "$types"' EXIT
 checker=$!
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 failed=0
-"$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile "$@" || failed=$?
+"$PYTHON" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@" || failed=$?
 wait "$checker" || { [ "$failed" != 0 ] || failed=1; }
 echo "types: $(cat "$types")"
 exit "$failed"

@@ -10,6 +10,12 @@ from helpers.networks import TINY, load_golden, randomize
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing folder is an error at once, not a search on a hub
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first: at the end of a run in several processes no long file is left to one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def fresh_state():
     """Seed torch; let each test choose its own mixed precision."""
