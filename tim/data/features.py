@@ -52,7 +52,9 @@ class CachedFeatures:
         self.samples, self.num_labels = samples, samples.num_labels
         root = Path(str(dataset.features_dir))
         record = read_record(root)
-        wanted: dict[str, Any] = {"encoder_sha256": sha256(_encoder_file(enc_dir))}
+        if not Path(enc_dir).is_file():
+            raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {enc_dir}, which must be the one of features_dir")
+        wanted: dict[str, Any] = {"encoder_sha256": sha256(enc_dir)}
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)
@@ -128,12 +130,6 @@ def _features(f: Any, shape: Sequence[int]) -> Any:
     if tuple(features.get_shape()) != tuple(shape):
         raise ValueError(f"features are {tuple(features.get_shape())} instead of {tuple(shape)}")
     return features
-
-
-def _encoder_file(enc_dir: str) -> Path:
-    if not Path(enc_dir).is_file():
-        raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {enc_dir}, which must be the one of features_dir")
-    return Path(enc_dir)
 
 
 def _matching_features(root: Path, paths: Sequence[Path]) -> list[Path]:

@@ -42,8 +42,6 @@ class CaptionedImages:
     def __init__(self, root_dir: str, jsonl_dir: str, packed_json: str, factor: int = 32, resize: str = "crop") -> None:
         if resize not in ("crop", "squash"):
             raise ValueError(f"data.dataset.resize={resize!r} is not one of crop, squash")
-        if factor < 1:
-            raise ValueError(f"factor must be >= 1, got {factor}")
         if not Path(root_dir).is_dir():
             raise FileNotFoundError(f"no image folder {root_dir} (data.dataset.root_dir)")
         for key, path in (("jsonl_dir", jsonl_dir), ("packed_json", packed_json)):
