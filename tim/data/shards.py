@@ -25,6 +25,7 @@ VERSION = 2  # of the index files
 BLOCK = 512  # bytes; tar pads everything to this
 MAX_OPEN = 64  # shards a process keeps open
 KINDS = ("latent", "image")
+KIND_OF = {".safetensors": "latent", ".cls": "label", **dict.fromkeys(IMAGE_SUFFIXES, "image")}
 PART_OF = re.compile(r"(.+)-(\d+)-of-(\d+)\.tar")
 Stamp = tuple[int, int]  # size in bytes and time of the last change in nanoseconds
 # What an index says of each sample. `key` is `<class>/<name>` in UTF-8, as long as the longest; `label` is -1 without a .cls
@@ -152,11 +153,11 @@ def stamp_of(file: Path | int) -> Stamp:
 def load_indices(paths: Sequence[Path], stamps: Sequence[Stamp], index_dir: Path) -> list[np.ndarray]:
     """The index of every shard; missing and outdated ones are made, shared out between the processes that ask at once."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    found: dict[int, np.ndarray] = {}
+    # Every process starts with a share of its own, so that an index is mostly made once and found by the others.
     first = len(paths) * rank // world
     order = [*range(first, len(paths)), *range(first)]
-    for k in tqdm(order, desc="opening shards", unit="shard", delay=1, leave=False, disable=rank > 0 or None):
-        found[k] = index_of(paths[k], stamps[k], index_dir)
+    bar = tqdm(order, desc="opening shards", unit="shard", delay=1, leave=False, disable=rank > 0 or None)
+    found = {k: index_of(paths[k], stamps[k], index_dir) for k in bar}
     return [found[k] for k in range(len(paths))]
 
 
@@ -224,7 +225,7 @@ def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, Any]]) -> i
         if not member.isreg() or member.issparse():
             raise ValueError(f"{member.name} is no plain file; pack the files that links point to (tar -h)")
         name = PurePosixPath(member.name)
-        kind = _kind(name.suffix.lower())
+        kind = KIND_OF.get(name.suffix.lower())
         if kind is None:
             continue
         sample = samples.setdefault(str(name.with_suffix("")), {})
@@ -232,10 +233,6 @@ def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, Any]]) -> i
             raise ValueError(f"{member.name} is the second {kind} of its sample")
         sample[kind] = _label(tar, member) if kind == "label" else (member.offset_data, member.size)
     return end
-
-
-def _kind(suffix: str) -> str | None:
-    return "image" if suffix in IMAGE_SUFFIXES else {".safetensors": "latent", ".cls": "label"}.get(suffix)
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:

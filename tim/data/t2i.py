@@ -50,6 +50,7 @@ class CaptionedImages:
         self.root, self.jsonl, self.resize = Path(root_dir), Path(jsonl_dir), resize
         self._offsets, self._size_of, self._sizes = _scan(self.jsonl, factor)
         self.batches = _read_batches(Path(packed_json), self._size_of, self._sizes)
+        # The packed lines of each size side by side: what may stand in for one another.
         packed = np.unique(np.concatenate(self.batches))
         kinds = self._size_of[packed]
         ends = np.bincount(kinds, minlength=len(self._sizes)).cumsum()

@@ -115,7 +115,9 @@ class FolderEncoder(ABC):
         """
         state, sources = self.state, self.sources
         first_process(state, lambda: self.claim(False))
-        blocks = own_blocks(len(sources), self.batch_size, self._is_done, state, "looking")
+        blocks = own_blocks(
+            len(sources), self.batch_size, lambda k: self.find_corruption(sources[k].target) is None, state, "looking"
+        )
         count = total_over_processes(sum(len(block.missing) for block in blocks))
         if state.is_main_process:
             print(f"{len(sources)} images in {self.image_dir}, {count} to encode into {self.target_dir}", flush=True)
@@ -126,9 +128,6 @@ class FolderEncoder(ABC):
             bad = self._encode_blocks(blocks)
             # Gathered under the lock, which is thus held until every process has written its last file.
             return count, sorted(gather_object(bad), key=lambda entry: entry["index"])
-
-    def _is_done(self, index: int) -> bool:
-        return self.find_corruption(self.sources[index].target) is None
 
     def _begin(self) -> None:
         self.claim(True)
