@@ -17,6 +17,47 @@ def test_shipped_configs_load_and_print_themselves(path, tmp_path):
     assert load_config(tmp_path / "again.yaml") == config
 
 
+LATENTS_256 = "datasets/imagenet1k/sd-vae-ft-ema-256x256"
+LATENTS_512 = "datasets/imagenet1k/dc-ae-f32c32-sana-1.1-diffusers-512x512"
+
+
+@pytest.mark.parametrize(
+    "name,latent_dir,checkpoint_list,num_workers",
+    [
+        ("tim_b_p4", LATENTS_256, [100000, 200000, 300000], 16),
+        ("tim_xl_p2_256", LATENTS_256, [100000, 250000, 500000], 4),
+        ("tim_xl_p2_256_mg", LATENTS_256, [100000, 250000, 500000], 4),
+        ("tim_xl_p1_512", LATENTS_512, [100000, 250000, 500000], 4),
+        ("tim_xl_p1_512_mg", LATENTS_512, [100000, 250000, 500000], 4),
+    ],
+)
+def test_published_class_conditional_values(name, latent_dir, checkpoint_list, num_workers):
+    config = load_config(ROOT / f"configs/c2i/{name}.yaml")
+    dataset, training = config.data.dataset, config.training
+    assert (dataset.latent_dir, dataset.image_dir) == (latent_dir, "datasets/imagenet1k/images/train")
+    assert (training.checkpointing_steps, training.checkpoint_list) == (2000, checkpoint_list)
+    assert config.data.dataloader.num_workers == num_workers
+    assert config.model.enc_dir == "checkpoints/radio/radio-v2.5-b_half.pth.tar"
+
+
+def test_published_text_to_image_values():
+    config = load_config(ROOT / "configs/t2i/tim_xl_p1_t2i.yaml")
+    dataset, training = config.data.dataset, config.training
+    assert dataset.root_dir == "datasets/t2i_toy_dataset"
+    assert dataset.packed_json == "datasets/t2i_toy_dataset/bucket_sampler.json"
+    assert dataset.jsonl_dir == "datasets/t2i_toy_dataset/data_info.jsonl"
+    assert (training.checkpointing_steps, training.checkpoint_list) == (1000, [100000, 200000, 300000, 400000])
+    assert config.data.dataloader.num_workers == 4
+    assert config.model.enc_dir == "checkpoints/radio/radio-v2.5-b_half.pth.tar"
+
+
+@pytest.mark.parametrize("prepared,trained", [("imagenet_256_sd_vae", "tim_b_p4"), ("imagenet_512_dc_ae", "tim_xl_p1_512")])
+def test_preprocessing_writes_where_training_reads(prepared, trained):
+    settings = yaml.safe_load((ROOT / f"configs/preprocess/{prepared}.yaml").read_text())
+    dataset = load_config(ROOT / f"configs/c2i/{trained}.yaml").data.dataset
+    assert (settings["latent_dir"], settings["image_dir"]) == (dataset.latent_dir, dataset.image_dir)
+
+
 def test_overrides():
     config = load_config(DIGITS, ["training.max_train_steps=7", "model.network.params.depth=2", "training.learning_rate=3e-4"])
     assert config.training.max_train_steps == 7

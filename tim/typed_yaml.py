@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import itertools
 import operator
 import os
 import sys
@@ -91,9 +92,8 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         raise ConfigError(f"override {bad[0]!r} is not of the form a.b=c")
     trees = _load_with_bases(Path(path))
     try:
-        for k, tree in enumerate(trees):
-            for lower in trees[:k]:
-                _forget_params(lower, tree)
+        for lower, upper in itertools.combinations(trees, 2):
+            _forget_params(lower, upper)
         merged = OmegaConf.merge(*trees, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:

@@ -11,7 +11,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     add_config_arguments(parser, "YAML file of the training")
     parser.add_argument("--features-dir", help="where the files go (default: data.dataset.features_dir)")
-    parser.add_argument("--dtype", default="float16", help="of the files: float16, bfloat16 or float32")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the files")
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded together, with their mirrors")
     parser.add_argument("--num-workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")

@@ -194,7 +194,7 @@ def test_a_file_damaged_later_is_replaced_like_any_unreadable_sample(source, hal
     "overrides,match",
     [
         (["data.dataset.features_dir=absent"], r"no absent/features\.json"),
-        (["data.dataset.image_size=32"], r"another image_size \(64, not 32\)"),
+        (["data.dataset.image_size=32"], r"of another run \(image_size: 64 there, 32 now\)"),
         (["model.network.params.patch_size=4"], "holds 16 features of width 192 .* need 4 of width 192"),
         (["model.network.params.z_dim=12"], "need 16 of width 12.*z_dim"),
         (["model.enc_dir=absent.tar"], "enc_dir: no RADIO checkpoint absent.tar"),
@@ -211,10 +211,10 @@ def test_another_encoder_is_told_apart(source, half, tmp_path):
     other = torch.load(ENCODER, weights_only=False)
     other["state_dict"]["input_conditioner.norm_mean"] += 0.5
     torch.save(other, tmp_path / "other.tar")
-    with pytest.raises(ValueError, match="another encoder_sha256"):
+    with pytest.raises(ValueError, match=r"of another run \(encoder_sha256"):
         fit(tmp_path / "run", source, f"data.dataset.features_dir={half}", f"model.enc_dir={tmp_path}/other.tar")
     done = cache(source, half, f"model.enc_dir={tmp_path}/other.tar", check=False)
-    assert done.returncode == 2 and "another encoder_sha256" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "of another run (encoder_sha256" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_width_that_is_not_the_projectors_is_refused_at_once(source, tmp_path):

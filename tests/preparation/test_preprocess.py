@@ -19,7 +19,8 @@ from tim.config import load_config
 from tim.data.latents import find_corruption
 from tim.images import center_crop, open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
-from tim.preparation.settings import Native, Square, load_settings
+from tim.preparation.settings import Native, Square
+from tim.typed_yaml import build_typed, read_tree
 
 SQUARE, NATIVE = "projects/preprocess/image_latent_c2i.py", "projects/preprocess/image_nr_latent_c2i.py"
 
@@ -289,8 +290,8 @@ def test_launchers_start_their_configs(tmp_path):
         assert printed.startswith(
             f"{program} --config {path} --project_dir workdir/preprocess/{config_name} seed=3 num_workers=2"
         )
-        load_settings(kind, ROOT / path)
+        build_typed(kind, read_tree(ROOT / path))
     training = load_config(ROOT / "configs/c2i/tim_xl_p1_512.yaml")
-    settings = load_settings(Square, ROOT / "configs/preprocess/imagenet_512_dc_ae.yaml")
+    settings = build_typed(Square, read_tree(ROOT / "configs/preprocess/imagenet_512_dc_ae.yaml"))
     assert (settings.latent_dir, settings.vae_dir) == (training.data.dataset.latent_dir, training.model.vae_dir)
     assert settings.image_size == training.data.dataset.image_size

@@ -5,47 +5,23 @@ They are `tim.data.replacement.LabelledSamples`; `mirrored` in a sample tells wh
 
 import io
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
+from tim.data.folders import Folder
 from tim.data.replacement import PROBED, first_readable
+from tim.data.shards import Shards
 from tim.images import center_crop, open_rgb, to_tensor
-
-
-class Files(Protocol):
-    """Where the files of samples are: `tim.data.folders.Folder` or `tim.data.shards.Shards`.
-
-    Attributes:
-        labels: (n,) int64, -1 where there is none.
-    """
-
-    labels: np.ndarray
-
-    @property
-    def num_folders(self) -> int:
-        """How many class folders there are."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int, kind: str) -> str:
-        """A file, for messages."""
-        ...
-
-    def read(self, index: int, kind: str) -> bytes:
-        """The `image` or `latent` file of a sample; ValueError when it cannot be read, which names it."""
-        ...
 
 
 class Images:
     """Images with ADM's centre crop, mirrored with probability 1/2."""
 
-    def __init__(self, files: Files, image_size: int, mirror: bool) -> None:
+    def __init__(self, files: Folder | Shards, image_size: int, mirror: bool) -> None:
         self.files, self.image_size, self.mirror = files, image_size, mirror
         self.num_labels = int(files.labels.max()) + 1
 
@@ -68,7 +44,7 @@ class Latents:
         image_size: of the image that comes with every latent (REPA); None for latents alone.
     """
 
-    def __init__(self, files: Files, image_size: int | None, mirror: bool) -> None:
+    def __init__(self, files: Folder | Shards, image_size: int | None, mirror: bool) -> None:
         self.files, self.image_size, self.mirror = files, image_size, mirror
         self.num_labels = files.num_folders
         self.shape: list[int] | None = None
@@ -123,19 +99,14 @@ class PackageDataset:
         return {"image": self.images[index], "label": int(self.labels[index])}
 
 
-def read_square(files: Files, index: int, size: int, flip: bool) -> torch.Tensor:
-    """`square` of the image of a sample."""
-    return square(open_rgb(io.BytesIO(files.read(index, "image")), files.name(index, "image")), size, flip)
+def read_square(files: Folder | Shards, index: int, size: int, flip: bool) -> torch.Tensor:
+    """`load_square` of the image of a sample."""
+    return load_square(io.BytesIO(files.read(index, "image")), size, flip, files.name(index, "image"))
 
 
-def load_square(path: Path, size: int, flip: bool) -> torch.Tensor:
-    """`square` of an image file."""
-    return square(open_rgb(path), size, flip)
-
-
-def square(image: Image.Image, size: int, flip: bool) -> torch.Tensor:
-    """(3, size, size) in [-1, 1], centre-cropped, mirrored when `flip`."""
-    pixels = to_tensor(center_crop(image, size))
+def load_square(source: Path | BinaryIO, size: int, flip: bool, name: str | None = None) -> torch.Tensor:
+    """(3, size, size) in [-1, 1] of an image file, centre-cropped, mirrored when `flip`; `name` is for its error."""
+    pixels = to_tensor(center_crop(open_rgb(source, name), size))
     return pixels.flip(-1) if flip else pixels
 
 

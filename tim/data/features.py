@@ -51,13 +51,27 @@ class CachedFeatures:
             raise ValueError("data.dataset.features_dir needs images or latents in class folders")
         self.samples, self.num_labels = samples, samples.num_labels
         root = Path(str(dataset.features_dir))
-        record = read_record(root)
-        wanted: dict[str, Any] = {"encoder_sha256": sha256(_encoder_file(enc_dir))}
+        if not (root / RECORD).is_file():
+            raise FileNotFoundError(
+                f"no {root / RECORD} (data.dataset.features_dir); make the features with tools/cache_radio_features.py"
+            )
+        if not Path(enc_dir).is_file():
+            raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {enc_dir}, which must be the one of features_dir")
+        wanted: dict[str, Any] = {"encoder_sha256": sha256(enc_dir)}
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)
+        record = json.loads((root / RECORD).read_text())
         self.shape = (2, record["tokens"], record["width"])
-        self.paths = _matching_features(root, files.paths[files.kind])
+        paths = files.paths[files.kind]
+        found = find_beside(paths, root, "features")
+        missing = [path for path in paths if path not in found]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(paths)} samples have no file in {root}, the first is {missing[0]}; run "
+                "tools/cache_radio_features.py again, and leave out images that it cannot read"
+            )
+        self.paths = list(found.values())
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -110,39 +124,9 @@ def write_features(path: Path, features: Tensor) -> None:
     write_tensors(path, {"features": features.contiguous()}, lambda partial: find_corruption(partial, features.shape))
 
 
-def read_record(root: Path) -> dict[str, Any]:
-    """What the features of a folder depend on, and their `tokens` and `width`.
-
-    Raises:
-        FileNotFoundError: when the folder has no record.
-    """
-    path = root / RECORD
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path} (data.dataset.features_dir); make the features with tools/cache_radio_features.py")
-    return json.loads(path.read_text())
-
-
 def _features(f: Any, shape: Sequence[int]) -> Any:
     """The features of an open file, not yet read; ValueError when they have another shape."""
     features = f.get_slice("features")
     if tuple(features.get_shape()) != tuple(shape):
         raise ValueError(f"features are {tuple(features.get_shape())} instead of {tuple(shape)}")
     return features
-
-
-def _encoder_file(enc_dir: str) -> Path:
-    if not Path(enc_dir).is_file():
-        raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {enc_dir}, which must be the one of features_dir")
-    return Path(enc_dir)
-
-
-def _matching_features(root: Path, paths: Sequence[Path]) -> list[Path]:
-    """The file of features of each sample."""
-    files = find_beside(paths, root, "features")
-    missing = [path for path, file in zip(paths, files, strict=True) if file is None]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} samples have no file in {root}, the first is {missing[0]}; run "
-            "tools/cache_radio_features.py again, and leave out images that it cannot read"
-        )
-    return [file for file in files if file is not None]

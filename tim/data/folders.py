@@ -45,10 +45,10 @@ class Folder:
         """
         own = self.paths[self.kind]
         images = find_beside(own, Path(root), "image")
-        for path, image in zip(own, images, strict=True):
-            if image is None:
+        for path in own:
+            if path not in images:
                 raise FileNotFoundError(f"{self.kind} {path} has no image {Path(root) / path.parent.name / path.stem}.*")
-        self.paths["image"] = [image for image in images if image is not None]
+        self.paths["image"] = list(images.values())
 
     def name(self, index: int, kind: str) -> str:
         """The file, for messages."""
@@ -88,11 +88,12 @@ def list_tensors(folder: Path) -> list[Path]:
 LISTERS = {"image": list_images, "latent": list_tensors, "features": list_tensors}
 
 
-def find_beside(paths: Sequence[Path], root: Path, kind: str) -> list[Path | None]:
-    """The file under `root` with the class folder and stem of each path; None where there is none."""
-    folders = {path.parent.name: root / path.parent.name for path in paths}
-    there = {name: {p.stem: p for p in LISTERS[kind](f)} if f.is_dir() else {} for name, f in folders.items()}
-    return [there[path.parent.name].get(path.stem) for path in paths]
+def find_beside(paths: Sequence[Path], root: Path, kind: str) -> dict[Path, Path]:
+    """The file under `root` with the class folder and stem of each path that has one, in the order of the paths."""
+    folders = [root / name for name in {path.parent.name for path in paths}]
+    there = {(f.name, p.stem): p for f in folders if f.is_dir() for p in LISTERS[kind](f)}
+    own = {path: (path.parent.name, path.stem) for path in paths}
+    return {path: there[key] for path, key in own.items() if key in there}
 
 
 def check_stems(paths: Iterable[Path], fate: str) -> None:

@@ -1,6 +1,6 @@
 """Files of preprocessed latents: `<class>/<name>.safetensors` with `latent` (2, C, h, w), image and mirror, and `label`."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -71,32 +71,18 @@ def _header(f: Any) -> None:
         raise ValueError(f"label is {label.get_shape()} {label.get_dtype()} instead of one integer")
 
 
-@dataclass
-class Moments:
-    """Mean and standard deviation per channel of latents of any size, summed in float64."""
+def moments(latent: Tensor) -> Tensor:
+    """Count, sum and sum of squares of each channel of a latent (2, C, h, w): (3, C) float64, to be added up over latents."""
+    values = latent.double()
+    total = values.sum((0, 2, 3))
+    return torch.stack([torch.full_like(total, values[:, 0].numel()), total, values.square().sum((0, 2, 3))])
 
-    count: int = 0
-    total: Any = 0.0
-    squares: Any = 0.0
 
-    def add(self, latent: Tensor) -> None:
-        """Count a latent (2, C, h, w)."""
-        values = latent.double()
-        self.count += values[:, 0].numel()
-        self.total = self.total + values.sum((0, 2, 3))
-        self.squares = self.squares + values.square().sum((0, 2, 3))
-
-    def merge(self, other: "Moments") -> None:
-        """Count all that `other` counted."""
-        self.count += other.count
-        self.total, self.squares = self.total + other.total, self.squares + other.squares
-
-    def mean_std(self) -> tuple[list[float], list[float]]:
-        """Per channel; empty lists when nothing was counted."""
-        if not self.count:
-            return [], []
-        mean = self.total / self.count
-        return mean.tolist(), (self.squares / self.count - mean.square()).clamp(min=0).sqrt().tolist()
+def mean_std(sums: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel from added `moments` (3, C); empty lists when nothing was counted."""
+    count, total, squares = sums[:, sums[0] > 0]
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
 
 
 @dataclass
@@ -104,26 +90,24 @@ class LatentReport:
     """What a folder of latents holds.
 
     Attributes:
-        labels: class folder -> label -> files. shapes: (C, h, w) -> files. moments: channels -> their statistics.
+        labels: class folder -> label -> files. shapes: `CxHxW` -> files. moments: channels -> `moments`, added up.
         problems: a line for each damaged file or folder.
         leftovers: unfinished files of an interrupted run, which nothing reads.
     """
 
-    files: int = 0
     bytes: int = 0
     leftovers: int = 0
     shapes: Counter = field(default_factory=Counter)
     dtypes: Counter = field(default_factory=Counter)
     labels: dict[str, Counter] = field(default_factory=dict)
-    moments: dict[int, Moments] = field(default_factory=lambda: defaultdict(Moments))
+    moments: dict[int, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         """The report for people."""
-        lines = [f"{self.files} whole files in {len(self.labels)} classes, {self.bytes / 1e9:.3g} GB"]
+        lines = [f"{self.shapes.total()} whole files in {len(self.labels)} classes, {self.bytes / 1e9:.3g} GB"]
         for title, counts in (("shape", self.shapes), ("dtype", self.dtypes)):
-            named = {key if title == "dtype" else "x".join(map(str, key)): n for key, n in counts.most_common(10)}
-            lines += [f"{title} {name}: {n} files" for name, n in named.items()]
+            lines += [f"{title} {name}: {n} files" for name, n in counts.most_common(10)]
             if len(counts) > 10:
                 lines.append(f"... {len(counts) - 10} more {title}s")
         if len(self.shapes) > 1:
@@ -131,9 +115,8 @@ class LatentReport:
         own = [next(iter(counts)) for counts in self.labels.values() if counts]
         order = "the order of the folder names" if own == list(range(len(own))) else "a numbering of their own"
         lines.append(f"labels follow {order}")
-        for channels, moments in sorted(self.moments.items()):
-            mean, std = moments.mean_std()
-            for c, (m, s) in enumerate(zip(mean, std, strict=True)):
+        for channels, sums in sorted(self.moments.items()):
+            for c, (m, s) in enumerate(zip(*mean_std(sums), strict=True)):
                 lines.append(f"channel {c} of {channels}: mean {m:+.4f}, std {s:.4f}")
         if self.leftovers:
             lines.append(f"{self.leftovers} unfinished files of an interrupted run; preprocess again, or delete .*.part")
@@ -171,11 +154,11 @@ def _check_class(report: LatentReport, folder: Path, pool: ThreadPoolExecutor) -
             continue
         latent, label = content
         labels[label] += 1
-        report.files += 1
         report.bytes += path.stat().st_size
-        report.shapes[tuple(latent.shape[1:])] += 1
+        report.shapes["x".join(map(str, latent.shape[1:]))] += 1
         report.dtypes[str(latent.dtype).removeprefix("torch.")] += 1
-        report.moments[latent.shape[1]].add(latent)
+        channels = latent.shape[1]
+        report.moments[channels] = moments(latent) + report.moments.get(channels, 0)
     if not labels:
         report.problems.append(f"{folder}: no whole latent file in this class")
 

@@ -136,5 +136,6 @@ def interleave(lengths: Sequence[int]) -> list[list[int]]:
     fractions = np.concatenate([(np.arange(n) + 0.5) / n for n in lengths])
     owners = np.repeat(np.arange(len(lengths)), lengths)
     places = np.empty(len(owners), dtype=np.int64)
+    # Sorted by where each member stands within its own batch; batches take turns where that is equal.
     places[np.lexsort((owners, fractions))] = np.arange(len(owners))
     return [part.tolist() for part in np.split(places, np.cumsum(lengths)[:-1])]

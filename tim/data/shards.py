@@ -11,8 +11,8 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -21,45 +21,16 @@ from tqdm import tqdm
 from tim.files import replacing
 from tim.images import IMAGE_SUFFIXES
 
-VERSION = 1  # of the index files
+VERSION = 2  # of the index files
 BLOCK = 512  # bytes; tar pads everything to this
 MAX_OPEN = 64  # shards a process keeps open
 KINDS = ("latent", "image")
+KIND_OF = {".safetensors": "latent", ".cls": "label", **dict.fromkeys(IMAGE_SUFFIXES, "image")}
 PART_OF = re.compile(r"(.+)-(\d+)-of-(\d+)\.tar")
 Stamp = tuple[int, int]  # size in bytes and time of the last change in nanoseconds
-
-
-@dataclass
-class ShardIndex:
-    """Where the n samples of one or more shards lie.
-
-    Attributes:
-        keys: (n,) bytes, `<class>/<name>` in UTF-8. labels: (n,) int64, -1 without a .cls member.
-        spans: kind -> (n, 2) int64, offset and size in bytes, -1 where a sample has no such member.
-    """
-
-    keys: np.ndarray
-    labels: np.ndarray
-    spans: dict[str, np.ndarray]
-
-    def save(self, path: Path, stamp: Stamp) -> None:
-        """Write an index file so that it is either whole or absent, also when several processes write it."""
-        with replacing(path) as partial, open(partial, "wb") as f:
-            np.savez(
-                f, version=np.array(VERSION), stamp=np.array(stamp), keys=self.keys, labels=self.labels,
-                latent=self.spans["latent"], image=self.spans["image"],
-            )  # fmt: skip
-
-    @classmethod
-    def load(cls, path: Path, stamp: Stamp) -> "ShardIndex | None":
-        """An index file, or None when it is missing, damaged or of a shard with another size or time."""
-        try:
-            with np.load(path, allow_pickle=False) as f:
-                if f["version"] != VERSION or tuple(f["stamp"].tolist()) != stamp:
-                    return None
-                return cls(f["keys"], f["labels"], {kind: f[kind] for kind in KINDS})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None
+# What an index says of each sample. `key` is `<class>/<name>` in UTF-8, as long as the longest; `label` is -1 without a .cls
+# member; `latent` and `image` are offset and size in bytes of the member, -1 where there is none.
+FIELDS: list[tuple[Any, ...]] = [("label", np.int64), ("latent", np.int64, 2), ("image", np.int64, 2)]
 
 
 class Shards:
@@ -70,7 +41,7 @@ class Shards:
         index_dir: where index files are kept, default `folder`. Missing ones are made.
 
     Attributes:
-        index: of all samples. labels: its labels, -1 where there is none.
+        index: of all samples, an array of `FIELDS`. labels: its labels, -1 where there is none.
 
     Raises:
         FileNotFoundError: when the folder, its shards or some of them are missing.
@@ -81,17 +52,13 @@ class Shards:
         self.paths = list_shards(folder)
         self.stamps = [stamp_of(path) for path in self.paths]
         parts = load_indices(self.paths, self.stamps, Path(index_dir or folder))
-        self.shard = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])
-        self.index = ShardIndex(
-            np.concatenate([part.keys for part in parts]),
-            np.concatenate([part.labels for part in parts]),
-            {kind: np.concatenate([part.spans[kind] for part in parts]) for kind in KINDS},
-        )
-        self.labels = self.index.labels
+        self.shard = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        self.index = np.concatenate(parts)
+        self.labels = self.index["label"]
         self._open: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return len(self.index.keys)
+        return len(self.index)
 
     def __getstate__(self) -> dict[str, object]:
         """Without the open files, which belong to this process."""
@@ -105,11 +72,11 @@ class Shards:
     @property
     def num_folders(self) -> int:
         """Class folders of all samples."""
-        return len({key.rpartition(b"/")[0] for key in self.index.keys.tolist()})
+        return len({key.rpartition(b"/")[0] for key in self.index["key"].tolist()})
 
     def name(self, index: int, kind: str = "sample") -> str:
         """Shard and sample, for messages, whatever `kind` of member they are about."""
-        return f"{self.paths[self.shard[index]]}: {self.index.keys[index].decode()}"
+        return f"{self.paths[self.shard[index]]}: {self.index['key'][index].decode()}"
 
     def need(self, *kinds: str) -> "Shards":
         """These shards, every sample of which has a latent, an image or a label.
@@ -118,7 +85,7 @@ class Shards:
             ValueError: with the first sample that lacks one.
         """
         for kind in kinds:
-            absent = self.index.labels < 0 if kind == "label" else self.index.spans[kind][:, 0] < 0
+            absent = self.index[kind].reshape(len(self), -1)[:, 0] < 0
             if absent.any():
                 member = {"latent": "latent (.safetensors)", "image": "image", "label": "label (.cls)"}[kind]
                 raise ValueError(f"{self.name(int(absent.argmax()))} has no {member}; pack it with tools/build_shards.py")
@@ -130,7 +97,7 @@ class Shards:
         Raises:
             ValueError: when the shard is missing, was changed since the start or ends too early; the message names it.
         """
-        offset, size = self.index.spans[kind][index].tolist()
+        offset, size = self.index[kind][index].tolist()
         try:
             data = os.pread(self._descriptor(int(self.shard[index])), size, offset)
         except OSError as error:
@@ -145,8 +112,7 @@ class Shards:
             if len(self._open) >= MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
             descriptor = os.open(self.paths[shard], os.O_RDONLY)
-            status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns) != self.stamps[shard]:
+            if stamp_of(descriptor) != self.stamps[shard]:
                 os.close(descriptor)
                 raise OSError("the shard was changed since it was indexed; start again")
             self._open[shard] = descriptor
@@ -178,46 +144,55 @@ def shard_name(stem: str, number: int, total: int, digits: int = 5) -> str:
     return f"{stem}-{number:0{digits}d}-of-{total:0{digits}d}.tar"
 
 
-def stamp_of(path: Path) -> Stamp:
-    """Size and time of a file."""
-    status = path.stat()
+def stamp_of(file: Path | int) -> Stamp:
+    """Size and time of a file, given by its path or open."""
+    status = os.stat(file)
     return status.st_size, status.st_mtime_ns
 
 
-def load_indices(paths: Sequence[Path], stamps: Sequence[Stamp], index_dir: Path) -> list[ShardIndex]:
+def load_indices(paths: Sequence[Path], stamps: Sequence[Stamp], index_dir: Path) -> list[np.ndarray]:
     """The index of every shard; missing and outdated ones are made, shared out between the processes that ask at once."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    files = [index_dir / f"{path.name}.index.npz" for path in paths]
-    found: dict[int, ShardIndex] = {}
+    # Every process starts with a share of its own, so that an index is mostly made once and found by the others.
     first = len(paths) * rank // world
     order = [*range(first, len(paths)), *range(first)]
-    for k in tqdm(order, desc="opening shards", unit="shard", delay=1, leave=False, disable=rank > 0 or None):
-        index = ShardIndex.load(files[k], stamps[k])
-        if index is None:
-            index = scan_shard(paths[k])
-            save_index(index, files[k], stamps[k])
-        found[k] = index
+    bar = tqdm(order, desc="opening shards", unit="shard", delay=1, leave=False, disable=rank > 0 or None)
+    found = {k: index_of(paths[k], stamps[k], index_dir) for k in bar}
     return [found[k] for k in range(len(paths))]
 
 
-def save_index(index: ShardIndex, path: Path, stamp: Stamp) -> None:
-    """Write an index file; ValueError with the way out when that is not possible."""
+def index_of(shard: Path, stamp: Stamp, index_dir: Path) -> np.ndarray:
+    """The index of a shard, out of its file; made when that is missing, damaged or of a shard with another size or time.
+
+    Raises:
+        ValueError: when the shard is damaged, or its index cannot be written.
+    """
+    path = index_dir / f"{shard.name}.index.npz"
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            if f["version"] == VERSION and tuple(f["stamp"].tolist()) == stamp:
+                return f["samples"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    index = scan_shard(shard)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        index.save(path, stamp)
+        with replacing(path) as partial, open(partial, "wb") as f:
+            np.savez(f, version=np.array(VERSION), stamp=np.array(stamp), samples=index)
     except OSError as error:
         raise ValueError(
             f"cannot write the index {path}: {error}; set data.dataset.index_dir to a folder that can be written"
         ) from error
+    return index
 
 
-def scan_shard(path: Path) -> ShardIndex:
-    """Find all members of a shard, reading their headers alone.
+def scan_shard(path: Path) -> np.ndarray:
+    """Find all members of a shard, reading their headers alone; the index is an array of `FIELDS`.
 
     Raises:
         ValueError: when the shard is cut short, damaged, compressed or empty, or holds two members for one thing.
     """
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    samples: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             end = _scan_members(tar, samples)
@@ -231,16 +206,17 @@ def scan_shard(path: Path) -> ShardIndex:
             raise ValueError(f"shard {path} is cut short or damaged: it has no end mark at byte {end}; pack or copy it again")
     if not samples:
         raise ValueError(f"shard {path} holds no sample; expected <class>/<name>.safetensors or <class>/<name>.jpg")
-    nothing = (-1, -1)
-    return ShardIndex(
-        np.array([key.encode() for key in samples]),
-        np.array([s.get("label", nothing)[0] for s in samples.values()], dtype=np.int64),
-        {kind: np.array([s.get(kind, nothing) for s in samples.values()], dtype=np.int64) for kind in KINDS},
-    )
+    keys = np.array([key.encode() for key in samples])
+    index = np.full(len(keys), -1, dtype=[("key", keys.dtype), *FIELDS])
+    index["key"] = keys
+    for row, members in zip(index, samples.values(), strict=True):
+        for kind, place in members.items():
+            row[kind] = place
+    return index
 
 
-def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, tuple[int, int]]]) -> int:
-    """Enter the spans of all members (a label in place of an offset) into `samples`; returns where the last one ends."""
+def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, Any]]) -> int:
+    """Enter the label, and offset and size of the other members, of each sample; returns where the last one ends."""
     end = 0
     for member in tar:
         end = member.offset_data + -(-member.size // BLOCK) * BLOCK
@@ -249,18 +225,14 @@ def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, tuple[int, 
         if not member.isreg() or member.issparse():
             raise ValueError(f"{member.name} is no plain file; pack the files that links point to (tar -h)")
         name = PurePosixPath(member.name)
-        kind = _kind(name.suffix.lower())
+        kind = KIND_OF.get(name.suffix.lower())
         if kind is None:
             continue
         sample = samples.setdefault(str(name.with_suffix("")), {})
         if kind in sample:
             raise ValueError(f"{member.name} is the second {kind} of its sample")
-        sample[kind] = (_label(tar, member), 0) if kind == "label" else (member.offset_data, member.size)
+        sample[kind] = _label(tar, member) if kind == "label" else (member.offset_data, member.size)
     return end
-
-
-def _kind(suffix: str) -> str | None:
-    return "image" if suffix in IMAGE_SUFFIXES else {".safetensors": "latent", ".cls": "label"}.get(suffix)
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:

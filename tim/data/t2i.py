@@ -42,8 +42,6 @@ class CaptionedImages:
     def __init__(self, root_dir: str, jsonl_dir: str, packed_json: str, factor: int = 32, resize: str = "crop") -> None:
         if resize not in ("crop", "squash"):
             raise ValueError(f"data.dataset.resize={resize!r} is not one of crop, squash")
-        if factor < 1:
-            raise ValueError(f"factor must be >= 1, got {factor}")
         if not Path(root_dir).is_dir():
             raise FileNotFoundError(f"no image folder {root_dir} (data.dataset.root_dir)")
         for key, path in (("jsonl_dir", jsonl_dir), ("packed_json", packed_json)):
@@ -52,6 +50,7 @@ class CaptionedImages:
         self.root, self.jsonl, self.resize = Path(root_dir), Path(jsonl_dir), resize
         self._offsets, self._size_of, self._sizes = _scan(self.jsonl, factor)
         self.batches = _read_batches(Path(packed_json), self._size_of, self._sizes)
+        # The packed lines of each size side by side: what may stand in for one another.
         packed = np.unique(np.concatenate(self.batches))
         kinds = self._size_of[packed]
         ends = np.bincount(kinds, minlength=len(self._sizes)).cumsum()

@@ -139,6 +139,7 @@ def _assign(
 ) -> np.ndarray:
     """The bucket number of each record, -1 for those that would be enlarged against the wish."""
     shapes, own = np.array(buckets), np.array([(r.height, r.width) for r in records])
+    # Distances of logarithms: twice and half as wide are equally far.
     points, centres = np.log(np.array(wanted)), np.log(shapes)
     if not native:  # the areas are alike: aspect ratio alone decides
         points, centres = points[:, :1] - points[:, 1:], centres[:, :1] - centres[:, 1:]

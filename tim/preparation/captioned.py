@@ -4,6 +4,7 @@ import json
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from tim.files import replacing
 from tim.images import IMAGE_SUFFIXES, UNREADABLE
 
 EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
+Captioned = tuple[str, list[str]]  # an image file relative to the root folder, its captions
 
 
 class Record(NamedTuple):
@@ -46,30 +48,35 @@ def read(sources: Sequence[Path], root: Path | None, out: Path) -> tuple[list[Re
     shards = sorted(first.glob("*.tar")) if first.is_dir() else [s for s in sources if s.is_file() and tarfile.is_tarfile(s)]
     if shards and (first.is_dir() or len(shards) == len(sources)):
         root = root or out / "images"
-        return *read_tars(shards, root), root
-    if len(sources) > 1:
+        captioned = read_tars(shards, root)
+    elif len(sources) > 1:
         raise ValueError(f"several sources must all be tar shards, got {', '.join(map(str, sources))}")
-    if first.is_dir():
-        return *read_folder(first, root or first), root or first
-    if first.suffix not in (".jsonl", ".json"):
+    elif first.is_dir():
+        root = root or first
+        captioned = read_folder(first, root)
+    elif first.suffix in (".jsonl", ".json"):
+        root = root or first.parent
+        captioned = read_jsonl(first)
+    else:
         raise ValueError(f"{first} is neither a folder, nor a .jsonl, nor a tar shard")
-    return *read_jsonl(first, root or first.parent), root or first.parent
+    return *_measure(captioned, root), root
 
 
-def read_folder(folder: Path, root: Path) -> tuple[list[Record], list[str]]:
+def read_folder(folder: Path, root: Path) -> list[Captioned]:
     """Images under folder, subfolders too; the captions of `name.png` are the non-empty lines of `name.txt`."""
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{folder} does not lie in the root folder {root}")
     inside = folder.resolve().relative_to(root.resolve())
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    texts = [path.with_suffix(".txt") for path in files]
-    captions = [_captions_of_text(text.read_bytes()) if text.is_file() else [] for text in texts]
-    names = [(inside / path.relative_to(folder)).as_posix() for path in files]
-    return _measure(list(zip(names, captions, strict=True)), root)
+    captioned = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()):
+        text = path.with_suffix(".txt")
+        captions = _captions_of_text(text.read_bytes()) if text.is_file() else []
+        captioned.append(((inside / path.relative_to(folder)).as_posix(), captions))
+    return captioned
 
 
-def read_jsonl(path: Path, root: Path) -> tuple[list[Record], list[str]]:
-    """Lines with `image_file` (relative to root) and `captions` (list) or `caption`.
+def read_jsonl(path: Path) -> list[Captioned]:
+    """Lines with `image_file` (relative to the root folder) and `captions` (list) or `caption`.
 
     Raises:
         ValueError: for a malformed line; the message has its number, counted from 1.
@@ -84,10 +91,10 @@ def read_jsonl(path: Path, root: Path) -> tuple[list[Record], list[str]]:
                 captioned.append((entry["image_file"], _captions_of_entry(entry)))
             except ValueError as error:
                 raise ValueError(f"{path} line {number}: {error}") from error
-    return _measure(captioned, root)
+    return captioned
 
 
-def read_tars(shards: Sequence[Path], root: Path) -> tuple[list[Record], list[str]]:
+def read_tars(shards: Sequence[Path], root: Path) -> list[Captioned]:
     """Webdataset shards: `key.jpg` (png, ...) with `key.txt` or `key.json`; images are unpacked to root/<shard>/.
 
     Files that are there in the same size are kept, so a second run unpacks nothing.
@@ -98,16 +105,16 @@ def read_tars(shards: Sequence[Path], root: Path) -> tuple[list[Record], list[st
     repeated = [stem for stem, count in Counter(s.stem for s in shards).items() if count > 1]
     if repeated:
         raise ValueError(f"several shards are named {repeated[0]}; their images would share a folder")
-    captioned: list[tuple[str, list[str]]] = []
+    captioned = []
     for shard in shards:
         try:
             captioned += _unpack(shard, root)
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(f"{shard} cannot be read as a tar file: {error}") from error
-    return _measure(captioned, root)
+    return captioned
 
 
-def _unpack(shard: Path, root: Path) -> list[tuple[str, list[str]]]:
+def _unpack(shard: Path, root: Path) -> list[Captioned]:
     """Unpack the images of a shard; (file relative to root, captions) of each."""
     keys: dict[str, str] = {}
     captions: dict[str, list[str]] = defaultdict(list)
@@ -121,20 +128,17 @@ def _unpack(shard: Path, root: Path) -> list[tuple[str, list[str]]]:
             key, suffix = str(name.with_suffix("")), name.suffix.lower()
             if suffix in IMAGE_SUFFIXES:
                 keys[str(shard.stem / name)] = key
-                _unpack_member(tar, member, root / shard.stem / name)
+                path = root / shard.stem / name
+                if not path.is_file() or path.stat().st_size != member.size:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with replacing(path) as partial:
+                        partial.write_bytes(read_member(tar, member))
             elif suffix == ".txt":
                 captions[key] += _captions_of_text(read_member(tar, member))
             elif suffix == ".json":
-                captions[key] += _captions_of_json(read_member(tar, member))
+                with suppress(ValueError):  # an image with a malformed JSON has no caption, which is said later
+                    captions[key] += _captions_of_entry(json.loads(read_member(tar, member)))
     return [(file, list(dict.fromkeys(captions[key]))) for file, key in sorted(keys.items())]
-
-
-def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> None:
-    if path.is_file() and path.stat().st_size == member.size:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_bytes(read_member(tar, member))
 
 
 def _captions_of_text(text: bytes) -> list[str]:
@@ -146,16 +150,10 @@ def _captions_of_text(text: bytes) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _captions_of_json(text: bytes) -> list[str]:
-    """`caption` and `captions` of a shard's JSON member; none when it is malformed."""
-    try:
-        entry = json.loads(text)
-        return _captions_of_entry(entry) if isinstance(entry, dict) else []
-    except ValueError:
-        return []
-
-
-def _captions_of_entry(entry: dict[str, Any]) -> list[str]:
+def _captions_of_entry(entry: Any) -> list[str]:
+    """`caption` and `captions` of a JSON object that are not blank; ValueError when it is none, or they are no strings."""
+    if not isinstance(entry, dict):
+        raise ValueError("expected a JSON object")
     captions = []
     for key in ("caption", "captions"):
         value = entry.get(key)
@@ -165,7 +163,7 @@ def _captions_of_entry(entry: dict[str, Any]) -> list[str]:
     return [c for c in captions if c.strip()]
 
 
-def _measure(captioned: Sequence[tuple[str, list[str]]], root: Path) -> tuple[list[Record], list[str]]:
+def _measure(captioned: Sequence[Captioned], root: Path) -> tuple[list[Record], list[str]]:
     """Read the headers; records, and why other images are skipped. ValueError when all are."""
     records, skipped = [], []
     for file, captions in tqdm(captioned, desc="headers", unit=" images", disable=None):

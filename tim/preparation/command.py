@@ -36,8 +36,9 @@ def _preprocess(argv: list[str] | None, description: str, kind: str) -> None:
 
     from tim.config import to_yaml
     from tim.preparation import settings as kinds
+    from tim.typed_yaml import build_typed, read_tree
 
-    settings = kinds.load_settings(getattr(kinds, kind), args.config, args.overrides)
+    settings = build_typed(getattr(kinds, kind), read_tree(args.config, args.overrides))
     if args.print_config:
         print(to_yaml(settings))
         return

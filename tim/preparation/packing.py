@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from tim.data.folders import Folder, check_stems
-from tim.data.shards import KINDS, ShardIndex, save_index, scan_shard, shard_name, stamp_of
+from tim.data.shards import KINDS, index_of, scan_shard, shard_name, stamp_of
 from tim.files import replacing
 
 
@@ -86,32 +87,27 @@ def build_shards(
 
 def _ensure_shard(path: Path, samples: Sequence[Sample], index_dir: Path) -> bool:
     """Pack a shard unless it is there, whole and of these samples; returns whether it was packed now."""
-    index_path = index_dir / f"{path.name}.index.npz"
     if path.is_file():
-        index = ShardIndex.load(index_path, stamp_of(path))
-        if index is None:
-            with contextlib.suppress(ValueError):  # a damaged shard is packed again
-                index = scan_shard(path)
-                save_index(index, index_path, stamp_of(path))
-        if index is not None and _holds(index, samples):
-            return False
+        with contextlib.suppress(ValueError):  # a damaged shard is packed again
+            if _holds(index_of(path, stamp_of(path), index_dir), samples):
+                return False
     with replacing(path) as partial:
         sums = _write(partial, samples)
         index = scan_shard(partial)
         if not _holds(index, samples) or list(_checksums(partial, index)) != sums:
             raise OSError(f"{partial} is not what was written; is the disk full or failing?")
-    save_index(index, index_path, stamp_of(path))
+    index_of(path, stamp_of(path), index_dir)
     return True
 
 
-def _holds(index: ShardIndex, samples: Sequence[Sample]) -> bool:
+def _holds(index: np.ndarray, samples: Sequence[Sample]) -> bool:
     """Whether a shard has these samples in this order, with these labels and files of today's sizes."""
-    if index.keys.tolist() != [sample.key.encode() for sample in samples]:
+    if index["key"].tolist() != [sample.key.encode() for sample in samples]:
         return False
-    if index.labels.tolist() != [-1 if sample.label is None else sample.label for sample in samples]:
+    if index["label"].tolist() != [-1 if sample.label is None else sample.label for sample in samples]:
         return False
     return all(
-        index.spans[kind][:, 1].tolist() == [s.files[kind].stat().st_size if kind in s.files else -1 for s in samples]
+        index[kind][:, 1].tolist() == [s.files[kind].stat().st_size if kind in s.files else -1 for s in samples]
         for kind in KINDS
     )
 
@@ -137,12 +133,12 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _checksums(path: Path, index: ShardIndex) -> Iterator[int]:
+def _checksums(path: Path, index: np.ndarray) -> Iterator[int]:
     """Of the latents and images of a shard, in the order in which they were written."""
     with open(path, "rb") as f:
-        for k in range(len(index.keys)):
+        for sample in index:
             for kind in KINDS:
-                offset, size = index.spans[kind][k].tolist()
+                offset, size = sample[kind].tolist()
                 if offset >= 0:
                     f.seek(offset)
                     yield zlib.crc32(f.read(size))

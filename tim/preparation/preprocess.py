@@ -6,7 +6,6 @@ number of processes nor on interruptions; see `tim.preparation.encoding`.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,61 @@ from tqdm import tqdm
 
 from tim import rng
 from tim.config import to_yaml
-from tim.data.latents import Moments, find_corruption, read_latent, write_latent
-from tim.distributed import set_tf32, use_cpu
+from tim.data.latents import find_corruption, mean_std, moments, read_latent, write_latent
+from tim.distributed import set_tf32
 from tim.files import claim, write_json, write_json_lines, write_text
 from tim.models.autoencoders import Autoencoder
-from tim.preparation.encoding import PATIENCE, Source, encode_missing, list_sources
-from tim.preparation.settings import Native, Settings, Square
-from tim.resumable import first_process, locked, own_blocks, total_over_processes
+from tim.preparation.encoding import FolderEncoder, Source
+from tim.preparation.settings import Native, Square
+from tim.resumable import total_over_processes
 
 RECORD = "preprocess.json"  # in latent_dir: what its files depend on
+
+
+class LatentEncoder(FolderEncoder):
+    """Latents of every image and of its mirror, as a YAML file of preprocessing says.
+
+    Args:
+        project_dir: holds config.yaml, and the latents unless latent_dir is set.
+
+    Raises:
+        ValueError, FileNotFoundError: for what the user can mend, such as sizes that the autoencoder does not take.
+    """
+
+    what = "latent"
+
+    def __init__(self, settings: Square | Native, project_dir: Path) -> None:
+        latent_dir = Path(settings.latent_dir or project_dir / "latents")
+        batch_size, num_workers = settings.batch_size, settings.num_workers
+        super().__init__(settings.image_dir, latent_dir, settings.load, batch_size, settings.one_size, num_workers)
+        self.settings, self.project_dir = settings, project_dir
+        set_tf32(settings.allow_tf32)
+        self.vae = Autoencoder.from_pretrained(settings.vae_dir, getattr(torch, settings.vae_dtype), self.state.device)
+        settings.check(self.vae)
+
+    def claim(self, write: bool) -> None:
+        """See `FolderEncoder`; preprocess.json says what the latents depend on, config.yaml how the run was started."""
+        classes = list(dict.fromkeys(source.target.parent.name for source in self.sources))
+        record, identity = self.target_dir / RECORD, self.settings.identity(self.vae, classes)
+        claim(record, identity, "latents", "choose another latent_dir", files="*/*.safetensors", write=write)
+        if write:
+            write_text(self.project_dir / "config.yaml", to_yaml(self.settings))
+
+    def find_corruption(self, path: Path) -> str | None:
+        """See `FolderEncoder`."""
+        return find_corruption(path)
+
+    def encode(self, indices: Sequence[int], pairs: Tensor) -> Tensor:
+        """Latents (2B, C, h, w) in latent_dtype; `indices` choose the KL posterior's noise."""
+        noise = None
+        if self.vae.is_kl:
+            shape = (2, *self.vae.latent_shape(*pairs.shape[2:]))
+            noise = rng.normals(self.settings.seed, "posterior", 0, indices, shape).flatten(0, 1)
+        return self.vae.encode(pairs, noise).to(getattr(torch, self.settings.latent_dtype))
+
+    def write(self, source: Source, result: Tensor) -> None:
+        """Store a latent (2, C, h, w) with its label."""
+        write_latent(source.target, result, source.label)
 
 
 def preprocess(settings: Square | Native, project_dir: str | Path, dry_run: bool = False) -> None:
@@ -41,80 +86,26 @@ def preprocess(settings: Square | Native, project_dir: str | Path, dry_run: bool
     Raises:
         ValueError, FileNotFoundError: for what the user can mend, such as latents of other settings in latent_dir.
     """
-    state, project_dir = PartialState(cpu=use_cpu(), timeout=PATIENCE), Path(project_dir)
-    set_tf32(settings.allow_tf32)
-    vae = Autoencoder.from_pretrained(settings.vae_dir, getattr(torch, settings.vae_dtype), state.device)
-    settings.check(vae)
-    latent_dir = Path(settings.latent_dir or project_dir / "latents")
-    sources = list_sources(settings.image_dir, latent_dir)
-    classes = list(dict.fromkeys(source.target.parent.name for source in sources))
-    identity, record = settings.identity(vae, classes), latent_dir / RECORD
-    claim_for_run = partial(claim, record, identity, "latents", "choose another latent_dir", files="*/*.safetensors")
-    first_process(state, partial(claim_for_run, write=False))
-    blocks = own_blocks(
-        len(sources), settings.batch_size, lambda k: find_corruption(sources[k].target) is None, state, "looking"
-    )
-    count = total_over_processes(sum(len(block.missing) for block in blocks))
-    if state.is_main_process:
-        print(f"{len(sources)} images in {settings.image_dir}, {count} to encode into {latent_dir}", flush=True)
-    if dry_run:
+    project_dir = Path(project_dir)
+    encoder = LatentEncoder(settings, project_dir)
+    outcome = encoder.run(dry_run)
+    if outcome is None:
         return
-    with locked(latent_dir, state):
-        first_process(state, claim_for_run)
-        if state.is_main_process:
-            write_text(project_dir / "config.yaml", to_yaml(settings))
-            for name in classes:
-                (latent_dir / name).mkdir(exist_ok=True)
-        state.wait_for_everyone()
-        dtype, block_size = getattr(torch, settings.latent_dtype), settings.batch_size if settings.one_size else None
-        bad = encode_missing(
-            "latent",
-            sources,
-            blocks,
-            settings.load,
-            lambda indices, images: encode(vae, images, settings.seed, indices).to("cpu", dtype),
-            lambda index, latent: write_latent(sources[index].target, latent, sources[index].label),
-            block_size,
-            settings.num_workers,
-            state,
-        )
-        bad = gather_object(bad)
-        statistics = _statistics(settings, sources, state)
-        if state.is_main_process:
-            _report(project_dir, len(sources), count, sorted(bad, key=lambda entry: entry["index"]), statistics)
+    statistics = _statistics(encoder.sources, settings.statistics_files, encoder.state)
+    if encoder.state.is_main_process:
+        _report(project_dir, len(encoder.sources), *outcome, statistics)
 
 
-def encode(vae: Autoencoder, images: Tensor, seed: int, indices: Sequence[int]) -> Tensor:
-    """Latents of images and their mirrors.
-
-    Args:
-        images: (B, 3, H, W) in [-1, 1].
-        indices: of the images in the list of all; they choose the KL posterior's noise.
-
-    Returns:
-        (B, 2, C, h, w) float32.
-    """
-    pairs = torch.stack([images, images.flip(-1)], dim=1).flatten(0, 1)
-    noise = None
-    if vae.is_kl:
-        noise = rng.normals(seed, "posterior", 0, indices, (2, *vae.latent_shape(*images.shape[2:]))).flatten(0, 1)
-    return vae.encode(pairs, noise).unflatten(0, (-1, 2))
-
-
-def _statistics(settings: Settings, sources: Sequence[Source], state: PartialState) -> dict[str, Any]:
+def _statistics(sources: Sequence[Source], at_most: int, state: PartialState) -> dict[str, Any]:
     """Mean and deviation per channel over evenly spread latents, the same ones for any number of processes."""
-    state.wait_for_everyone()
-    stride = math.ceil(len(sources) / settings.statistics_files)
+    stride = math.ceil(len(sources) / at_most)
+    mine, files = torch.zeros(3, 1, dtype=torch.float64), 0
     chosen = sources[::stride][state.process_index :: state.num_processes]
-    mine, files = Moments(), 0
     for source in tqdm(chosen, desc="statistics", unit="img", disable=not state.is_main_process, dynamic_ncols=True):
         if source.target.is_file():  # unreadable images have none
-            mine.add(read_latent(source.target)[0])
+            mine = mine + moments(read_latent(source.target)[0])
             files += 1
-    merged = Moments()
-    for other in gather_object([mine]):
-        merged.merge(other)
-    mean, std = merged.mean_std()
+    mean, std = mean_std(sum(gather_object([mine])))
     return {"files": total_over_processes(files), "mean": mean, "std": std}
 
 

@@ -1,10 +1,9 @@
 """The YAML files of preprocessing: which images, which autoencoder, and how images are cut to size."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from tim.data.t2i import fit
 from tim.images import open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
 from tim.preparation.buckets import native_size
-from tim.typed_yaml import build_typed, read_tree
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, ">= 1"]
@@ -88,11 +86,3 @@ class Native(Settings):
         if not height or not width:
             raise ValueError(f"{path} has {image.width}x{image.height} pixels, too few for min_size={self.min_size}")
         return to_tensor(fit(image, height, width, "crop"))
-
-
-Kind = TypeVar("Kind", bound=Settings)
-
-
-def load_settings(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
-    """Read and validate a YAML file of `Square` or `Native`; ConfigError names what does not fit."""
-    return build_typed(kind, read_tree(path, overrides))
