@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,28 +13,38 @@ from tim import rng
 from tim.files import replacing
 from tim.images import make_grid, read_png, save_image, save_png
 
+IMAGENET_CLASSES = 1000
 
-class PromptSet(Protocol):
+
+class PromptSet:
     """`groups` prompts or class labels with `per_group` images each; image j of group g has index g and repetition j.
 
     Attributes:
         identity: what tells the set from others, for run.json, so that a folder is not continued with another.
+        evaluation: the command that measures the images, with `{folder}` and `{n}` images of a prompt.
+        file_name: of an image, with the group's `{name}` and the repetition `{j}`.
     """
 
     groups: int
     per_group: int
     identity: dict[str, Any]
+    evaluation = "projects/evaluate/evaluate_folder.py REAL {folder} --features efficientnet"
+    file_name = "{name}.png"
 
     def prompt(self, group: int) -> str | int:
         """The prompt or class label of a group."""
-        ...
+        raise NotImplementedError
+
+    def name(self, group: int) -> str:
+        """What the files of a group are called by."""
+        raise NotImplementedError
 
     def files(self, folder: Path, group: int) -> list[Path]:
         """The files of a group, the one for the overview first; all there means done."""
-        ...
+        return [folder / self.file_name.format(name=self.name(group), j=j) for j in range(self.per_group)]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
-        """Write the files of a group, images (per_group, H, W, 3) uint8; each file whole or absent. Here: a file an image."""
+        """Write the files of a group, images (per_group, H, W, 3) uint8; each file whole or absent."""
         for path, image in zip(self.files(folder, group), images, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(path, image)
@@ -74,6 +84,8 @@ class ClassLabels(PromptSet):
         wrong = [v for v in self.listed if not 0 <= v < network_classes]
         if wrong:
             raise ValueError(f"--class-labels: label {wrong[0]} is out of range, the network has 0 to {network_classes - 1}")
+        if network_classes == IMAGENET_CLASSES:
+            self.evaluation = "projects/evaluate/adm_evaluator.py REF {folder}"
 
     def prompt(self, group: int) -> int:
         """The class of an image."""
@@ -83,36 +95,33 @@ class ClassLabels(PromptSet):
             return group % self.num_classes
         return int(rng.generator(self.seed, "label", index=group).integers(self.num_classes))
 
-    def files(self, folder: Path, group: int) -> list[Path]:
-        """The image's."""
-        return [folder / f"{group:06d}.png"]
+    def name(self, group: int) -> str:
+        """Its index."""
+        return f"{group:06d}"
 
-    def pack_npz(self, folder: Path) -> Path:
+    def pack_npz(self, folder: Path) -> None:
         """All images as arr_0 (N, H, W, 3) uint8 in `<folder>.npz`, the form ADM's evaluator reads."""
         path = folder.with_name(f"{folder.name}.npz")
         images = np.stack([read_png(self.files(folder, g)[0]) for g in tqdm(range(self.groups), desc="npz", unit="img")])
         with replacing(path) as partial, open(partial, "wb") as f:
             np.savez(f, arr_0=images)
-        return path
+        print(f"all of them in {path}")
 
 
 class Prompts(PromptSet):
-    """Prompts with `per_group` images each; subclasses say where their files are.
-
-    Args:
-        prompts: one a group. names: of each group's files.
+    """Prompts with `per_group` images each; their groups are numbered where they have no names.
 
     Raises:
         ValueError: when there is nothing to draw.
     """
 
-    def __init__(self, prompts: Sequence[str], names: Sequence[str], per_group: int) -> None:
+    def __init__(self, prompts: Sequence[str], per_group: int, names: Sequence[str] | None = None) -> None:
         if not prompts:
             raise ValueError("there are no prompts")
         if per_group < 1:
             raise ValueError(f"--images-per-prompt must be >= 1, got {per_group}")
-        self.prompts, self.names, self.per_group = list(prompts), list(names), per_group
-        self.groups = len(self.prompts)
+        self.prompts, self.per_group, self.groups = list(prompts), per_group, len(prompts)
+        self.names = [f"{i:05d}" for i in range(self.groups)] if names is None else list(names)
         digest = hashlib.sha256(json.dumps([self.names, self.prompts]).encode()).hexdigest()
         self.identity = {"prompts": digest, "images_per_prompt": per_group}
 
@@ -124,21 +133,37 @@ class Prompts(PromptSet):
         """The prompt of a group."""
         return self.prompts[group]
 
+    def name(self, group: int) -> str:
+        """Its own name, or its number."""
+        return self.names[group]
+
+
+class PromptFiles(Prompts):
+    """`{i:05d}-{j:02d}.png` for image j of prompt i."""
+
+    file_name = "{name}-{j:02d}.png"
+
 
 class GenEvalPrompts(Prompts):
     """`{i:05d}/metadata.jsonl`, `{i:05d}/samples/{j:05d}.png` and `{i:05d}/grid.png` for line i of the metadata file."""
+
+    file_name = "{name}/samples/{j:05d}.png"
+    evaluation = (
+        "projects/evaluate/geneval/evaluation/evaluate_images.py {folder} --outfile {folder}.jsonl "
+        "--model-path checkpoints/mask2former"
+    )
 
     def __init__(self, path: str, per_group: int = 4) -> None:
         self.metadata = _json_lines(Path(path))
         for number, entry in enumerate(self.metadata, start=1):
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError(f"{path} line {number} has no `prompt`; GenEval's evaluation_metadata.jsonl is expected")
-        super().__init__([entry["prompt"] for entry in self.metadata], _numbers(self.metadata), per_group)
+        super().__init__([entry["prompt"] for entry in self.metadata], per_group)
 
     def files(self, folder: Path, group: int) -> list[Path]:
         """Grid, metadata and images."""
-        own = folder / self.names[group]
-        return [own / "grid.png", own / "metadata.jsonl", *(own / "samples" / f"{j:05d}.png" for j in range(self.per_group))]
+        own = folder / self.name(group)
+        return [own / "grid.png", own / "metadata.jsonl", *super().files(folder, group)]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
         """Grid, metadata and images."""
@@ -153,6 +178,10 @@ class GenEvalPrompts(Prompts):
 class DPGPrompts(Prompts):
     """`{prompt id}.png`, the images of a prompt side by side without a gap (2x2 for four); ids are `<id>.txt` of a folder."""
 
+    evaluation = (
+        "projects/evaluate/dpg_bench/compute_dpg_bench.py --image-root-path {folder} --res-path {folder}.txt --pic-num {n}"
+    )
+
     def __init__(self, folder: str, per_group: int = 4) -> None:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--caption-dir {folder} is no folder; DPG-Bench's prompts/*.txt are expected")
@@ -161,11 +190,11 @@ class DPGPrompts(Prompts):
         empty = [path.name for path, prompt in zip(paths, prompts, strict=True) if not prompt]
         if empty or not paths:
             raise ValueError(f"{folder}: {f'{empty[0]} is empty' if empty else 'there is no .txt file'}")
-        super().__init__(prompts, [path.stem for path in paths], per_group)
+        super().__init__(prompts, per_group, [path.stem for path in paths])
 
     def files(self, folder: Path, group: int) -> list[Path]:
         """One of all images of a prompt."""
-        return [folder / f"{self.names[group]}.png"]
+        return super().files(folder, group)[:1]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
         """One of all images of a prompt."""
@@ -175,25 +204,12 @@ class DPGPrompts(Prompts):
 class MJHQPrompts(Prompts):
     """`{category}/{key}.png` for every key of meta_data.json ({key: {"category": ..., "prompt": ...}})."""
 
+    evaluation = "projects/evaluate/mjhq30k/calculate_fid.py datasets/mjhq30k/images {folder}"
+
     def __init__(self, path: str, image_format: str = "png") -> None:
-        self.image_format = image_format
+        self.file_name = f"{{name}}.{image_format}"
         names, prompts = read_mjhq(path)
-        super().__init__(prompts, names, 1)
-
-    def files(self, folder: Path, group: int) -> list[Path]:
-        """The image's."""
-        return [folder / f"{self.names[group]}.{self.image_format}"]
-
-
-class PromptFiles(Prompts):
-    """`{i:05d}-{j:02d}.png` for image j of prompt i."""
-
-    def __init__(self, prompts: Sequence[str], per_group: int = 1) -> None:
-        super().__init__(prompts, _numbers(prompts), per_group)
-
-    def files(self, folder: Path, group: int) -> list[Path]:
-        """One an image."""
-        return [folder / f"{self.names[group]}-{j:02d}.png" for j in range(self.per_group)]
+        super().__init__(prompts, 1, names)
 
 
 def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
@@ -242,11 +258,6 @@ def _json_lines(path: Path) -> list[Any]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
     return records
-
-
-def _numbers(items: Sequence[Any]) -> list[str]:
-    """Names of groups that have no other."""
-    return [f"{i:05d}" for i in range(len(items))]
 
 
 def _columns(count: int) -> int:
