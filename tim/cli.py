@@ -37,7 +37,7 @@ EVALUATE = {
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines and shows the defaults that say something (None, and False without a --no- form, do not)."""
+    """Keeps the description's lines and shows the defaults that say something (not None, nor a switch that is off)."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""

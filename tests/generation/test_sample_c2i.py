@@ -146,7 +146,7 @@ def test_class_labels():
 
     def labels(kind, classes, images, seed=0):
         chosen = ClassLabels(kind, classes, 10, seed, 1000)
-        return [chosen.prompt(k) for k in images]
+        return [chosen.prompts[k] for k in images]
 
     assert labels("cycle", 4, range(6)) == [0, 1, 2, 3, 0, 1]
     assert labels("7,2", None, [0, 1, 5]) == [7, 2, 2]

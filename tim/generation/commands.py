@@ -3,17 +3,17 @@
 import argparse
 import shlex
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tim.cli import command_parser
-from tim.generation.settings import SampleSettings, add_sample_arguments, settings_from
+from tim.generation.settings import add_sample_arguments, settings_from
 
 if TYPE_CHECKING:
     from tim.config import Config
-    from tim.generation.prompt_sets import Prompts, PromptSet
+    from tim.generation.prompt_sets import PromptSet
 
 
 def sample_c2i(argv: list[str] | None = None) -> None:
@@ -40,7 +40,7 @@ def sample_c2i(argv: list[str] | None = None) -> None:
     if network_classes is None:
         raise ValueError(NO_CLASSES)
     labels = ClassLabels(args.class_labels, args.num_classes, network_classes, args.global_seed, args.num_fid_samples)
-    _draw(args, config, labels, [settings_from(args)], finish=labels.pack_npz if args.npz else None)
+    _draw(args, config, labels, finish=labels.pack_npz if args.npz else None)
 
 
 def sample_t2i(argv: list[str] | None = None) -> None:
@@ -64,13 +64,12 @@ def sample_t2i(argv: list[str] | None = None) -> None:
 
     prompt_set = PromptFiles(args.prompts or read_prompts(args.prompt_file), args.images_per_prompt)
     sizes = [_parse_size(text) for text in args.size] if args.size else [(args.height, args.width)]
-    args.num_fid_samples = prompt_set.groups * prompt_set.per_group
-    base = settings_from(args)
-    runs = [replace(base, height=h, width=w, num_steps=n) for h, w in sizes for n in args.num_steps]
-    _draw(
-        args, _caption_config(args), prompt_set, runs, "prompts-",
-        finish=lambda *folders: save_prompt_grids(prompt_set, folders, args.num_steps),
-    )  # fmt: skip
+    runs = [{"height": height, "width": width, "num_steps": n} for height, width in sizes for n in args.num_steps]
+
+    def finish(*folders: Path) -> None:
+        save_prompt_grids(prompt_set, folders, args.num_steps)
+
+    _draw(args, _caption_config(args), prompt_set, "prompts-", runs, finish)
 
 
 def sample_geneval(argv: list[str] | None = None) -> None:
@@ -138,16 +137,16 @@ def _add_text_padding(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--text-padding", choices=("mask", "batch"), help=f"{what} (default: the config's)")
 
 
-def _draw_benchmark(args: argparse.Namespace, prompt_set: "Prompts") -> None:
+def _draw_benchmark(args: argparse.Namespace, prompt_set: "PromptSet") -> None:
     """Draw the images of a benchmark, or of its first prompts."""
     if args.num_classes is not None:
         warnings.warn("--num-classes has no effect on text-to-image sampling", stacklevel=4)  # of the script
     if args.num_fid_samples is not None:
         if args.num_fid_samples < 1:
             raise ValueError(f"--num-fid-samples must be >= 1, got {args.num_fid_samples}")
-        prompt_set.first(args.num_fid_samples)
-    args.num_fid_samples = prompt_set.groups * prompt_set.per_group
-    _draw(args, _caption_config(args), prompt_set, [settings_from(args)], f"{args.data_type}-")
+        # still the same set, whose folder can be completed later
+        prompt_set.groups = min(args.num_fid_samples, prompt_set.groups)
+    _draw(args, _caption_config(args), prompt_set, f"{args.data_type}-")
 
 
 def _caption_config(args: argparse.Namespace) -> "Config":
@@ -168,14 +167,15 @@ def _draw(
     args: argparse.Namespace,
     config: "Config",
     prompt_set: "PromptSet",
-    runs: list[SampleSettings],
     prefix: str = "",
+    runs: Sequence[dict[str, Any]] = ({},),
     finish: Callable[..., object] | None = None,
 ) -> None:
-    """Load the models once and draw a prompt set under each of the settings.
+    """Load the models once, draw a prompt set in one or several runs, and say which evaluation comes next.
 
     Args:
         prefix: first words of the folders' names.
+        runs: settings of each that are not those of the command line.
         finish: what the main process does in the end with the folders of all runs.
     """
     from accelerate import PartialState
@@ -187,8 +187,10 @@ def _draw(
 
     weights = find_weights(args.ckpt)
     state = PartialState(cpu=use_cpu())
-    loaded = load_sampler(config, weights, runs[0], state.device)
-    samplers = [loaded.at(settings) for settings in runs]  # all settings are checked before anything is drawn
+    images = prompt_set.groups * prompt_set.per_group
+    settings = [replace(settings_from(args), num_fid_samples=images, **run) for run in runs]
+    loaded = load_sampler(config, weights, settings[0], state.device)
+    samplers = [loaded.at(own) for own in settings]  # all settings are checked before anything is drawn
     folders = [Path(args.sample_dir) / sampler.settings.folder_name(weights.stem, prefix) for sampler in samplers]
     for sampler, folder in zip(samplers, folders, strict=True):
         run_sampling(sampler, prompt_set, folder, weights, state)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import tim
 from tim.checkpoint.weights import Weights
 from tim.files import claim, write_json
-from tim.generation.prompt_sets import Prompts, PromptSet
+from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Sampler
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
@@ -66,7 +66,11 @@ def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights:
 def _draw_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: PartialState) -> tuple[int, float]:
     """Draw and write what is not there; images drawn by all processes, and seconds."""
     size = max(1, sampler.settings.per_proc_batch_size // prompt_set.per_group)
-    blocks = own_blocks(prompt_set.groups, size, lambda group: prompt_set.done(folder, group), state)
+
+    def done(group: int) -> bool:
+        return all(path.is_file() for path in prompt_set.files(folder, group))
+
+    blocks = own_blocks(prompt_set.groups, size, done, state)
     began, drawn = time.perf_counter(), 0
     with progress_bar(blocks, state, None, each=prompt_set.per_group) as bar:
         for block in blocks:
@@ -78,7 +82,7 @@ def _draw_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: 
 def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: Block) -> int:
     """Draw all images of a block, in calls of at most per_proc_batch_size, and write the missing groups."""
     s, n = sampler.settings, prompt_set.per_group
-    keys = [(prompt_set.prompt(g), g, j) for g in block.items for j in range(n)]
+    keys = [(prompt_set.prompts[g], g, j) for g in block.items for j in range(n)]
     size = s.per_proc_batch_size
     parts = [sampler.draw(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
     images, latents = np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -114,14 +118,15 @@ def save_overview(folder: Path, prompt_set: PromptSet) -> None:
     save_png(folder.with_name(f"{folder.name}.png"), grid)
 
 
-def save_prompt_grids(prompt_set: Prompts, folders: Sequence[Path], steps: list[int]) -> None:
+def save_prompt_grids(prompt_set: PromptSet, folders: Sequence[Path], steps: list[int]) -> None:
     """prompts.json in every folder, and one labelled grid a size beside them: prompts down, numbers of steps across.
 
     Args:
         folders: of the runs, for each size one of every number of steps.
     """
+    prompts = [str(prompt) for prompt in prompt_set.prompts]
     for folder in folders:
-        (folder / "prompts.json").write_text(json.dumps(prompt_set.prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
     shown = range(min(prompt_set.groups, GRID_ROWS))
     repeats = min(prompt_set.per_group, GRID_IMAGES)
     labels = [f"{n} step{'s' * (n > 1)}" if j == 0 else "" for n in steps for j in range(repeats)]
@@ -130,5 +135,5 @@ def save_prompt_grids(prompt_set: Prompts, folders: Sequence[Path], steps: list[
         rows = [[read_png(path) for folder in own for path in prompt_set.files(folder, g)[:repeats]] for g in shown]
         height, width = rows[0][0].shape[:2]
         path = own[0].parent / f"grid-{height}x{width}.png"
-        save_png(path, labelled_grid(rows, prompt_set.prompts[: len(rows)], labels, min(256, max(96, height, width))))
+        save_png(path, labelled_grid(rows, prompts[: len(rows)], labels, min(256, max(96, height, width))))
         print(f"grid in {path}")
