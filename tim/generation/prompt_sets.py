@@ -122,10 +122,17 @@ class GenEvalPrompts(PromptSet):
     )
 
     def __init__(self, path: str, per_group: int = 4) -> None:
-        self.metadata = _json_lines(Path(path))
-        for number, entry in enumerate(self.metadata, start=1):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
+        self.metadata = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError(f"{path} line {number} has no `prompt`; GenEval's evaluation_metadata.jsonl is expected")
+            self.metadata.append(entry)
         super().__init__([entry["prompt"] for entry in self.metadata], per_group)
 
     def files(self, folder: Path, group: int) -> list[Path]:
@@ -215,16 +222,3 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
-
-
-def _json_lines(path: Path) -> list[Any]:
-    """The records of a .jsonl file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-    return records
