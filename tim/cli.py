@@ -37,14 +37,13 @@ EVALUATE = {
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines and shows the defaults that say something (None, False and required arguments do not)."""
+    """Keeps the description's lines and shows the defaults that say something (not None, nor a switch that is off)."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        silent = action.required or "default:" in text or isinstance(action.default, list)
-        if silent or any(action.default is value for value in (None, False, argparse.SUPPRESS)):
-            return text
-        return f"{text} (default: %(default)s)"
+        empty = action.default in (None, argparse.SUPPRESS) or isinstance(action.default, list)
+        switch = action.default is False and not isinstance(action, argparse.BooleanOptionalAction)
+        return text if action.required or empty or switch or "default:" in text else f"{text} (default: %(default)s)"
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:

@@ -18,7 +18,6 @@ from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
 ATTEMPTS = 3
-BLOCK = 1 << 20
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -45,15 +44,9 @@ def digest(path: Path, algorithm: str, header: bytes = b"") -> str:
     """Hexadecimal hash of the header and the file."""
     state = hashlib.new(algorithm, header)
     with open(path, "rb") as f:
-        while block := f.read(BLOCK):
+        while block := f.read(1 << 20):
             state.update(block)
     return state.hexdigest()
-
-
-def begin(path: Path, length: int) -> str:
-    """The first characters of a text file."""
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        return f.read(length)
 
 
 def zip_damage(path: Path) -> str:
@@ -71,7 +64,7 @@ CHECKS: dict[str, Callable[[Path, str], str]] = {
     "git sha1": lambda path, _: digest(path, "sha1", b"blob %d\0" % path.stat().st_size),
     "bytes": lambda path, _: str(path.stat().st_size),
     "lines": lambda path, _: str(sum(bool(line.strip()) for line in path.read_bytes().splitlines())),
-    "begins": lambda path, wanted: begin(path, len(wanted)),
+    "begins": lambda path, wanted: path.read_text(encoding="utf-8-sig", errors="replace")[: len(wanted)],
     "zip damage": lambda path, _: zip_damage(path),
 }
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("what", choices=("train", "overhead", "sample", "adm"))
+    parser.add_argument("what", choices=("train", "overhead", "sample", "adm"), help="what to measure, see above")
     add_arguments(parser)
     args = parser.parse_intermixed_args()
     if args.steps < 1 or args.warmup < 0:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared = parser.add_argument_group("all benchmarks")
     shared.add_argument("--batch-size", type=int, help="default: the config's; 1 for text-to-image sampling, 64 for adm")
     shared.add_argument("--steps", type=int, default=20, help="timed steps; overhead: steps between checkpoints")
-    shared.add_argument("--warmup", type=int, default=3, help="steps before those")
+    shared.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
     shared.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
     model = parser.add_argument_group("train, overhead, sample")
     model.add_argument("--config", metavar="FILE", help="YAML file")
@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     t2i.add_argument("--psnr", action="store_true", help="compare decoding in bfloat16 with float32")
     adm = parser.add_argument_group("adm")
     adm.add_argument("--inception", type=Path, metavar="FILE", help="weights (default: in checkpoints/)")
-    adm.add_argument("--images", type=int, default=1000, help="number of images")
-    adm.add_argument("--side", type=int, default=256, help="pixels")
+    adm.add_argument("--images", type=int, default=1000, help="number of generated PNG files to read")
+    adm.add_argument("--side", type=int, default=256, help="of these images, in pixels")
     adm.add_argument("--workers", type=int, help="processes that read images (default: up to 8)")
 
 

@@ -53,6 +53,7 @@ def test_layout_record_and_npz(weights, tmp_path):
     assert record["complete"] and record["nfe"] == 7 and "NFE 7" in done.stdout
     assert record["settings"]["global_seed"] == 0 and len(record["settings"]["weights_sha256"]) == 64
     assert {"tim", "torch", "python"} <= record["versions"].keys() and record["speed"]["images_per_second"] > 0
+    assert done.stdout.splitlines()[-1].startswith(f"next: python projects/evaluate/evaluate_folder.py REAL {tmp_path / name} ")
     packed = np.load(tmp_path / f"{name}.npz")["arr_0"]
     assert packed.dtype == np.uint8 and (packed == pixels(tmp_path / name)).all()
     latent = load_file(tmp_path / name / "latents" / "000007.safetensors")["latent"]
@@ -146,7 +147,7 @@ def test_class_labels():
 
     def labels(kind, classes, images, seed=0):
         chosen = ClassLabels(kind, classes, 10, seed, 1000)
-        return [chosen.prompt(k) for k in images]
+        return [chosen.prompts[k] for k in images]
 
     assert labels("cycle", 4, range(6)) == [0, 1, 2, 3, 0, 1]
     assert labels("7,2", None, [0, 1, 5]) == [7, 2, 2]

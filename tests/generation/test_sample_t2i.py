@@ -71,9 +71,9 @@ def arguments(models, prompts, name, out, *flags) -> list:
 
 
 def files(folder) -> dict[str, bytes]:
-    """Content of every file but the run's record."""
+    """Content of every file but the record and the lock of the run."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {k: v for k, v in found.items() if k != "run.json"}
+    return {k: v for k, v in found.items() if k not in ("run.json", ".lock")}
 
 
 LAYOUTS = {

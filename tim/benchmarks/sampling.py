@@ -23,21 +23,10 @@ from tim.models.network import build_network, traits_of
 from tim.models.text_encoders import load_model
 from tim.schedulers.sampling import join_conditions
 from tim.training.compilation import compile_blocks
+from tim.typed_yaml import read_tree
 
-# Architectures of the published companions; speed does not depend on weights, so random ones do without a download.
-GEMMA_3_1B: dict[str, Any] = dict(
-    vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
-    num_key_value_heads=1, head_dim=256, sliding_window=512,
-)  # fmt: skip
-DC_AE_F32C32: dict[str, Any] = dict(
-    encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-    upsample_block_type="interpolate", downsample_block_type="Conv", scaling_factor=0.41407,
-)  # fmt: skip
-SD_VAE: dict[str, Any] = dict(
-    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=256,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-)  # fmt: skip
+ARCHITECTURES = read_tree(Path(__file__).with_name("architectures.yaml"))
+AUTOENCODERS = {"dc-ae-f32c32": AutoencoderDC, "sd-vae": AutoencoderKL}
 
 
 class TokenEncoder:
@@ -60,15 +49,17 @@ def random_sampler(config: Config, settings: SampleSettings, device: torch.devic
     """The sampler of a config with small random weights, and which of its companions are random too."""
     set_tf32(settings.tf32)
     dtype = network_dtype(config, settings.dtype, device)
-    encoder, text_random = load_encoder(config, dtype, device, tokens)
-    vae, vae_random = load_vae(config, getattr(torch, settings.vae_dtype), device)
+    encoder_folder, vae_folder = config.model.text_encoder_dir, config.model.vae_dir
+    encoder = load_encoder(encoder_folder, dtype, device, tokens) if encoder_folder else None
+    vae = load_vae(vae_folder, getattr(torch, settings.vae_dtype), device) if vae_folder else None
     if vae is not None:
         vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
     network = build_network(config.model.network).to(device, dtype).eval().requires_grad_(False)
     with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
         for p in network.parameters():
             p.normal_(std=0.02)
-    random_weights = ["network", *(["text encoder"] * text_random), *(["autoencoder"] * vae_random)]
+    companions = {"text encoder": encoder_folder, "autoencoder": vae_folder}
+    random_weights = ["network", *(name for name, folder in companions.items() if folder and not Path(folder).is_dir())]
     conditions = build_conditions(config, network, dtype, device) if encoder is None else CaptionConditions(encoder, network)
     sampler = Sampler(settings, config.model.transport.build(), network, vae, conditions, device).at(settings)
     return sampler, ", ".join(random_weights)
@@ -159,29 +150,22 @@ def decode_psnr(vae: Autoencoder, x: Tensor) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-12)))
 
 
-def load_encoder(config: Config, dtype: torch.dtype, device: torch.device, tokens: int) -> tuple[TokenEncoder | None, bool]:
-    """The config's text encoder from its folder, or Gemma-3-1b's architecture with random weights; and which it is."""
-    folder = config.model.text_encoder_dir
-    if not folder:
-        return None, False
+def load_encoder(folder: str, dtype: torch.dtype, device: torch.device, tokens: int) -> TokenEncoder:
+    """The text encoder in a folder, or Gemma-3-1b's architecture with random weights."""
     if Path(folder).is_dir():
-        return TokenEncoder(load_model(folder, dtype).to(device).eval(), tokens), False
-    if folder != "google/gemma-3-1b-it":
+        return TokenEncoder(load_model(folder, dtype).to(device).eval(), tokens)
+    if folder not in ARCHITECTURES:
         raise ValueError(f"model.text_encoder_dir={folder!r} is no folder; use one, or google/gemma-3-1b-it")
     with torch.device(device):
-        model = Gemma3TextModel(Gemma3TextConfig(**GEMMA_3_1B, use_cache=False))
-    return TokenEncoder(model.to(dtype).eval(), tokens), True
+        model = Gemma3TextModel(Gemma3TextConfig(**ARCHITECTURES[folder]))
+    return TokenEncoder(model.to(dtype).eval(), tokens)
 
 
-def load_vae(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Autoencoder | None, bool]:
-    """The config's autoencoder from its folder, or the published architecture with random weights; and which it is."""
-    folder = config.model.vae_dir
-    if not folder:
-        return None, False
+def load_vae(folder: str, dtype: torch.dtype, device: torch.device) -> Autoencoder:
+    """The autoencoder in a folder, or a published architecture with random weights."""
     if Path(folder).is_dir():
-        return Autoencoder.from_pretrained(folder, dtype, device), False
-    if "dc-ae-f32c32" in folder:
-        return Autoencoder(AutoencoderDC(**DC_AE_F32C32)).to(dtype, device), True
-    if "sd-vae" in folder:
-        return Autoencoder(AutoencoderKL(**SD_VAE)).to(dtype, device), True
+        return Autoencoder.from_pretrained(folder, dtype, device)
+    for name, kind in AUTOENCODERS.items():
+        if name in folder:
+            return Autoencoder(kind(**ARCHITECTURES[name])).to(dtype, device)
     raise ValueError(f"model.vae_dir={folder!r} is no folder; speed can be measured with one, a DC-AE f32c32 or an SD-VAE id")

@@ -160,9 +160,7 @@ def bench_overhead(config: Config, batch_size: int, steps: int, warmup: int, ran
     if warmup >= SAVES * steps:
         raise ValueError(f"--warmup {warmup} leaves nothing to measure of --steps {steps}")
     config = _prepare(config, batch_size)
-    task: type[Task] = ClassTask
-    if config.data.data_type == "image_ms":
-        task = CaptionTask
+    task: type[Task] = CaptionTask if config.data.data_type == "image_ms" else ClassTask
     with tempfile.TemporaryDirectory() as folder:
         if random_latents is not None:
             _use_random_latents(config, Path(folder) / "latents", random_latents)

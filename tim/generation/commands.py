@@ -1,13 +1,15 @@
 """The sampling commands: parse, read what is to be drawn, draw. Heavy imports wait until the command line has been read."""
 
 import argparse
+import shlex
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tim.cli import command_parser
-from tim.generation.settings import SampleSettings, add_sample_arguments, settings_from
+from tim.generation.settings import add_sample_arguments, settings_from
 
 if TYPE_CHECKING:
     from tim.config import Config
@@ -28,8 +30,6 @@ def sample_c2i(argv: list[str] | None = None) -> None:
     classes.add_argument("--npz", action="store_true", help="also pack the images for ADM's evaluator")
     args = parser.parse_args(argv)
 
-    from accelerate import PartialState
-
     from tim.config import load_config
     from tim.generation.conditions import NO_CLASSES
     from tim.generation.prompt_sets import ClassLabels
@@ -40,9 +40,7 @@ def sample_c2i(argv: list[str] | None = None) -> None:
     if network_classes is None:
         raise ValueError(NO_CLASSES)
     labels = ClassLabels(args.class_labels, args.num_classes, network_classes, args.global_seed, args.num_fid_samples)
-    (folder,) = _draw(args, config, labels, [settings_from(args)])
-    if args.npz and PartialState().is_main_process:
-        labels.pack_npz(folder)
+    _draw(args, config, labels, finish=labels.pack_npz if args.npz else None)
 
 
 def sample_t2i(argv: list[str] | None = None) -> None:
@@ -50,95 +48,105 @@ def sample_t2i(argv: list[str] | None = None) -> None:
     parser = command_parser(
         "Draw images of your own prompts at any sizes and numbers of steps, with a labelled grid of each size."
     )
-    parser.conflict_handler = "resolve"  # --num-steps takes several
-    add_sample_arguments(parser)
+    steps = {"nargs": "+", "default": [4], "help": "transitions from noise to image, any numbers of them (default: 4)"}
+    add_sample_arguments(parser, num_steps=steps, num_fid_samples={"help": argparse.SUPPRESS})  # the prompts say how many
     own = parser.add_argument_group("prompts and runs")
     source = own.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts; an empty one is the null caption")
-    source.add_argument("--prompt-file", help="text file with one prompt a line")
+    source.add_argument("--prompt-file", metavar="FILE", help="text file with one prompt a line")
     own.add_argument("--size", nargs="+", metavar="HxW", help="height x width in pixels, any number of sizes")
-    own.add_argument("--num-steps", nargs="+", type=int, default=[4], help="any number of step counts (default: 4)")
-    own.add_argument("--images-per-prompt", type=int, default=1, help="images of a prompt, each of its own seed")
-    own.add_argument("--text-padding", choices=("mask", "batch"), help="default: the config's, else mask")
+    own.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of a prompt, each of its own noise")
+    _add_text_padding(own)
     args = parser.parse_args(argv)
-
-    from accelerate import PartialState
 
     from tim.generation.engine import save_prompt_grids
     from tim.generation.prompt_sets import PromptFiles, read_prompts
 
     prompt_set = PromptFiles(args.prompts or read_prompts(args.prompt_file), args.images_per_prompt)
     sizes = [_parse_size(text) for text in args.size] if args.size else [(args.height, args.width)]
-    args.num_fid_samples = prompt_set.groups * prompt_set.per_group
-    base = settings_from(args)
-    runs = [replace(base, height=h, width=w, num_steps=n) for h, w in sizes for n in args.num_steps]
-    folders = _draw(args, _caption_config(args), prompt_set, runs, "prompts-")
-    if PartialState().is_main_process:
+    runs = [{"height": height, "width": width, "num_steps": n} for height, width in sizes for n in args.num_steps]
+
+    def finish(*folders: Path) -> None:
         save_prompt_grids(prompt_set, folders, args.num_steps)
+
+    _draw(args, _caption_config(args), prompt_set, "prompts-", runs, finish)
 
 
 def sample_geneval(argv: list[str] | None = None) -> None:
     """Draw the images of GenEval's prompts; else as `sample_c2i`."""
-    file = "evaluation_metadata.jsonl"
-    parser = _benchmark_parser(
-        "four images of every GenEval prompt", "geneval", f"datasets/geneval/{file}", f"GenEval's {file}"
-    )
-    parser.add_argument("--images-per-prompt", type=int, default=4, help="images of a prompt")
-    _draw_benchmark(parser.parse_args(argv), "GenEvalPrompts")
+    args = _parse_benchmark(
+        argv, "geneval", "four images of every GenEval prompt", "geneval/evaluation_metadata.jsonl",
+        "--images-per-prompt", type=int, default=4, metavar="N", help="images of a prompt",
+    )  # fmt: skip
+
+    from tim.generation.prompt_sets import GenEvalPrompts
+
+    _draw_benchmark(args, GenEvalPrompts(args.caption_dir, args.images_per_prompt))
 
 
 def sample_dpgbench(argv: list[str] | None = None) -> None:
     """Draw the images of DPG-Bench's prompts; else as `sample_c2i`."""
-    what, source = "a 2x2 grid of images of every DPG-Bench prompt", "folder of DPG-Bench's prompts, <id>.txt"
-    parser = _benchmark_parser(what, "dpgbench", "datasets/dpg_bench/prompts", source)
-    parser.add_argument("--images-per-prompt", type=int, default=4, help="images side by side in a file")
-    _draw_benchmark(parser.parse_args(argv), "DPGPrompts")
+    args = _parse_benchmark(
+        argv, "dpgbench", "a 2x2 grid of images of every DPG-Bench prompt", "dpg_bench/prompts",
+        "--images-per-prompt", type=int, default=4, metavar="N", help="images side by side in a file",
+    )  # fmt: skip
+
+    from tim.generation.prompt_sets import DPGPrompts
+
+    _draw_benchmark(args, DPGPrompts(args.caption_dir, args.images_per_prompt))
 
 
 def sample_mjhq30k(argv: list[str] | None = None) -> None:
     """Draw the images of MJHQ-30K's prompts; else as `sample_c2i`."""
-    what, file = "an image of every MJHQ-30K prompt", "meta_data.json"
-    parser = _benchmark_parser(what, "mjhq30k", f"datasets/mjhq30k/{file}", f"MJHQ-30K's {file}")
-    parser.add_argument("--image-format", choices=("png", "jpg"), default="png", help="of the files")
-    _draw_benchmark(parser.parse_args(argv), "MJHQPrompts")
+    args = _parse_benchmark(
+        argv, "mjhq30k", "an image of every MJHQ-30K prompt", "mjhq30k/meta_data.json",
+        "--image-format", choices=("png", "jpg"), default="png", help="of the files",
+    )  # fmt: skip
+
+    from tim.generation.prompt_sets import MJHQPrompts
+
+    _draw_benchmark(args, MJHQPrompts(args.caption_dir, args.image_format))
 
 
-def _benchmark_parser(what: str, data_type: str, caption_dir: str, source: str) -> argparse.ArgumentParser:
-    """The shared flags of the benchmarks.
+def _parse_benchmark(
+    argv: list[str] | None, data_type: str, what: str, source: str, own_flag: str, **own_keywords: Any
+) -> argparse.Namespace:
+    """Read the command line of a benchmark.
 
     Args:
-        what: is drawn, for the description.
         data_type: goes in front of the folder's name.
-        caption_dir: default of --caption-dir; source: what is expected there.
+        what: is drawn, for the description.
+        source: where tools/download_benchmarks.sh puts the prompts, under datasets/.
+        own_flag, own_keywords: the flag that it does not share with the others.
     """
     parser = command_parser(f"Draw {what}; run the same command again to continue.")
-    add_sample_arguments(parser)
-    parser.set_defaults(num_fid_samples=None, num_steps=4)
-    parser.add_argument("--caption-dir", default=caption_dir, help=f"{source} (default: %(default)s)")
-    parser.add_argument("--data-type", default=data_type, help="first word of the folder's name")
-    parser.add_argument("--num-classes", type=int, help=argparse.SUPPRESS)  # in published command lines, means nothing here
-    parser.add_argument("--text-padding", choices=("mask", "batch"), help="default: the config's, else mask")
-    return parser
+    first = {"default": None, "help": "draw the first prompts only, this many (default: all)"}
+    add_sample_arguments(parser, num_fid_samples=first, num_steps={"default": 4})
+    group = parser.add_argument_group("prompts and files")
+    group.add_argument("--caption-dir", default=f"datasets/{source}", metavar="PATH", help="the prompts, as they are published")
+    group.add_argument("--data-type", default=data_type, metavar="WORD", help="first word of the folder's name")
+    group.add_argument("--num-classes", type=int, help=argparse.SUPPRESS)  # in published command lines, means nothing here
+    _add_text_padding(group)
+    group.add_argument(own_flag, **own_keywords)
+    return parser.parse_args(argv)
 
 
-def _draw_benchmark(args: argparse.Namespace, prompt_set_class: str) -> None:
-    """Draw the images of a benchmark, or of its first prompts.
+def _add_text_padding(group: argparse._ArgumentGroup) -> None:
+    """The flag of all text-to-image commands."""
+    what = "hide the padding of captions from the image, or (batch) show it as the published code does"
+    group.add_argument("--text-padding", choices=("mask", "batch"), help=f"{what} (default: the config's)")
 
-    Args:
-        prompt_set_class: of `tim.generation.prompt_sets`, made of --caption-dir and the benchmark's own flag.
-    """
-    from tim.generation import prompt_sets
 
+def _draw_benchmark(args: argparse.Namespace, prompt_set: "PromptSet") -> None:
+    """Draw the images of a benchmark, or of its first prompts."""
     if args.num_classes is not None:
         warnings.warn("--num-classes has no effect on text-to-image sampling", stacklevel=4)  # of the script
-    own = args.image_format if "image_format" in args else args.images_per_prompt
-    prompt_set = getattr(prompt_sets, prompt_set_class)(args.caption_dir, own)
     if args.num_fid_samples is not None:
         if args.num_fid_samples < 1:
             raise ValueError(f"--num-fid-samples must be >= 1, got {args.num_fid_samples}")
-        prompt_set.first(args.num_fid_samples)
-    args.num_fid_samples = prompt_set.groups * prompt_set.per_group
-    _draw(args, _caption_config(args), prompt_set, [settings_from(args)], f"{args.data_type}-")
+        # still the same set, whose folder can be completed later
+        prompt_set.groups = min(args.num_fid_samples, prompt_set.groups)
+    _draw(args, _caption_config(args), prompt_set, f"{args.data_type}-")
 
 
 def _caption_config(args: argparse.Namespace) -> "Config":
@@ -156,15 +164,19 @@ def _caption_config(args: argparse.Namespace) -> "Config":
 
 
 def _draw(
-    args: argparse.Namespace, config: "Config", prompt_set: "PromptSet", runs: list[SampleSettings], prefix: str = ""
-) -> list[Path]:
-    """Load the models once and draw a prompt set under each of the settings.
+    args: argparse.Namespace,
+    config: "Config",
+    prompt_set: "PromptSet",
+    prefix: str = "",
+    runs: Sequence[dict[str, Any]] = ({},),
+    finish: Callable[..., object] | None = None,
+) -> None:
+    """Load the models once, draw a prompt set in one or several runs, and say which evaluation comes next.
 
     Args:
         prefix: first words of the folders' names.
-
-    Returns:
-        the folder of each run.
+        runs: settings of each that are not those of the command line.
+        finish: what the main process does in the end with the folders of all runs.
     """
     from accelerate import PartialState
 
@@ -175,14 +187,17 @@ def _draw(
 
     weights = find_weights(args.ckpt)
     state = PartialState(cpu=use_cpu())
-    loaded = load_sampler(config, weights, runs[0], state.device)
-    identity = prompt_set.identity | loaded.conditions.identity
-    folders = []
-    for sampler in [loaded.at(settings) for settings in runs]:  # all settings are checked before anything is drawn
-        folder = Path(args.sample_dir) / sampler.settings.folder_name(weights.stem, prefix)
-        run_sampling(sampler, prompt_set, folder, weights, identity, state)
-        folders.append(folder)
-    return folders
+    images = prompt_set.groups * prompt_set.per_group
+    settings = [replace(settings_from(args), num_fid_samples=images, **run) for run in runs]
+    loaded = load_sampler(config, weights, settings[0], state.device)
+    samplers = [loaded.at(own) for own in settings]  # all settings are checked before anything is drawn
+    folders = [Path(args.sample_dir) / sampler.settings.folder_name(weights.stem, prefix) for sampler in samplers]
+    for sampler, folder in zip(samplers, folders, strict=True):
+        run_sampling(sampler, prompt_set, folder, weights, state)
+    if state.is_main_process:
+        if finish:
+            finish(*folders)
+        print(f"next: python {prompt_set.evaluation.format(folder=shlex.join(map(str, folders)), n=prompt_set.per_group)}")
 
 
 def _parse_size(text: str) -> tuple[int, int]:

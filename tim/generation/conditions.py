@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -56,13 +56,10 @@ class ClassConditions:
         has_null: whether the network was trained with the null class.
     """
 
+    identity: ClassVar[dict[str, Any]] = {}  # nothing: the label table is part of the network
+
     def __init__(self, num_classes: int, has_null: bool, device: torch.device) -> None:
         self.num_classes, self.has_null, self.device = num_classes, has_null, device
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Nothing: the label table is part of the network."""
-        return {}
 
     def __call__(self, prompts: Sequence[int], guided: bool) -> tuple[Keywords, Keywords | None]:
         """Network keyword `y` (B,), and the null class's; there is none when the network was trained without it."""

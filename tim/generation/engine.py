@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,17 @@ from safetensors.torch import save_file
 import tim
 from tim.checkpoint.weights import Weights
 from tim.files import claim, write_json
-from tim.generation.prompt_sets import Prompts, PromptSet
+from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Sampler
-from tim.generation.settings import SampleSettings
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
 
+NEUTRAL = ("compile_vae", "num_fid_samples", "per_proc_batch_size", "save_latent", "slice_vae")  # do not change an image
 OVERVIEW_IMAGES, OVERVIEW_SIDE = 64, 256
 GRID_ROWS, GRID_IMAGES = 16, 4  # prompts, and images of each prompt and number of steps, in a labelled grid
 
 
-def run_sampling(
-    sampler: Sampler, prompt_set: PromptSet, folder: Path, weights: Weights, extra: dict[str, Any], state: PartialState
-) -> None:
+def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights: Weights, state: PartialState) -> None:
     """Draw all images of `prompt_set` into `folder`, continuing what is there, and write run.json beside them.
 
     A batch always holds the same groups of images, whichever process draws it, so that files do not depend on the number
@@ -38,20 +37,28 @@ def run_sampling(
 
     Args:
         prompt_set: how many groups of images there are, and how a group is written.
-        extra: settings of the command that change the images and are not in SampleSettings.
         state: the processes that share the work.
 
     Raises:
         ValueError: when the folder belongs to a run with other settings, or another run is at work there.
     """
+    path = folder / "run.json"
     with locked(folder, state):
-        record = first_process(state, lambda: _claim(folder, weights, sampler.settings, extra))
+        record = first_process(state, lambda: _claim(path, sampler, prompt_set, weights))
         drawn, seconds = _draw_missing(sampler, prompt_set, folder, state)
         if state.is_main_process:
             speed = {"images_drawn": drawn, "seconds": round(seconds, 2), "images_per_second": round(drawn / seconds, 3)}
-            _finish(folder, record, speed if drawn else None, sampler.nfe, state.num_processes)
+            record |= {
+                "complete": True,
+                "nfe": sampler.nfe,
+                "processes": state.num_processes,
+                "speed": speed if drawn else json.loads(path.read_text()).get("speed"),  # of the run that drew something
+                "versions": {"tim": tim.__version__, "python": platform.python_version()}
+                | {module.__name__: module.__version__ for module in (torch, accelerate, diffusers)},
+            }
+            write_json(path, record)
             save_overview(folder, prompt_set)
-            print(f"{prompt_set.groups * prompt_set.per_group} images in {folder}")
+            print(f"{prompt_set.groups * prompt_set.per_group} images and run.json in {folder}, the first in {folder}.png")
             print(f"{drawn} drawn now, NFE {sampler.nfe} per image, {speed['images_per_second']} images/s")
     state.wait_for_everyone()
 
@@ -59,7 +66,11 @@ def run_sampling(
 def _draw_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: PartialState) -> tuple[int, float]:
     """Draw and write what is not there; images drawn by all processes, and seconds."""
     size = max(1, sampler.settings.per_proc_batch_size // prompt_set.per_group)
-    blocks = own_blocks(prompt_set.groups, size, lambda group: prompt_set.done(folder, group), state)
+
+    def done(group: int) -> bool:
+        return all(path.is_file() for path in prompt_set.files(folder, group))
+
+    blocks = own_blocks(prompt_set.groups, size, done, state)
     began, drawn = time.perf_counter(), 0
     with progress_bar(blocks, state, None, each=prompt_set.per_group) as bar:
         for block in blocks:
@@ -71,7 +82,7 @@ def _draw_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: 
 def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: Block) -> int:
     """Draw all images of a block, in calls of at most per_proc_batch_size, and write the missing groups."""
     s, n = sampler.settings, prompt_set.per_group
-    keys = [(prompt_set.prompt(g), g, j) for g in block.items for j in range(n)]
+    keys = [(prompt_set.prompts[g], g, j) for g in block.items for j in range(n)]
     size = s.per_proc_batch_size
     parts = [sampler.draw(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
     images, latents = np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -85,31 +96,17 @@ def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: B
     return len(keys)
 
 
-def _claim(folder: Path, weights: Weights, settings: SampleSettings, extra: dict[str, Any]) -> dict[str, Any]:
-    """Create the folder, or make sure that it holds the same run; returns the content of run.json."""
-    neutral = {"num_fid_samples", "per_proc_batch_size", "slice_vae", "save_latent", "compile_vae"}
-    identity = {k: v for k, v in asdict(settings).items() if k not in neutral} | extra | {"weights_sha256": weights.digest()}
-    path = folder / "run.json"
+def _claim(path: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weights) -> dict[str, Any]:
+    """Create the folder of run.json, or make sure that it holds the same run; returns the content of run.json."""
+    settings = asdict(sampler.settings)
+    neutral = {key: settings.pop(key) for key in NEUTRAL}
+    identity = settings | prompt_set.identity | sampler.conditions.identity | {"weights_sha256": weights.digest()}
     claim(path, identity, "images", "choose another --sample-dir", key="settings", write=False)
-    (folder / "latents" if settings.save_latent else folder).mkdir(parents=True, exist_ok=True)
-    full = identity | {k: getattr(settings, k) for k in sorted(neutral)}
-    record = {"settings": full, "weights": str(weights.source), "complete": False}
+    (path.parent / "latents" if sampler.settings.save_latent else path.parent).mkdir(parents=True, exist_ok=True)
+    record = {"settings": identity | neutral, "weights": str(weights.source), "complete": False}
     if not path.is_file():
         write_json(path, record)
     return record
-
-
-def _finish(folder: Path, record: dict[str, Any], speed: dict | None, nfe: int, processes: int) -> None:
-    """Complete run.json; a run that drew nothing keeps the speed measured before."""
-    path = folder / "run.json"
-    before = json.loads(path.read_text())
-    versions = {
-        "tim": tim.__version__,
-        "python": platform.python_version(),
-        **{m.__name__: m.__version__ for m in (torch, accelerate, diffusers)},
-    }
-    done = {"complete": True, "nfe": nfe, "processes": processes, "speed": speed or before.get("speed"), "versions": versions}
-    write_json(path, {**record, **done})
 
 
 def save_overview(folder: Path, prompt_set: PromptSet) -> None:
@@ -121,14 +118,15 @@ def save_overview(folder: Path, prompt_set: PromptSet) -> None:
     save_png(folder.with_name(f"{folder.name}.png"), grid)
 
 
-def save_prompt_grids(prompt_set: Prompts, folders: list[Path], steps: list[int]) -> None:
+def save_prompt_grids(prompt_set: PromptSet, folders: Sequence[Path], steps: list[int]) -> None:
     """prompts.json in every folder, and one labelled grid a size beside them: prompts down, numbers of steps across.
 
     Args:
         folders: of the runs, for each size one of every number of steps.
     """
+    prompts = [str(prompt) for prompt in prompt_set.prompts]
     for folder in folders:
-        (folder / "prompts.json").write_text(json.dumps(prompt_set.prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+        (folder / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
     shown = range(min(prompt_set.groups, GRID_ROWS))
     repeats = min(prompt_set.per_group, GRID_IMAGES)
     labels = [f"{n} step{'s' * (n > 1)}" if j == 0 else "" for n in steps for j in range(repeats)]
@@ -137,5 +135,5 @@ def save_prompt_grids(prompt_set: Prompts, folders: list[Path], steps: list[int]
         rows = [[read_png(path) for folder in own for path in prompt_set.files(folder, g)[:repeats]] for g in shown]
         height, width = rows[0][0].shape[:2]
         path = own[0].parent / f"grid-{height}x{width}.png"
-        save_png(path, labelled_grid(rows, prompt_set.prompts[: len(rows)], labels, min(256, max(96, height, width))))
+        save_png(path, labelled_grid(rows, prompts[: len(rows)], labels, min(256, max(96, height, width))))
         print(f"grid in {path}")

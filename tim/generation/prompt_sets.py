@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,35 +14,53 @@ from tim import rng
 from tim.files import replacing
 from tim.images import make_grid, read_png, save_image, save_png
 
+IMAGENET_CLASSES = 1000
 
-class PromptSet(Protocol):
-    """`groups` prompts or class labels with `per_group` images each; image j of group g has index g and repetition j.
+
+class PromptSet:
+    """Prompts or class labels with `per_group` images each; image j of group g has index g and repetition j.
+
+    Args:
+        prompts: one a group.
+        names: what the files of each group are called by; their numbers when None.
+        identity: what tells the set from others, for run.json, so that a folder is not continued with another; the prompts
+            when None.
 
     Attributes:
-        identity: what tells the set from others, for run.json, so that a folder is not continued with another.
+        groups: how many groups are drawn, the first ones.
+        file_name: of an image, with the group's `{name}` and the repetition `{j}`.
+        evaluation: the command that measures the images, with `{folder}` and `{n}` images of a prompt.
+
+    Raises:
+        ValueError: when there are no images of a prompt.
     """
 
-    groups: int
-    per_group: int
-    identity: dict[str, Any]
+    file_name = "{name}.png"
+    evaluation = "projects/evaluate/evaluate_folder.py REAL {folder} --features efficientnet"
 
-    def prompt(self, group: int) -> str | int:
-        """The prompt or class label of a group."""
-        ...
+    def __init__(
+        self,
+        prompts: Sequence[str] | Sequence[int],
+        per_group: int,
+        names: Sequence[str] | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        if per_group < 1:
+            raise ValueError(f"--images-per-prompt must be >= 1, got {per_group}")
+        self.prompts, self.per_group, self.groups = prompts, per_group, len(prompts)
+        self.names = [f"{i:05d}" for i in range(self.groups)] if names is None else names
+        digest = hashlib.sha256(json.dumps([self.names, self.prompts]).encode()).hexdigest()
+        self.identity = identity or {"prompts": digest, "images_per_prompt": per_group}
 
     def files(self, folder: Path, group: int) -> list[Path]:
         """The files of a group, the one for the overview first; all there means done."""
-        ...
+        return [folder / self.file_name.format(name=self.names[group], j=j) for j in range(self.per_group)]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
-        """Write the files of a group, images (per_group, H, W, 3) uint8; each file whole or absent. Here: a file an image."""
+        """Write the files of a group, images (per_group, H, W, 3) uint8; each file whole or absent."""
         for path, image in zip(self.files(folder, group), images, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(path, image)
-
-    def done(self, folder: Path, group: int) -> bool:
-        """Whether all files of the group are there."""
-        return all(path.is_file() for path in self.files(folder, group))
 
 
 class ClassLabels(PromptSet):
@@ -57,88 +76,69 @@ class ClassLabels(PromptSet):
         ValueError: for a label that the network does not have.
     """
 
-    per_group = 1
-
     def __init__(self, labels: str, num_classes: int | None, network_classes: int, seed: int, total: int) -> None:
-        self.groups, self.labels, self.seed = total, labels, seed
-        self.identity = {"class_labels": labels, "num_classes": num_classes}
-        self.num_classes = network_classes if num_classes is None else num_classes
-        if not 1 <= self.num_classes <= network_classes:
+        count = network_classes if num_classes is None else num_classes
+        if not 1 <= count <= network_classes:
             raise ValueError(f"--num-classes must lie between 1 and the network's {network_classes}, got {num_classes}")
-        self.listed: list[int] = []
+        listed: Sequence[int] = range(count)
         if labels not in ("cycle", "random"):
             try:
-                self.listed = [int(v) for v in labels.split(",")]
+                listed = [int(v) for v in labels.split(",")]
             except ValueError:
                 raise ValueError(f"--class-labels {labels!r} is neither cycle, random nor a list like 3,7,11") from None
-        wrong = [v for v in self.listed if not 0 <= v < network_classes]
+        wrong = [v for v in listed if not 0 <= v < network_classes]
         if wrong:
             raise ValueError(f"--class-labels: label {wrong[0]} is out of range, the network has 0 to {network_classes - 1}")
+        chosen = [listed[k % len(listed)] for k in range(total)]
+        if labels == "random":
+            chosen = [int(rng.generator(seed, "label", index=k).integers(count)) for k in range(total)]
+        identity = {"class_labels": labels, "num_classes": num_classes}
+        super().__init__(chosen, 1, [f"{k:06d}" for k in range(total)], identity)
+        if network_classes == IMAGENET_CLASSES:
+            self.evaluation = "projects/evaluate/adm_evaluator.py REF {folder}"
 
-    def prompt(self, group: int) -> int:
-        """The class of an image."""
-        if self.listed:
-            return self.listed[group % len(self.listed)]
-        if self.labels == "cycle":
-            return group % self.num_classes
-        return int(rng.generator(self.seed, "label", index=group).integers(self.num_classes))
-
-    def files(self, folder: Path, group: int) -> list[Path]:
-        """The image's."""
-        return [folder / f"{group:06d}.png"]
-
-    def pack_npz(self, folder: Path) -> Path:
+    def pack_npz(self, folder: Path) -> None:
         """All images as arr_0 (N, H, W, 3) uint8 in `<folder>.npz`, the form ADM's evaluator reads."""
         path = folder.with_name(f"{folder.name}.npz")
         images = np.stack([read_png(self.files(folder, g)[0]) for g in tqdm(range(self.groups), desc="npz", unit="img")])
         with replacing(path) as partial, open(partial, "wb") as f:
             np.savez(f, arr_0=images)
-        return path
+        print(f"all of them in {path}")
 
 
-class Prompts(PromptSet):
-    """Prompts with `per_group` images each; subclasses say where their files are.
+class PromptFiles(PromptSet):
+    """`{i:05d}-{j:02d}.png` for image j of prompt i."""
 
-    Args:
-        prompts: one a group. names: of each group's files.
-
-    Raises:
-        ValueError: when there is nothing to draw.
-    """
-
-    def __init__(self, prompts: Sequence[str], names: Sequence[str], per_group: int) -> None:
-        if not prompts:
-            raise ValueError("there are no prompts")
-        if per_group < 1:
-            raise ValueError(f"--images-per-prompt must be >= 1, got {per_group}")
-        self.prompts, self.names, self.per_group = list(prompts), list(names), per_group
-        self.groups = len(self.prompts)
-        digest = hashlib.sha256(json.dumps([self.names, self.prompts]).encode()).hexdigest()
-        self.identity = {"prompts": digest, "images_per_prompt": per_group}
-
-    def first(self, count: int) -> None:
-        """Draw the first `count` prompts only; the set stays the same one, whose folder can be completed later."""
-        self.groups = min(count, self.groups)
-
-    def prompt(self, group: int) -> str:
-        """The prompt of a group."""
-        return self.prompts[group]
+    file_name = "{name}-{j:02d}.png"
 
 
-class GenEvalPrompts(Prompts):
+class GenEvalPrompts(PromptSet):
     """`{i:05d}/metadata.jsonl`, `{i:05d}/samples/{j:05d}.png` and `{i:05d}/grid.png` for line i of the metadata file."""
 
+    file_name = "{name}/samples/{j:05d}.png"
+    evaluation = (
+        "projects/evaluate/geneval/evaluation/evaluate_images.py {folder} --outfile {folder}.jsonl "
+        "--model-path checkpoints/mask2former"
+    )
+
     def __init__(self, path: str, per_group: int = 4) -> None:
-        self.metadata = _json_lines(Path(path))
-        for number, entry in enumerate(self.metadata, start=1):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
+        self.metadata = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError(f"{path} line {number} has no `prompt`; GenEval's evaluation_metadata.jsonl is expected")
-        super().__init__([entry["prompt"] for entry in self.metadata], _numbers(self.metadata), per_group)
+            self.metadata.append(entry)
+        super().__init__([entry["prompt"] for entry in self.metadata], per_group)
 
     def files(self, folder: Path, group: int) -> list[Path]:
         """Grid, metadata and images."""
         own = folder / self.names[group]
-        return [own / "grid.png", own / "metadata.jsonl", *(own / "samples" / f"{j:05d}.png" for j in range(self.per_group))]
+        return [own / "grid.png", own / "metadata.jsonl", *super().files(folder, group)]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
         """Grid, metadata and images."""
@@ -147,11 +147,15 @@ class GenEvalPrompts(Prompts):
         for path, image in zip(samples, images, strict=True):
             save_png(path, image)
         metadata.write_text(json.dumps(self.metadata[group], ensure_ascii=False) + "\n", encoding="utf-8")
-        save_png(grid, make_grid(images, columns=_columns(len(images))))
+        save_png(grid, make_grid(images, columns=math.ceil(math.sqrt(self.per_group))))
 
 
-class DPGPrompts(Prompts):
+class DPGPrompts(PromptSet):
     """`{prompt id}.png`, the images of a prompt side by side without a gap (2x2 for four); ids are `<id>.txt` of a folder."""
+
+    evaluation = (
+        "projects/evaluate/dpg_bench/compute_dpg_bench.py --image-root-path {folder} --res-path {folder}.txt --pic-num {n}"
+    )
 
     def __init__(self, folder: str, per_group: int = 4) -> None:
         if not Path(folder).is_dir():
@@ -161,39 +165,26 @@ class DPGPrompts(Prompts):
         empty = [path.name for path, prompt in zip(paths, prompts, strict=True) if not prompt]
         if empty or not paths:
             raise ValueError(f"{folder}: {f'{empty[0]} is empty' if empty else 'there is no .txt file'}")
-        super().__init__(prompts, [path.stem for path in paths], per_group)
+        super().__init__(prompts, per_group, [path.stem for path in paths])
 
     def files(self, folder: Path, group: int) -> list[Path]:
         """One of all images of a prompt."""
-        return [folder / f"{self.names[group]}.png"]
+        return super().files(folder, group)[:1]
 
     def write(self, folder: Path, group: int, images: np.ndarray) -> None:
         """One of all images of a prompt."""
-        save_png(self.files(folder, group)[0], make_grid(images, columns=_columns(len(images)), pad=0))
+        save_png(self.files(folder, group)[0], make_grid(images, columns=math.ceil(math.sqrt(self.per_group)), pad=0))
 
 
-class MJHQPrompts(Prompts):
+class MJHQPrompts(PromptSet):
     """`{category}/{key}.png` for every key of meta_data.json ({key: {"category": ..., "prompt": ...}})."""
 
+    evaluation = "projects/evaluate/mjhq30k/calculate_fid.py datasets/mjhq30k/images {folder}"
+
     def __init__(self, path: str, image_format: str = "png") -> None:
-        self.image_format = image_format
         names, prompts = read_mjhq(path)
-        super().__init__(prompts, names, 1)
-
-    def files(self, folder: Path, group: int) -> list[Path]:
-        """The image's."""
-        return [folder / f"{self.names[group]}.{self.image_format}"]
-
-
-class PromptFiles(Prompts):
-    """`{i:05d}-{j:02d}.png` for image j of prompt i."""
-
-    def __init__(self, prompts: Sequence[str], per_group: int = 1) -> None:
-        super().__init__(prompts, _numbers(prompts), per_group)
-
-    def files(self, folder: Path, group: int) -> list[Path]:
-        """One an image."""
-        return [folder / f"{self.names[group]}-{j:02d}.png" for j in range(self.per_group)]
+        super().__init__(prompts, 1, names)
+        self.file_name = f"{{name}}.{image_format}"
 
 
 def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
@@ -214,6 +205,8 @@ def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
     for name, prompt in zip(names, prompts, strict=True):
         if not isinstance(prompt, str) or ".." in name.split("/") or name.startswith("/"):
             raise ValueError(f"{path}: entry {name!r} has no usable prompt, category or key")
+    if not names:
+        raise ValueError(f"{path} holds no prompts")
     return names, prompts
 
 
@@ -229,26 +222,3 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
-
-
-def _json_lines(path: Path) -> list[Any]:
-    """The records of a .jsonl file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-    return records
-
-
-def _numbers(items: Sequence[Any]) -> list[str]:
-    """Names of groups that have no other."""
-    return [f"{i:05d}" for i in range(len(items))]
-
-
-def _columns(count: int) -> int:
-    """Columns of a grid that is square or wider than high."""
-    return int(np.ceil(np.sqrt(count)))

@@ -152,6 +152,4 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
 
 def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dtype:
     """The dtype the network samples in."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    return inference_dtype(config.training.mixed_precision, device)
+    return inference_dtype(config.training.mixed_precision, device) if wanted == "auto" else getattr(torch, wanted)

@@ -1,8 +1,8 @@
-"""What a sampling run is: its settings, its command-line flags, the name of its folder."""
+"""What a sampling run is: its settings, each stated once with its command-line flag, and the name of its folder."""
 
 import argparse
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from tim.schedulers import SAMPLE_TYPES
 
@@ -10,43 +10,56 @@ if TYPE_CHECKING:
     from tim.schedulers.transports import Transport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+GROUPS = ("model", "images", "transitions", "guidance", "precision, speed and memory")
+MODEL, IMAGES, TRANSITIONS, GUIDANCE, PRECISION = GROUPS
+T = TypeVar("T")
+
+
+def flag(default: T, group: str, description: str, *names: str, minimum: int | None = None, **keywords: Any) -> T:
+    """A setting and its flag.
+
+    Args:
+        group: of the help.
+        names: of the flag, where it is not the setting's own with dashes.
+        minimum: smallest value that is allowed.
+        keywords: further ones of `add_argument`.
+    """
+    keywords["help"] = description
+    return field(default=default, metadata={"group": group, "names": names, "minimum": minimum, "keywords": keywords})
 
 
 @dataclass
 class SampleSettings:
-    """The flags all sampling commands share. None stands for what the config or the transport says.
+    """What all sampling commands share. None stands for what the config or the transport says."""
 
-    Attributes:
-        height, width: image size in pixels.
-        per_proc_batch_size: images per network call and process.
-        num_fid_samples: how many images.
-        cfg_scale, guidance_low, guidance_high, guide_first_step: guidance and its window, fractions of T_max.
-        dtype: of the network; `auto` is the config's mixed precision on a GPU and float32 on a CPU.
-        vae_dtype: of the decoder. tile_vae: decode images with a side above this many pixels in tiles.
-        compile_vae: torch.compile the decoder.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    per_proc_batch_size: int = 32
-    num_fid_samples: int = 50000
-    global_seed: int = 0
-    T_max: float | None = None
-    T_min: float | None = None
-    cfg_scale: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    guide_first_step: bool = False
-    num_steps: int = 250
-    stochasticity_ratio: float = 0.0
-    sample_type: str = "transition"
-    slice_vae: bool = False
-    save_latent: bool = False
-    tf32: bool = True
-    dtype: str = "auto"
-    vae_dtype: str = "float32"
-    tile_vae: int | None = None
-    compile_vae: bool = False
+    height: int | None = flag(None, IMAGES, "pixels (default: the training size)")
+    width: int | None = flag(None, IMAGES, "pixels (default: the training size)")
+    per_proc_batch_size: int = flag(32, IMAGES, "images that a process draws at once", minimum=1)
+    num_fid_samples: int = flag(50000, IMAGES, "number of images", minimum=1)
+    global_seed: int = flag(0, IMAGES, "image k is a function of this seed and k alone", minimum=0)
+    T_max: float | None = flag(None, TRANSITIONS, "time of pure noise, the start (default: the transport's)")
+    T_min: float | None = flag(None, TRANSITIONS, "time of the image, the end (default: the transport's)")
+    cfg_scale: float = flag(1.0, GUIDANCE, "strength of classifier-free guidance; 1 is none", minimum=1)
+    guidance_low: float = flag(0.0, GUIDANCE, "guide steps that start after this fraction of T-max")
+    guidance_high: float = flag(1.0, GUIDANCE, "guide steps that start before this fraction of T-max")
+    guide_first_step: bool = flag(False, GUIDANCE, "guide steps that start exactly at these fractions too, as the first does")
+    num_steps: int = flag(250, TRANSITIONS, "transitions from noise to image", minimum=1)
+    stochasticity_ratio: float = flag(0.0, TRANSITIONS, "share of the noise that every step draws anew", minimum=0)
+    sample_type: str = flag(
+        "transition",
+        TRANSITIONS,
+        "condition steps on where they end, or (diffusion) on where they start alone",
+        choices=SAMPLE_TYPES,
+    )
+    slice_vae: bool = flag(False, PRECISION, "decode one image at a time", "--slice_vae", "--slice-vae")
+    save_latent: bool = flag(False, IMAGES, "also keep the latents, in latents/*.safetensors")
+    tf32: bool = flag(True, PRECISION, "TF32 in float32 products on a GPU")
+    dtype: str = flag("auto", PRECISION, "network; auto: the config's mixed precision, float32 on a CPU", choices=DTYPES)
+    vae_dtype: str = flag("float32", PRECISION, "decoder", choices=DTYPES[1:])
+    tile_vae: int | None = flag(
+        None, PRECISION, "decode images with a longer side than this in tiles (default: never)", minimum=1, metavar="PIXELS"
+    )
+    compile_vae: bool = flag(False, PRECISION, "torch.compile the decoder")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,26 +81,16 @@ class SampleSettings:
         """Fill T_max and T_min from the transport and refuse impossible values, each by its flag."""
         self.T_max = float(transport.T_max if self.T_max is None else self.T_max)
         self.T_min = float(transport.T_min if self.T_min is None else self.T_min)
-        for flag, value in (
-            ("--num-steps", self.num_steps),
-            ("--per-proc-batch-size", self.per_proc_batch_size),
-            ("--num-fid-samples", self.num_fid_samples),
-            ("--cfg-scale", self.cfg_scale),
-        ):
-            if value < 1:
-                raise ValueError(f"{flag} must be >= 1, got {value}")
-        if self.tile_vae is not None and self.tile_vae < 1:
-            raise ValueError(f"--tile-vae must be >= 1 pixel, got {self.tile_vae}")
-        if self.global_seed < 0:
-            raise ValueError(f"--global-seed must be >= 0, got {self.global_seed}")
+        for f in fields(self):
+            value, minimum = getattr(self, f.name), f.metadata["minimum"]
+            if minimum is not None and value is not None and value < minimum:
+                raise ValueError(f"--{f.name.replace('_', '-')} must be >= {minimum}, got {value}")
         if not self.T_min < self.T_max:
             raise ValueError(f"--T-min must be below --T-max, got {self.T_min} and {self.T_max}")
         if not 0 <= self.guidance_low < self.guidance_high:
             raise ValueError(
                 f"--guidance-low must lie in [0, --guidance-high), got {self.guidance_low} and {self.guidance_high}"
             )
-        if self.stochasticity_ratio < 0:
-            raise ValueError(f"--stochasticity-ratio must be >= 0, got {self.stochasticity_ratio}")
 
     def folder_name(self, stem: str, prefix: str = "") -> str:
         """`{ckpt stem}-{H}x{W}-T{T_min}-{T_max}-Step-{N}-sto-{rho}-{sample_type}-cfg-{w}-{low}-{high}`."""
@@ -98,33 +101,22 @@ class SampleSettings:
         )
 
 
-def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `SampleSettings`, and --config, --ckpt, --sample-dir."""
-    default = SampleSettings()
-    parser.add_argument("--config", required=True, help="YAML file the weights were trained with")
-    parser.add_argument("--ckpt", required=True, help="weights file, checkpoint folder or training project folder")
-    parser.add_argument("--sample-dir", default="samples", help="the run's folder goes under this one")
-    parser.add_argument("--height", type=int, help="pixels (default: the training size)")
-    parser.add_argument("--width", type=int, help="pixels (default: the training size)")
-    parser.add_argument("--per-proc-batch-size", type=int, default=default.per_proc_batch_size)
-    parser.add_argument("--num-fid-samples", type=int, default=default.num_fid_samples, help="number of images")
-    parser.add_argument("--global-seed", type=int, default=default.global_seed)
-    parser.add_argument("--T-max", type=float, help="start time (default: the transport's)")
-    parser.add_argument("--T-min", type=float, help="end time (default: the transport's)")
-    parser.add_argument("--cfg-scale", type=float, default=default.cfg_scale, help="1 is no guidance")
-    parser.add_argument("--guidance-low", type=float, default=default.guidance_low)
-    parser.add_argument("--guidance-high", type=float, default=default.guidance_high)
-    parser.add_argument("--guide-first-step", action="store_true", help="close the guidance window at its ends")
-    parser.add_argument("--num-steps", type=int, default=default.num_steps)
-    parser.add_argument("--stochasticity-ratio", type=float, default=default.stochasticity_ratio)
-    parser.add_argument("--sample-type", choices=SAMPLE_TYPES, default=default.sample_type)
-    parser.add_argument("--slice_vae", "--slice-vae", action="store_true", help="decode one image at a time")
-    parser.add_argument("--save-latent", action="store_true", help="also keep the latents as safetensors")
-    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=default.tf32)
-    parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="network dtype")
-    parser.add_argument("--vae-dtype", choices=DTYPES[1:], default=default.vae_dtype, help="decoder dtype")
-    parser.add_argument("--tile-vae", type=int, metavar="PIXELS", help="decode larger images in tiles")
-    parser.add_argument("--compile-vae", action="store_true", help="torch.compile the decoder")
+def add_sample_arguments(parser: argparse.ArgumentParser, **changes: dict[str, Any]) -> None:
+    """Add --config, --ckpt, --sample-dir and the flags of `SampleSettings`.
+
+    Args:
+        changes: keywords of `add_argument` that are the command's own, by setting.
+    """
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    groups[MODEL].add_argument("--config", required=True, metavar="FILE", help="YAML file the weights were trained with")
+    groups[MODEL].add_argument("--ckpt", required=True, help="weights file, checkpoint folder or training project folder")
+    groups[IMAGES].add_argument("--sample-dir", default="samples", metavar="DIR", help="the run's folder goes under this one")
+    for f in fields(SampleSettings):
+        (kind, *_) = get_args(f.type) or (f.type,)  # of `int | None`, int
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        names = f.metadata["names"] or [f"--{f.name.replace('_', '-')}"]
+        keywords = {"default": f.default, **how, **f.metadata["keywords"], **changes.get(f.name, {})}
+        groups[f.metadata["group"]].add_argument(*names, **keywords)
 
 
 def settings_from(args: argparse.Namespace) -> SampleSettings:
