@@ -82,10 +82,6 @@ class Autoencoder:
                 )
         return self.channels, height // self.factor, width // self.factor
 
-    def set_slicing(self) -> None:
-        """Encode and decode one image of a batch at a time, to save memory; the result is the same."""
-        self.model.enable_slicing()
-
     def set_tiling(self, above: int) -> None:
         """Encode and decode images with a side above `above` pixels in tiles of that side, to save memory.
 
@@ -109,18 +105,20 @@ class Autoencoder:
         else:
             self.model.enable_tiling(above, above, above * 3 // 4, above * 3 // 4)
 
-    def compile_decode(self) -> None:
-        """Compile the decoder for any size (torch.compile); the first image then waits for the compiler."""
-        self.model.decoder.compile(dynamic=True)
+    def configure(self, slicing: bool = False, tiling_above: int | None = None, compiled: bool = False) -> None:
+        """How to encode and decode from now on.
 
-    def configure(self, slicing: bool, tiling_above: int | None, compiled: bool) -> None:
-        """Any of `set_slicing`, `set_tiling` and `compile_decode`."""
+        Args:
+            slicing: one image of a batch at a time, to save memory; the result is the same.
+            tiling_above: see `set_tiling`.
+            compiled: compile the decoder for any size (torch.compile); the first image then waits for the compiler.
+        """
         if slicing:
-            self.set_slicing()
+            self.model.enable_slicing()
         if tiling_above is not None:
             self.set_tiling(tiling_above)
         if compiled:
-            self.compile_decode()
+            self.model.decoder.compile(dynamic=True)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Autoencoder":
         """Compute in another dtype or elsewhere. Weights once rounded to a lower precision stay rounded."""

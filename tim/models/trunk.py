@@ -155,7 +155,11 @@ class TransitionTransformer(nn.Module):
         Returns:
             (B, C, H, W), or that and the projection.
         """
-        h, w = self._token_grid(x)
+        _, channels, height, width = x.shape
+        p = self.patch_size
+        if channels != self.in_channels or height % p or width % p:
+            raise ValueError(f"x {tuple(x.shape)} needs {self.in_channels} channels and sides divisible by patch_size={p}")
+        h, w = height // p, width // p
         # The caller may have left attn_type to us, and fused kernels have no forward-mode derivative.
         if jvp and forward_ad.unpack_dual(x).tangent is not None:
             attn_type = "vanilla_attn"
@@ -171,14 +175,5 @@ class TransitionTransformer(nn.Module):
             tokens = checkpoint(block, *arguments, use_reentrant=False) if remember else block(*arguments)
             if return_zs and number == self.encoder_depth:
                 h_proj = self.projector(tokens)
-        patches, p = self.final_layer(tokens, c), self.patch_size
-        out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+        out = rearrange(self.final_layer(tokens, c), "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         return out if h_proj is None else (out, h_proj)
-
-    def _token_grid(self, x: Tensor) -> tuple[int, int]:
-        _, channels, height, width = x.shape
-        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"x {tuple(x.shape)} needs {self.in_channels} channels and sides divisible by patch_size={self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
