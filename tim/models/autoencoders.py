@@ -26,8 +26,6 @@ class Autoencoder:
     """
 
     def __init__(self, model: AutoencoderKL | AutoencoderDC) -> None:
-        if not isinstance(model, AutoencoderKL | AutoencoderDC):
-            raise ValueError(f"vae_dir holds a {type(model).__name__}; AutoencoderKL and AutoencoderDC are supported")
         self.model = model.eval().requires_grad_(False)
         config = model.config
         self.factor, self.channels = _factor(config), config.latent_channels

@@ -58,24 +58,18 @@ def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path
         ValueError: names the source and the first differing keys and shapes.
     """
     own = network.state_dict()
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
-        for k in own
-        if k in state and own[k].shape != state[k].shape
-    ]
-    problems = [
-        f"{len(items)} {what}, first: {'; '.join(items[:3])}"
-        for what, items in (
-            ("keys missing from the file", missing),
-            ("unknown keys in the file", unexpected),
-            ("shapes differ", shapes),
-        )
-        if items
-    ]
-    if problems:
-        raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(problems)}")
+    problems = {
+        "keys missing from the file": [k for k in own if k not in state],
+        "unknown keys in the file": [k for k in state if k not in own],
+        "shapes differ": [
+            f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
+            for k in own
+            if k in state and own[k].shape != state[k].shape
+        ],
+    }
+    found = [f"{len(items)} {what}, first: {'; '.join(items[:3])}" for what, items in problems.items() if items]
+    if found:
+        raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(found)}")
 
 
 def model_identity(name: str, config: Any = None) -> dict[str, Any]:

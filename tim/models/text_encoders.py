@@ -89,11 +89,6 @@ class TextEncoder:
         self.pad = next((i for i in (pad, eos) if i is not None), self.blank)
         self._warned: set[str] = set()
 
-    @property
-    def device(self) -> torch.device:
-        """Where features are computed and returned."""
-        return self.model.device
-
     @cached_property
     def identity(self) -> str:
         """Short hash of all that determines a caption's features: files (or hub id and revision), length, layer, dtype."""
@@ -117,12 +112,12 @@ class TextEncoder:
         """
         check_captions(captions)
         rows = [torch.tensor(row) for row in self._tokenize(captions)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
         mask = real_tokens(rows)
         is_masked = self.padding == "mask" and not mask.all()
-        mask = mask.to(self.device)
+        mask = mask.to(self.model.device)
         # an autocast around the call would change the features behind the cache's back
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             last = self.use_last_hidden_state
             output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=not last)
         y = (output.last_hidden_state if last else output.hidden_states[-2]).to(self.dtype)
@@ -181,8 +176,8 @@ class CaptionCache:
         check_captions(captions)
         found = {caption: self._find(caption) for caption in dict.fromkeys(captions)}
         rows = [found[caption] for caption in captions]
-        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.device), real_tokens(rows)
-        return y, None if mask.all() else mask.to(self.encoder.device)
+        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.model.device), real_tokens(rows)
+        return y, None if mask.all() else mask.to(self.encoder.model.device)
 
     def _find(self, caption: str) -> Tensor:
         """A caption's features (M, width) on the CPU, from memory, the folder or the encoder."""

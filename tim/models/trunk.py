@@ -130,27 +130,40 @@ class TransitionTransformer(nn.Module):
             d = d + self.t_embedder(t if name == "t" else r)
         return d
 
-    def transform(
+    def condition(self, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """How the network takes its condition.
+
+        Args:
+            c: embedding of the time and the interval (B, hidden_size).
+            y: condition, as `forward` gets it.
+
+        Returns:
+            c with all that modulates the blocks, and what their cross-attention reads: caption tokens (B, M, hidden_size), all
+            blocks' keys and values (B, depth, 2, heads, M, head_dim), or None.
+        """
+        raise NotImplementedError
+
+    def forward(
         self,
         x: Tensor,
-        c: Tensor,
-        d: Tensor,
-        y: Tensor | None = None,
-        y_mask: Tensor | None = None,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
         attn_type: str | None = None,
         return_zs: bool = False,
         jvp: bool = False,
+        y_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Patches through the blocks.
+        """F(x_t, t, r, y).
 
         Args:
-            x: (B, C, H, W), H and W multiples of patch_size.
-            c, d: condition and interval embedding (B, hidden_size).
-            y: caption tokens (B, M, hidden_size), or all blocks' keys and values (B, depth, 2, heads, M, head_dim).
-            y_mask: (B, M) bool, True for real tokens.
+            x: state (B, C, H, W), H and W multiples of patch_size.
+            t, r: c_noise of both times (B,), float32 or wider.
+            y: class labels or captions, see `condition` of the network.
             attn_type: see `tim.models.attention.attention`.
             return_zs: also return the REPA projection (B, N, z_dim).
             jvp: a derivative pass: no gradient checkpointing, and explicit softmax when forward-mode AD runs.
+            y_mask: (B, M) bool, True for real tokens of captions, at least one a caption; None counts all.
 
         Returns:
             (B, C, H, W), or that and the projection.
@@ -163,12 +176,14 @@ class TransitionTransformer(nn.Module):
         # The caller may have left attn_type to us, and fused kernels have no forward-mode derivative.
         if jvp and forward_ad.unpack_dual(x).tangent is not None:
             attn_type = "vanilla_attn"
+        d = self.interval_embedding(t, r)
+        c, y_tokens = self.condition(self.t_embedder(t) + d, y)
         tokens = self.x_embedder(x)
         # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
         # A derivative pass has no backward pass, so there is nothing to recompute for.
         remember = self.use_checkpoint and torch.is_grad_enabled() and not jvp
-        captions = y.unbind(1) if y is not None and y.ndim == 6 else [y] * len(self.blocks)
+        captions = y_tokens.unbind(1) if y_tokens is not None and y_tokens.ndim == 6 else [y_tokens] * len(self.blocks)
         h_proj = self.projector(tokens) if return_zs and self.encoder_depth == 0 else None
         for number, (block, caption) in enumerate(zip(self.blocks, captions, strict=True), start=1):
             arguments = (tokens, c, d, rope, caption, y_mask, attn_type)

@@ -98,7 +98,7 @@ def sample(
         ValueError: for an impossible grid, guidance without `uncond`, or a value out of range.
     """
     grid = _grid(transport, num_steps, times, T_max, T_min)
-    _check(transport, grid, cfg_scale, uncond, stochasticity_ratio, sample_type)
+    _check(cfg_scale, uncond, stochasticity_ratio, sample_type)
     guided = guided_steps(grid, grid[0], cfg_scale, cfg_low, cfg_high, guide_first_step)
     if cfg_scale > 1 and not any(guided):
         window = f"({cfg_low * grid[0]:g}, {cfg_high * grid[0]:g})"
@@ -200,27 +200,21 @@ def _grid(
         grid = [float(t) for t in times]
         if len(grid) < 2 or any(not a > b for a, b in pairwise(grid)):
             raise ValueError(f"times must be at least two strictly decreasing values, got {grid}")
-        return grid
-    if int(num_steps) != num_steps or num_steps < 1:
-        raise ValueError(f"num_steps must be a whole number >= 1, got {num_steps}")
-    if not T_min < T_max:
-        raise ValueError(f"T_min must be below T_max, got T_min={T_min} and T_max={T_max}")
-    if T_min <= 0 < transport.T_min:
-        raise ValueError(f"{type(transport).__name__} ends at T_min > 0 (its default is {transport.T_min}), got {T_min}")
-    return transport.time_grid(int(num_steps), T_max, T_min).tolist()
-
-
-def _check(
-    transport: Transport,
-    grid: list[float],
-    cfg_scale: float,
-    uncond: dict[str, Any] | None,
-    stochasticity_ratio: float,
-    sample_type: str,
-) -> None:
-    """ValueError for what `sample` cannot do."""
+    else:
+        if int(num_steps) != num_steps or num_steps < 1:
+            raise ValueError(f"num_steps must be a whole number >= 1, got {num_steps}")
+        if not T_min < T_max:
+            raise ValueError(f"T_min must be below T_max, got T_min={T_min} and T_max={T_max}")
+        if T_min <= 0 < transport.T_min:
+            raise ValueError(f"{type(transport).__name__} ends at T_min > 0 (its default is {transport.T_min}), got {T_min}")
+        grid = transport.time_grid(int(num_steps), T_max, T_min).tolist()
     if not all(math.isfinite(float(transport.c_noise(torch.tensor(t, dtype=torch.float64)))) for t in grid):
         raise ValueError(f"times {grid} leave the domain of {type(transport).__name__}")
+    return grid
+
+
+def _check(cfg_scale: float, uncond: dict[str, Any] | None, stochasticity_ratio: float, sample_type: str) -> None:
+    """ValueError for what `sample` cannot do."""
     if sample_type not in SAMPLE_TYPES:
         raise ValueError(f"sample_type={sample_type!r} is not one of {', '.join(map(repr, SAMPLE_TYPES))}")
     if not cfg_scale >= 1:

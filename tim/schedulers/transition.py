@@ -251,10 +251,8 @@ class TransitionSchedule:
             raise ValueError("enhance_target needs ema_model and null_kwargs: set model.use_ema to true")
         # Two passes and not one joined: captions and the empty caption may have different lengths.
         c_t = self.transport.c_noise(t)
-        return (
-            at_least_float32(ema_model(x_t, c_t, c_t, **cond)),
-            at_least_float32(ema_model(x_t, c_t, c_t, **uncond)),
-        )
+        F_cond, F_uncond = (ema_model(x_t, c_t, c_t, **condition) for condition in (cond, uncond))
+        return at_least_float32(F_cond), at_least_float32(F_uncond)
 
     def guided_path(
         self, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, F_cond: Tensor | float, F_uncond: Tensor | float
