@@ -46,8 +46,8 @@ class Autoencoder:
         Raises:
             ValueError: when nothing can be loaded from vae_dir.
         """
+        kind, _, subfolder = _read_config(vae_dir)
         try:
-            kind, _, subfolder = _read_config(vae_dir)
             return cls(kind.from_pretrained(vae_dir, subfolder=subfolder, torch_dtype=dtype)).to(device=device)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
@@ -59,12 +59,7 @@ class Autoencoder:
         Raises:
             ValueError: when there is no config in vae_dir.
         """
-        if vae_dir is None:
-            return 1
-        try:
-            return _factor(_read_config(vae_dir)[1])
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
+        return 1 if vae_dir is None else _factor(_read_config(vae_dir)[1])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of height x width pixels.
@@ -96,7 +91,7 @@ class Autoencoder:
                 f"images cannot be tiled above {above} pixels: this autoencoder's tiles are multiples of {unit}; "
                 f"the nearest are {below} and {below + unit}"
             )
-        if self.is_kl:
+        if self.is_kl:  # its enable_tiling takes no sizes
             self.model.tile_sample_min_size, self.model.tile_latent_min_size = above, above // self.factor
             self.model.tile_overlap_factor = 0.25
             self.model.enable_tiling()
@@ -137,19 +132,27 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32."""
+        # Unscaled in float32: only what the decoder itself computes is rounded to its dtype.
         z = latents.to(self.model.device, torch.float32) / self.scale + self.shift
         return self.model.decode(z.to(self.model.dtype)).sample.float()
 
 
 def _read_config(vae_dir: str) -> tuple[type[AutoencoderKL] | type[AutoencoderDC], dict[str, Any], str | None]:
-    """Class, config and subfolder of a diffusers autoencoder."""
+    """Class, config and subfolder of a diffusers autoencoder.
+
+    Raises:
+        ValueError: when there is none in vae_dir.
+    """
     subfolder = "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None
-    config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
-    kind = kinds.get(config.get("_class_name"))
-    if kind is None:
-        raise ValueError(f"its class is {config.get('_class_name')}, not AutoencoderKL or AutoencoderDC")
-    return kind, config, subfolder
+    try:
+        config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
+        name = config.get("_class_name")
+        if name not in kinds:
+            raise ValueError(f"its class is {name}, not AutoencoderKL or AutoencoderDC")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
+    return kinds[name], config, subfolder
 
 
 def _factor(config: Mapping[str, Any]) -> int:

@@ -28,6 +28,7 @@ def read_state_dict(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint file {path}")
     try:
         is_safe = path.suffix == ".safetensors"
+        # weights_only: a pickle may run any code, and weights come from anywhere.
         state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no safetensors/torch file: {error}") from error
@@ -57,6 +58,7 @@ def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path
     Raises:
         ValueError: names the source and the first differing keys and shapes.
     """
+    # By hand, since load_state_dict reports all keys at once, which for another architecture are hundreds of lines.
     own = network.state_dict()
     problems = {
         "keys missing from the file": [k for k in own if k not in state],

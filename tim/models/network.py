@@ -81,6 +81,7 @@ class NetworkTraits:
 
 def traits_of(network: Network | Target) -> NetworkTraits:
     """The traits of a network, or of the one that a config's target would build: its keywords and their defaults."""
+    # Of a target by the signature of its constructor: large networks take long to build.
     names = [f.name for f in fields(NetworkTraits)]
     if isinstance(network, Target):
         values: dict[str, Any] = {name: network.argument(name) for name in names}

@@ -86,7 +86,9 @@ class Radio(nn.Module):
     def _position_grid(self, h: int, w: int) -> Tensor:
         """Position embedding (1, h*w, D): the stored square grid resized to the longer side, then cut."""
         side, longer = round(self.position.shape[1] ** 0.5), max(h, w)
-        grid = rearrange(self.position, "1 (h w) c -> 1 c h w", h=side)
+        # A square first, so that the scale of both axes is the same at any ratio of the sides.
+        grid: Tensor = rearrange(self.position, "1 (h w) c -> 1 c h w", h=side)
         if longer != side:
+            # align_corners, as in the training of the checkpoint: the outermost patches keep the outermost embeddings.
             grid = nnf.interpolate(grid, (longer, longer), mode="bilinear", align_corners=True)
         return rearrange(grid[:, :, :h, :w], "1 c h w -> 1 (h w) c")

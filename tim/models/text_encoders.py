@@ -114,12 +114,14 @@ class TextEncoder:
         rows = [torch.tensor(row) for row in self._tokenize(captions)]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
         mask = real_tokens(rows)
+        # No mask where it hides nothing: the fastest attention kernels take none.
         is_masked = self.padding == "mask" and not mask.all()
         mask = mask.to(self.model.device)
         # an autocast around the call would change the features behind the cache's back
         with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             last = self.use_last_hidden_state
             output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=not last)
+        # A causal LM's last layer is trained to predict the next token; the one before it may say more about the text.
         y = (output.last_hidden_state if last else output.hidden_states[-2]).to(self.dtype)
         return (y.masked_fill(~mask.unsqueeze(-1), 0), mask) if is_masked else (y, None)
 
@@ -192,6 +194,7 @@ class CaptionCache:
 
     def _read_or_write(self, caption: str, folder: Path) -> Tensor:
         """Features from the folder; they are computed and saved there when it has none, or a damaged file."""
+        # Captions can be longer than file names, and hold slashes.
         path = folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
         try:
             row, of = load(path.read_bytes())["features"], self.encoder
@@ -208,6 +211,7 @@ class CaptionCache:
         return row
 
     def _encode(self, caption: str) -> Tensor:
+        # Alone: beside longer captions its products are summed in another order, and round differently.
         return self.encoder([caption])[0][0].cpu()
 
 
@@ -256,7 +260,7 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
     missing = sorted(key for key in names.intersection(report["missing_keys"]) if "pooler" not in key)  # poolers are not run
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, first: {', '.join(missing[:3])}")
-    model.config.use_cache = False
+    model.config.use_cache = False  # keys and values are for generating text, of which there is none
     return model
 
 

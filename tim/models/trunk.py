@@ -64,12 +64,10 @@ class TransitionTransformer(nn.Module):
             raise ValueError(f"input_size={input_size} is not a multiple of patch_size={patch_size}")
         if not 0 <= encoder_depth <= depth:
             raise ValueError(f"encoder_depth={encoder_depth} must lie between 0 and depth={depth}")
-        for name, value, choices in (
-            ("new_condition", new_condition, NEW_CONDITIONS),
-            ("rope_grid", rope_grid, ROPE_GRIDS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if new_condition not in NEW_CONDITIONS:
+            raise ValueError(f"new_condition={new_condition!r} is not one of {', '.join(map(repr, NEW_CONDITIONS))}")
+        if rope_grid not in ROPE_GRIDS:
+            raise ValueError(f"rope_grid={rope_grid!r} is not one of {', '.join(map(repr, ROPE_GRIDS))}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size = hidden_size
         self.head_dim, self.encoder_depth = hidden_size // num_heads, encoder_depth
@@ -78,6 +76,7 @@ class TransitionTransformer(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.delta_embedder = TimestepEmbedder(hidden_size) if use_new_embed else None
+        # 3/4: two matrices h x m and one m x 6 h then have as many weights as the one of plain adaLN, h x 6 h.
         modulation = 3 * (hidden_size // 4) if lora_hidden_size is None else lora_hidden_size
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio, qk_norm, distance_aware, modulation, self.cross_attention)
@@ -99,16 +98,15 @@ class TransitionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.flatten(1))  # a linear map of patches: its fan is that of a matrix
-        if patch.bias is not None:
-            nn.init.zeros_(patch.bias)
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
         # adaLN-Zero: every gate is 0, each block the identity. delta_embedder keeps its xavier layers, as released.
+        # With F = 0 its derivative, which the target contains, is 0 as well: the first targets are those of the data alone.
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation.fc2.weight)
             nn.init.zeros_(module.adaLN_modulation.fc2.bias)
@@ -123,6 +121,7 @@ class TransitionTransformer(nn.Module):
         Args:
             t, r: c_noise of both times (B,).
         """
+        # With one embedder for both, a time and an interval of the same length would be one condition.
         D = self.t_embedder if self.delta_embedder is None else self.delta_embedder
         *others, last = self.new_condition.split(",")
         d = D(t - r if last == "t-r" else r)
@@ -188,6 +187,7 @@ class TransitionTransformer(nn.Module):
         for number, (block, caption) in enumerate(zip(self.blocks, captions, strict=True), start=1):
             arguments = (tokens, c, d, rope, caption, y_mask, attn_type)
             tokens = checkpoint(block, *arguments, use_reentrant=False) if remember else block(*arguments)
+            # Before the last blocks, which REPA leaves free to draw details.
             if return_zs and number == self.encoder_depth:
                 h_proj = self.projector(tokens)
         out = rearrange(self.final_layer(tokens, c), "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)

@@ -104,7 +104,9 @@ def sample(
         window = f"({cfg_low * grid[0]:g}, {cfg_high * grid[0]:g})"
         inside = f"no step of {[round(t, 4) for t in grid[:-1]]} lies strictly inside {window}"
         warnings.warn(f"cfg_scale={cfg_scale} has no effect: {inside}; guide_first_step closes the window", stacklevel=2)
-    predict = _predictor(transport, model, _network_dtype(model, z), cond, uncond if any(guided) else None, cfg_scale)
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    dtype = z.dtype if weight is None else weight.dtype
+    predict = _predictor(transport, model, dtype, cond, uncond if any(guided) else None, cfg_scale)
     states = _states(transport, predict, z, grid, guided, stochasticity_ratio, sample_type, noise_fn)
     x = next(states)
     trajectory = [x] if return_trajectory else []
@@ -141,6 +143,7 @@ def _states(
         F = predict(x, t, r_seen, guided[i])
         rho = stochasticity_ratio if 0 < i < last else 0.0  # the start is noise already; the end would keep what is added
         noise = None if rho == 0 else (noise_fn(i).to(x) if noise_fn else torch.randn_like(x))
+        # On the CPU: scalars of the formulas, which no kernel has to read back from the device.
         t_x, r_x = (torch.tensor(u, dtype=dtype) for u in (t, r))
         x = transport.from_x_t_to_x_r(x, t_x, r_x, F.to(dtype), rho, noise)
         yield transport.final_state(x, r) if i == last else x
@@ -223,9 +226,3 @@ def _check(cfg_scale: float, uncond: dict[str, Any] | None, stochasticity_ratio:
         raise ValueError(f"cfg_scale={cfg_scale} needs the null condition, got none")
     if not stochasticity_ratio >= 0:
         raise ValueError(f"stochasticity_ratio must be >= 0, got {stochasticity_ratio}")
-
-
-def _network_dtype(model: Callable[..., Tensor], z: Tensor) -> torch.dtype:
-    """The dtype of the model's parameters, or of z for a plain function."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return z.dtype if first is None else first.dtype

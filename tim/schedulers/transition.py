@@ -220,8 +220,8 @@ class TransitionSchedule:
         t_x, r_x = expand_times(t, x), expand_times(r, x)
         path = (x, z) if self.guidance_path == "data" else self.guided_path(x, z, x_t, t_x, *guidance)
         dF_dt = self.derivative(model, *path, t, r, n_diffusion, model_kwargs)
-        enhance = self.transport.enhance_target
-        return self.transport.target(x_t, v_t, x, z, t_x, r_x, dF_dt, *guidance, enhance_target=enhance).detach()
+        # Detached: the target is what F should be now, not something to be moved towards F.
+        return self.transport.target(x_t, v_t, x, z, t_x, r_x, dF_dt, *guidance, self.transport.enhance_target).detach()
 
     def time_weight(self, t: Tensor, r: Tensor, n_diffusion: int) -> Tensor:
         """The time weight (B,) of each sample (Eq. 12); 1 for the first n_diffusion, whose r is t.
