@@ -24,11 +24,10 @@ def flow(name, meta, state):
     old = cls(**{**meta["network"], "use_new_embed": False, "distance_aware": False}).double()
     old.load_state_dict({k: v.double() for k, v in state.items()}, strict=True)
 
+    old.interval_embedding = lambda t, r: torch.zeros(len(t), 1, dtype=torch.float64)
+
     def f_old(x, t, y):
-        c, nothing = old.t_embedder(t), torch.zeros(len(t), 1, dtype=torch.float64)
-        if name == "c2i_tiny":
-            return old.transform(x, c + old.y_embedder(y), nothing)
-        return old.transform(x, c, nothing, old.y_embedder(y))
+        return old(x, t, t, y)
 
     return cls, f_old
 

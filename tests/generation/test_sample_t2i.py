@@ -182,7 +182,7 @@ def test_captions_are_computed_once(models, monkeypatch):
 def test_prepared_captions_change_nothing(models):
     """Steps with prepared keys and values give what the network gives on caption features."""
     sampler = sampler_of(models, guided=False)
-    encoder = TextEncoder.from_pretrained(str(models / "text"))
+    encoder = TextEncoder(str(models / "text"))
     y, y_mask = encoder(PROMPTS[:3])
     x, times = torch.randn(3, 8, 4, 6), torch.tensor([0.9, 0.5, 0.2])
     cond, _ = sampler.conditions(PROMPTS[:3], guided=False)

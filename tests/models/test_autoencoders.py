@@ -86,7 +86,7 @@ def test_slicing_takes_one_image_at_a_time(vae):
     latents = vae.encode(images, noise)
     decoded = vae.decode(latents)
     encoder, decoder = batches_seen(vae.model.encoder), batches_seen(vae.model.decoder)
-    vae.set_slicing()
+    vae.configure(slicing=True)
     torch.testing.assert_close(vae.encode(images, noise), latents, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(latents), decoded, rtol=1e-4, atol=1e-5)
     assert [shape[0] for shape in encoder] == [shape[0] for shape in decoder] == [1, 1, 1]
@@ -151,7 +151,7 @@ def test_a_compiled_decoder_agrees_at_every_size(tmp_path, kind):
     vae = Autoencoder(model)
     sizes = [torch.randn(b, *vae.latent_shape(h, w)) for b, h, w in ((2, 8, 8), (2, 8, 12), (3, 16, 4))]
     eager = [vae.decode(latents) for latents in sizes]
-    vae.compile_decode()
+    vae.configure(compiled=True)
     for latents, expected in zip(sizes, eager, strict=True):
         torch.testing.assert_close(vae.decode(latents), expected, rtol=1e-4, atol=1e-4)
     assert vae.model.decoder._compiled_call_impl is not None and not any("_orig_mod" in key for key in vae.model.state_dict())

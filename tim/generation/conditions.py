@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tim.config import Config
-from tim.models.network import Network, caption_inputs, traits_of
+from tim.models.network import Network, traits_of
 from tim.models.text_encoders import build_text_encoder
 
 NO_CLASSES = "the network does not say how many classes it has: give its constructor the keyword num_classes"
@@ -110,7 +110,8 @@ class CaptionConditions:
 
     def _keys_values(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
         y, mask = self.encoder(captions)
-        return caption_inputs(self.network, y), mask
+        prepare = getattr(self.network, "caption_keys_values", None)
+        return y if prepare is None else prepare(y), mask
 
 
 def build_conditions(config: Config, network: Network, dtype: torch.dtype, device: torch.device) -> Conditions:

@@ -63,6 +63,7 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        # No bias: that of qkv does for both, and d alone is to change how tokens look at each other with the interval.
         self.qkv_d = nn.Linear(hidden_size, 3 * hidden_size, bias=False) if distance_aware else None
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()

@@ -26,8 +26,6 @@ class Autoencoder:
     """
 
     def __init__(self, model: AutoencoderKL | AutoencoderDC) -> None:
-        if not isinstance(model, AutoencoderKL | AutoencoderDC):
-            raise ValueError(f"vae_dir holds a {type(model).__name__}; AutoencoderKL and AutoencoderDC are supported")
         self.model = model.eval().requires_grad_(False)
         config = model.config
         self.factor, self.channels = _factor(config), config.latent_channels
@@ -48,8 +46,8 @@ class Autoencoder:
         Raises:
             ValueError: when nothing can be loaded from vae_dir.
         """
+        kind, _, subfolder = _read_config(vae_dir)
         try:
-            kind, _, subfolder = _read_config(vae_dir)
             return cls(kind.from_pretrained(vae_dir, subfolder=subfolder, torch_dtype=dtype)).to(device=device)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
@@ -61,12 +59,7 @@ class Autoencoder:
         Raises:
             ValueError: when there is no config in vae_dir.
         """
-        if vae_dir is None:
-            return 1
-        try:
-            return _factor(_read_config(vae_dir)[1])
-        except (OSError, ValueError) as error:
-            raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
+        return 1 if vae_dir is None else _factor(_read_config(vae_dir)[1])
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of height x width pixels.
@@ -81,10 +74,6 @@ class Autoencoder:
                     f"{name}={side} is not a multiple of {self.factor}; the nearest are {below} and {below + self.factor}"
                 )
         return self.channels, height // self.factor, width // self.factor
-
-    def set_slicing(self) -> None:
-        """Encode and decode one image of a batch at a time, to save memory; the result is the same."""
-        self.model.enable_slicing()
 
     def set_tiling(self, above: int) -> None:
         """Encode and decode images with a side above `above` pixels in tiles of that side, to save memory.
@@ -102,25 +91,27 @@ class Autoencoder:
                 f"images cannot be tiled above {above} pixels: this autoencoder's tiles are multiples of {unit}; "
                 f"the nearest are {below} and {below + unit}"
             )
-        if self.is_kl:
+        if self.is_kl:  # its enable_tiling takes no sizes
             self.model.tile_sample_min_size, self.model.tile_latent_min_size = above, above // self.factor
             self.model.tile_overlap_factor = 0.25
             self.model.enable_tiling()
         else:
             self.model.enable_tiling(above, above, above * 3 // 4, above * 3 // 4)
 
-    def compile_decode(self) -> None:
-        """Compile the decoder for any size (torch.compile); the first image then waits for the compiler."""
-        self.model.decoder.compile(dynamic=True)
+    def configure(self, slicing: bool = False, tiling_above: int | None = None, compiled: bool = False) -> None:
+        """How to encode and decode from now on.
 
-    def configure(self, slicing: bool, tiling_above: int | None, compiled: bool) -> None:
-        """Any of `set_slicing`, `set_tiling` and `compile_decode`."""
+        Args:
+            slicing: one image of a batch at a time, to save memory; the result is the same.
+            tiling_above: see `set_tiling`.
+            compiled: compile the decoder for any size (torch.compile); the first image then waits for the compiler.
+        """
         if slicing:
-            self.set_slicing()
+            self.model.enable_slicing()
         if tiling_above is not None:
             self.set_tiling(tiling_above)
         if compiled:
-            self.compile_decode()
+            self.model.decoder.compile(dynamic=True)
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Autoencoder":
         """Compute in another dtype or elsewhere. Weights once rounded to a lower precision stay rounded."""
@@ -141,19 +132,27 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32."""
+        # Unscaled in float32: only what the decoder itself computes is rounded to its dtype.
         z = latents.to(self.model.device, torch.float32) / self.scale + self.shift
         return self.model.decode(z.to(self.model.dtype)).sample.float()
 
 
 def _read_config(vae_dir: str) -> tuple[type[AutoencoderKL] | type[AutoencoderDC], dict[str, Any], str | None]:
-    """Class, config and subfolder of a diffusers autoencoder."""
+    """Class, config and subfolder of a diffusers autoencoder.
+
+    Raises:
+        ValueError: when there is none in vae_dir.
+    """
     subfolder = "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None
-    config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
-    kind = kinds.get(config.get("_class_name"))
-    if kind is None:
-        raise ValueError(f"its class is {config.get('_class_name')}, not AutoencoderKL or AutoencoderDC")
-    return kind, config, subfolder
+    try:
+        config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
+        name = config.get("_class_name")
+        if name not in kinds:
+            raise ValueError(f"its class is {name}, not AutoencoderKL or AutoencoderDC")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
+    return kinds[name], config, subfolder
 
 
 def _factor(config: Mapping[str, Any]) -> int:

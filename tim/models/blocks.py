@@ -48,11 +48,13 @@ class Block(nn.Module):
         cross_attention: bool,
     ) -> None:
         super().__init__()
+        # Without weights, which the modulation makes superfluous; so all branches can share it.
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(hidden_size, num_heads, qk_norm, distance_aware)
         self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm) if cross_attention else None
         # Two thirds: the gate is a third matrix, and the MLP keeps the parameters of one without it.
         self.mlp = SwiGLU(hidden_size, 2 * int(mlp_ratio * hidden_size) // 3, hidden_size)
+        # Shift, scale and gate of each branch.
         self.chunks = 9 if cross_attention else 6
         self.adaLN_modulation = SwiGLU(hidden_size, lora_hidden_size, self.chunks * hidden_size)
 
@@ -93,6 +95,7 @@ class Block(nn.Module):
     def caption_keys_values(self, y: Tensor) -> Tensor:
         """Cross-attention keys and values (B, 2, heads, M, head_dim) of caption tokens (B, M, C)."""
         assert self.cross_attn is not None, "the block has no cross-attention"
+        # Not modulated by c: keys and values then serve all steps of a sampling run.
         return self.cross_attn.keys_values(self.norm(y))
 
 

@@ -34,6 +34,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """t (B,), any real values -> (B, hidden_size). The angles are float32 or wider, also under autocast."""
         half = self.frequency_size // 2
+        # Half precision would round t itself, and neighbouring times to one.
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         frequencies = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
         angles = t[:, None] * frequencies
@@ -60,6 +61,7 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, cap_feat_dim: int, hidden_size: int) -> None:
         super().__init__()
+        # Hidden states of language models have a few channels that are larger than the others by orders of magnitude.
         self.norm = nn.LayerNorm(cap_feat_dim)
         self.mlp = SwiGLU(cap_feat_dim, 4 * hidden_size, hidden_size)
 

@@ -28,6 +28,7 @@ def read_state_dict(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint file {path}")
     try:
         is_safe = path.suffix == ".safetensors"
+        # weights_only: a pickle may run any code, and weights come from anywhere.
         state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no safetensors/torch file: {error}") from error
@@ -57,25 +58,20 @@ def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path
     Raises:
         ValueError: names the source and the first differing keys and shapes.
     """
+    # By hand, since load_state_dict reports all keys at once, which for another architecture are hundreds of lines.
     own = network.state_dict()
-    missing = [k for k in own if k not in state]
-    unexpected = [k for k in state if k not in own]
-    shapes = [
-        f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
-        for k in own
-        if k in state and own[k].shape != state[k].shape
-    ]
-    problems = [
-        f"{len(items)} {what}, first: {'; '.join(items[:3])}"
-        for what, items in (
-            ("keys missing from the file", missing),
-            ("unknown keys in the file", unexpected),
-            ("shapes differ", shapes),
-        )
-        if items
-    ]
-    if problems:
-        raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(problems)}")
+    problems = {
+        "keys missing from the file": [k for k in own if k not in state],
+        "unknown keys in the file": [k for k in state if k not in own],
+        "shapes differ": [
+            f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
+            for k in own
+            if k in state and own[k].shape != state[k].shape
+        ],
+    }
+    found = [f"{len(items)} {what}, first: {'; '.join(items[:3])}" for what, items in problems.items() if items]
+    if found:
+        raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(found)}")
 
 
 def model_identity(name: str, config: Any = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What trainer, sampler and checkpoints need of a network; the one place that builds one and asks it about itself."""
+"""What trainer, sampler and checkpoints need of a network, and the one place that builds one."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -81,6 +81,7 @@ class NetworkTraits:
 
 def traits_of(network: Network | Target) -> NetworkTraits:
     """The traits of a network, or of the one that a config's target would build: its keywords and their defaults."""
+    # Of a target by the signature of its constructor: large networks take long to build.
     names = [f.name for f in fields(NetworkTraits)]
     if isinstance(network, Target):
         values: dict[str, Any] = {name: network.argument(name) for name in names}
@@ -99,22 +100,3 @@ def build_network(target: Target) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise ValueError(f"model.network.target={target.target!r} is no torch.nn.Module")
     return network
-
-
-def freeze_projector(network: nn.Module) -> None:
-    """Take the REPA projector out of training, for runs without REPA, in which no gradient would ever reach it."""
-    # Left trainable, DDP would wait for a gradient that never comes.
-    projector = getattr(network, "projector", None)
-    if projector is not None:
-        projector.requires_grad_(False)
-
-
-def compiled_units(network: nn.Module) -> list[nn.Module]:
-    """The modules to compile one by one: the blocks, which share their graphs, or the network whole when it has none."""
-    return list(getattr(network, "blocks", [network]))
-
-
-def caption_inputs(network: Network, features: Tensor) -> Tensor:
-    """What to pass as `y` in every step: all that the network computes from caption features (B, M, width) alone."""
-    prepare = getattr(network, "caption_keys_values", None)
-    return features if prepare is None else prepare(features)

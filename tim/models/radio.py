@@ -25,25 +25,18 @@ class Radio(nn.Module):
     """
 
     patch_size = 16
-    position: Tensor  # (1, side², width)
-    embedder: Tensor  # (width, 3 * 16²)
-    prefix_tokens: Tensor  # class and register tokens, which are no features
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, blocks: nn.Module, state: dict[str, Tensor]) -> None:
         super().__init__()
         self.blocks = blocks
         prefix = "base_model.blocks."
         self.blocks.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
-        for name, key in (
-            ("position", "base_model.patch_generator.pos_embed"),
-            ("embedder", "base_model.patch_generator.embedder.weight"),
-            ("prefix_tokens", "base_model.patch_generator.cls_token.token"),
-            ("mean", "input_conditioner.norm_mean"),
-            ("std", "input_conditioner.norm_std"),
-        ):
-            self.register_buffer(name, state[key].float())
+        self.position = nn.Buffer(state["base_model.patch_generator.pos_embed"].float())  # (1, side², width)
+        self.embedder = nn.Buffer(state["base_model.patch_generator.embedder.weight"].float())  # (width, 3 * 16²)
+        # Class and register tokens, which are no features.
+        self.prefix_tokens = nn.Buffer(state["base_model.patch_generator.cls_token.token"].float())
+        self.mean = nn.Buffer(state["input_conditioner.norm_mean"].float())
+        self.std = nn.Buffer(state["input_conditioner.norm_std"].float())
         self.width = self.embedder.shape[0]
         self.eval().requires_grad_(False)
 
@@ -93,7 +86,9 @@ class Radio(nn.Module):
     def _position_grid(self, h: int, w: int) -> Tensor:
         """Position embedding (1, h*w, D): the stored square grid resized to the longer side, then cut."""
         side, longer = round(self.position.shape[1] ** 0.5), max(h, w)
-        grid = rearrange(self.position, "1 (h w) c -> 1 c h w", h=side)
+        # A square first, so that the scale of both axes is the same at any ratio of the sides.
+        grid: Tensor = rearrange(self.position, "1 (h w) c -> 1 c h w", h=side)
         if longer != side:
+            # align_corners, as in the training of the checkpoint: the outermost patches keep the outermost embeddings.
             grid = nnf.interpolate(grid, (longer, longer), mode="bilinear", align_corners=True)
         return rearrange(grid[:, :, :h, :w], "1 c h w -> 1 (h w) c")

@@ -13,6 +13,7 @@ def grid_positions(h: int, w: int, rope_grid: str, device: torch.device | str = 
     `row_major` is (n div w, n mod w). `legacy` is (n mod h, n div h): the axes swapped on a square grid, a
     scrambled order on any other. All released weights were trained with it.
     """
+    # Computed from the token's number, not from a mesh: `legacy` is a wrong division by h that training made part of the model.
     n = torch.arange(h * w, device=device)
     first, second = (n % h, n // h) if rope_grid == "legacy" else (n // w, n % w)
     return torch.stack([first, second], dim=-1)
@@ -24,6 +25,7 @@ def rope_table(positions: Tensor, head_dim: int, dtype: torch.dtype, theta: floa
     The first half of the channels turns with the first coordinate, the second half with the second, at
     frequencies theta^(-2i / (head_dim/2)).
     """
+    # A large image has positions above 256, where bfloat16 skips every other whole number.
     dtype = torch.promote_types(dtype, torch.float32)
     half = head_dim // 2
     frequencies = theta ** (-torch.arange(0, half, 2, device=positions.device, dtype=dtype) / half)

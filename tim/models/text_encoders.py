@@ -39,48 +39,21 @@ class TextEncoder:
     """Frozen text encoder: captions to features, one row a caption.
 
     Args:
-        model: the module that maps token ids to hidden states, without any head.
-        tokenizer: its tokenizer; special tokens are added and cut by its own rules.
-        folder: where both were read; names the features' origin.
-        hub_id: the hub's name of the folder, None for a folder of the user's own.
+        text_encoder_dir: transformers folder or hub id, of which the decoder of a causal LM, the encoder of T5, or an encoder
+            itself is loaded.
         max_length: longest caption in tokens, special tokens included.
         use_last_hidden_state: features after the last layer as the model returns them, else after the second to last.
         padding: `mask` marks and zeroes padding; `batch` shows it: features of the padding up to the batch's longest caption.
 
     Attributes:
         width: features a token.
+
+    Raises:
+        ValueError: when nothing can be loaded from text_encoder_dir, or an option is out of range.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        folder: Path,
-        hub_id: str | None = None,
-        *,
-        max_length: int = 256,
-        use_last_hidden_state: bool = True,
-        padding: str = "mask",
-    ) -> None:
-        if padding not in PADDINGS:
-            raise ValueError(f"model.text_padding={padding!r} is none of {', '.join(PADDINGS)}")
-        special, positions = tokenizer.num_special_tokens_to_add(), getattr(model.config, "max_position_embeddings", None)
-        if max_length <= special:
-            raise ValueError(f"model.max_seq_length={max_length} leaves no room for text beside {special} special tokens")
-        if positions and 0 < positions < max_length:
-            raise ValueError(f"model.max_seq_length={max_length} is above the {positions} positions of the text encoder")
-        self.model, self.tokenizer, self.folder, self.hub_id = model.eval().requires_grad_(False), tokenizer, folder, hub_id
-        self.max_length, self.use_last_hidden_state, self.padding = max_length, use_last_hidden_state, padding
-        self.width, self.dtype = model.config.hidden_size, model.dtype
-        tokenizer.truncation_side = "right"
-        bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        self.blank = next((i for i in (bos, eos, pad) if i is not None), 0)  # stands for a caption without any token
-        self.pad = next((i for i in (pad, eos) if i is not None), self.blank)
-        self._warned: set[str] = set()
-
-    @classmethod
-    def from_pretrained(
-        cls,
         text_encoder_dir: str,
         *,
         max_length: int = 256,
@@ -88,31 +61,33 @@ class TextEncoder:
         padding: str = "mask",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> "TextEncoder":
-        """Load a transformers folder or hub id: the decoder of a causal LM, the encoder of T5, or an encoder itself.
-
-        Raises:
-            ValueError: when nothing can be loaded from text_encoder_dir, or an option is out of range.
-        """
+    ) -> None:
         try:
             model = load_model(text_encoder_dir, dtype)
-            folder = Path(cached_file(text_encoder_dir, "config.json")).parent
-            tokenizer = load_tokenizer(text_encoder_dir, folder)
+            self.folder = Path(cached_file(text_encoder_dir, "config.json")).parent
+            self.tokenizer = load_tokenizer(text_encoder_dir, self.folder)
         except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"model.text_encoder_dir={text_encoder_dir!r} is no text encoder folder or hub id: {reason}"
             ) from error
-        hub_id = None if Path(text_encoder_dir).is_dir() else text_encoder_dir
-        return cls(
-            model.to(device), tokenizer, folder, hub_id,
-            max_length=max_length, use_last_hidden_state=use_last_hidden_state, padding=padding,
-        )  # fmt: skip
-
-    @property
-    def device(self) -> torch.device:
-        """Where features are computed and returned."""
-        return self.model.device
+        if padding not in PADDINGS:
+            raise ValueError(f"model.text_padding={padding!r} is none of {', '.join(PADDINGS)}")
+        special, positions = self.tokenizer.num_special_tokens_to_add(), getattr(model.config, "max_position_embeddings", None)
+        if max_length <= special:
+            raise ValueError(f"model.max_seq_length={max_length} leaves no room for text beside {special} special tokens")
+        if positions and 0 < positions < max_length:
+            raise ValueError(f"model.max_seq_length={max_length} is above the {positions} positions of the text encoder")
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.hub_id = None if Path(text_encoder_dir).is_dir() else text_encoder_dir
+        self.max_length, self.use_last_hidden_state, self.padding = max_length, use_last_hidden_state, padding
+        self.width, self.dtype = model.config.hidden_size, model.dtype
+        # Tokenizers that were trained to cut on the left would lose what a caption begins with, its subject.
+        self.tokenizer.truncation_side = "right"
+        bos, eos, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.blank = next((i for i in (bos, eos, pad) if i is not None), 0)  # stands for a caption without any token
+        self.pad = next((i for i in (pad, eos) if i is not None), self.blank)
+        self._warned: set[str] = set()
 
     @cached_property
     def identity(self) -> str:
@@ -137,14 +112,16 @@ class TextEncoder:
         """
         check_captions(captions)
         rows = [torch.tensor(row) for row in self._tokenize(captions)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
         mask = real_tokens(rows)
+        # No mask where it hides nothing: the fastest attention kernels take none.
         is_masked = self.padding == "mask" and not mask.all()
-        mask = mask.to(self.device)
+        mask = mask.to(self.model.device)
         # an autocast around the call would change the features behind the cache's back
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
             last = self.use_last_hidden_state
             output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=not last)
+        # A causal LM's last layer is trained to predict the next token; the one before it may say more about the text.
         y = (output.last_hidden_state if last else output.hidden_states[-2]).to(self.dtype)
         return (y.masked_fill(~mask.unsqueeze(-1), 0), mask) if is_masked else (y, None)
 
@@ -183,23 +160,17 @@ class CaptionCache:
     def __init__(self, encoder: TextEncoder, folder: str | Path | None = None, max_bytes: int = 2**30) -> None:
         if encoder.padding != "mask":
             raise ValueError("model.text_padding=batch makes features depend on the batch; it needs model.text_cache=null")
-        self.encoder, self.max_bytes = encoder, max_bytes
-        self.width, self.max_length, self.dtype = encoder.width, encoder.max_length, encoder.dtype
-        self.padding = encoder.padding
+        self.encoder, self.max_bytes, self.used_bytes = encoder, max_bytes, 0
+        self.width, self.padding = encoder.width, encoder.padding
         self.folder = None if folder is None else Path(folder) / encoder.identity
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.used_bytes = 0
-        self._rows: OrderedDict[str, Tensor] = OrderedDict()
-
-    @property
-    def device(self) -> torch.device:
-        """Where features are returned."""
-        return self.encoder.device
+        self._rows: OrderedDict[str, Tensor] = OrderedDict()  # the caption used last stands last
 
     @property
     def identity(self) -> str:
         """The encoder's."""
+        # Not asked for in advance: it hashes gigabytes of weights, which a cache in memory has no need of.
         return self.encoder.identity
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
@@ -207,49 +178,41 @@ class CaptionCache:
         check_captions(captions)
         found = {caption: self._find(caption) for caption in dict.fromkeys(captions)}
         rows = [found[caption] for caption in captions]
-        y, mask = pad_sequence(rows, batch_first=True).to(self.device), real_tokens(rows)
-        return y, None if mask.all() else mask.to(self.device)
+        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.model.device), real_tokens(rows)
+        return y, None if mask.all() else mask.to(self.encoder.model.device)
 
     def _find(self, caption: str) -> Tensor:
         """A caption's features (M, width) on the CPU, from memory, the folder or the encoder."""
-        if caption in self._rows:
-            self._rows.move_to_end(caption)
-            return self._rows[caption]
-        row = self._read(caption)
+        row = self._rows.pop(caption, None)
         if row is None:
-            row = self.encoder([caption])[0][0].cpu()
-            self._write(caption, row)
+            row = self._encode(caption) if self.folder is None else self._read_or_write(caption, self.folder)
+            self.used_bytes += row.nbytes
         self._rows[caption] = row
-        self.used_bytes += row.nbytes
         while self.used_bytes > self.max_bytes:
             self.used_bytes -= self._rows.popitem(last=False)[1].nbytes
         return row
 
-    def _path(self, caption: str) -> Path | None:
-        """The file of a caption's features, None without a folder."""
-        name = f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
-        return None if self.folder is None else self.folder / name
-
-    def _read(self, caption: str) -> Tensor | None:
-        """Features from the folder; None when it has none, or a damaged file, which is warned of."""
-        path = self._path(caption)
-        if path is None or not path.is_file():
-            return None
+    def _read_or_write(self, caption: str, folder: Path) -> Tensor:
+        """Features from the folder; they are computed and saved there when it has none, or a damaged file."""
+        # Captions can be longer than file names, and hold slashes.
+        path = folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
         try:
-            row = load(path.read_bytes())["features"]
-            if row.dtype != self.dtype or row.ndim != 2 or row.shape[1] != self.width or not 0 < len(row) <= self.max_length:
-                raise ValueError(f"features are {tuple(row.shape)} {row.dtype}")
-            return row
+            row, of = load(path.read_bytes())["features"], self.encoder
+            if row.dtype == of.dtype and row.ndim == 2 and row.shape[1] == of.width and 0 < len(row) <= of.max_length:
+                return row
+            raise ValueError(f"features are {tuple(row.shape)} {row.dtype}")
+        except FileNotFoundError:
+            pass
         except (SafetensorError, KeyError, ValueError) as error:
             warnings.warn(f"{path} is damaged and computed again: {error}", stacklevel=4)
-            return None
+        row = self._encode(caption)
+        with replacing(path) as partial:
+            save_file({"features": row.contiguous()}, partial)
+        return row
 
-    def _write(self, caption: str, row: Tensor) -> None:
-        """Save so that readers and other writers never see half a file."""
-        path = self._path(caption)
-        if path is not None:
-            with replacing(path) as partial:
-                save_file({"features": row.contiguous()}, partial)
+    def _encode(self, caption: str) -> Tensor:
+        # Alone: beside longer captions its products are summed in another order, and round differently.
+        return self.encoder([caption])[0][0].cpu()
 
 
 def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | str) -> TextEncoder | CaptionCache:
@@ -260,7 +223,7 @@ def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | 
     """
     if model.text_encoder_dir is None:
         raise ValueError("model.text_encoder_dir is not set; text-to-image needs a text encoder")
-    encoder = TextEncoder.from_pretrained(
+    encoder = TextEncoder(
         model.text_encoder_dir,
         max_length=model.max_seq_length,
         use_last_hidden_state=model.use_last_hidden_state,
@@ -297,7 +260,7 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
     missing = sorted(key for key in names.intersection(report["missing_keys"]) if "pooler" not in key)  # poolers are not run
     if missing:
         raise ValueError(f"{len(missing)} weights of {type(model).__name__} are missing, first: {', '.join(missing[:3])}")
-    model.config.use_cache = False
+    model.config.use_cache = False  # keys and values are for generating text, of which there is none
     return model
 
 

@@ -64,12 +64,10 @@ class TransitionTransformer(nn.Module):
             raise ValueError(f"input_size={input_size} is not a multiple of patch_size={patch_size}")
         if not 0 <= encoder_depth <= depth:
             raise ValueError(f"encoder_depth={encoder_depth} must lie between 0 and depth={depth}")
-        for name, value, choices in (
-            ("new_condition", new_condition, NEW_CONDITIONS),
-            ("rope_grid", rope_grid, ROPE_GRIDS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if new_condition not in NEW_CONDITIONS:
+            raise ValueError(f"new_condition={new_condition!r} is not one of {', '.join(map(repr, NEW_CONDITIONS))}")
+        if rope_grid not in ROPE_GRIDS:
+            raise ValueError(f"rope_grid={rope_grid!r} is not one of {', '.join(map(repr, ROPE_GRIDS))}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size = hidden_size
         self.head_dim, self.encoder_depth = hidden_size // num_heads, encoder_depth
@@ -78,6 +76,7 @@ class TransitionTransformer(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.delta_embedder = TimestepEmbedder(hidden_size) if use_new_embed else None
+        # 3/4: two matrices h x m and one m x 6 h then have as many weights as the one of plain adaLN, h x 6 h.
         modulation = 3 * (hidden_size // 4) if lora_hidden_size is None else lora_hidden_size
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio, qk_norm, distance_aware, modulation, self.cross_attention)
@@ -99,16 +98,15 @@ class TransitionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         patch = self.x_embedder.proj
         nn.init.xavier_uniform_(patch.weight.flatten(1))  # a linear map of patches: its fan is that of a matrix
-        if patch.bias is not None:
-            nn.init.zeros_(patch.bias)
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
         # adaLN-Zero: every gate is 0, each block the identity. delta_embedder keeps its xavier layers, as released.
+        # With F = 0 its derivative, which the target contains, is 0 as well: the first targets are those of the data alone.
         for module in (*self.blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation.fc2.weight)
             nn.init.zeros_(module.adaLN_modulation.fc2.bias)
@@ -123,6 +121,7 @@ class TransitionTransformer(nn.Module):
         Args:
             t, r: c_noise of both times (B,).
         """
+        # With one embedder for both, a time and an interval of the same length would be one condition.
         D = self.t_embedder if self.delta_embedder is None else self.delta_embedder
         *others, last = self.new_condition.split(",")
         d = D(t - r if last == "t-r" else r)
@@ -130,55 +129,66 @@ class TransitionTransformer(nn.Module):
             d = d + self.t_embedder(t if name == "t" else r)
         return d
 
-    def transform(
+    def condition(self, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """How the network takes its condition.
+
+        Args:
+            c: embedding of the time and the interval (B, hidden_size).
+            y: condition, as `forward` gets it.
+
+        Returns:
+            c with all that modulates the blocks, and what their cross-attention reads: caption tokens (B, M, hidden_size), all
+            blocks' keys and values (B, depth, 2, heads, M, head_dim), or None.
+        """
+        raise NotImplementedError
+
+    def forward(
         self,
         x: Tensor,
-        c: Tensor,
-        d: Tensor,
-        y: Tensor | None = None,
-        y_mask: Tensor | None = None,
+        t: Tensor,
+        r: Tensor,
+        y: Tensor,
         attn_type: str | None = None,
         return_zs: bool = False,
         jvp: bool = False,
+        y_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Patches through the blocks.
+        """F(x_t, t, r, y).
 
         Args:
-            x: (B, C, H, W), H and W multiples of patch_size.
-            c, d: condition and interval embedding (B, hidden_size).
-            y: caption tokens (B, M, hidden_size), or all blocks' keys and values (B, depth, 2, heads, M, head_dim).
-            y_mask: (B, M) bool, True for real tokens.
+            x: state (B, C, H, W), H and W multiples of patch_size.
+            t, r: c_noise of both times (B,), float32 or wider.
+            y: class labels or captions, see `condition` of the network.
             attn_type: see `tim.models.attention.attention`.
             return_zs: also return the REPA projection (B, N, z_dim).
             jvp: a derivative pass: no gradient checkpointing, and explicit softmax when forward-mode AD runs.
+            y_mask: (B, M) bool, True for real tokens of captions, at least one a caption; None counts all.
 
         Returns:
             (B, C, H, W), or that and the projection.
         """
-        h, w = self._token_grid(x)
+        _, channels, height, width = x.shape
+        p = self.patch_size
+        if channels != self.in_channels or height % p or width % p:
+            raise ValueError(f"x {tuple(x.shape)} needs {self.in_channels} channels and sides divisible by patch_size={p}")
+        h, w = height // p, width // p
         # The caller may have left attn_type to us, and fused kernels have no forward-mode derivative.
         if jvp and forward_ad.unpack_dual(x).tangent is not None:
             attn_type = "vanilla_attn"
+        d = self.interval_embedding(t, r)
+        c, y_tokens = self.condition(self.t_embedder(t) + d, y)
         tokens = self.x_embedder(x)
         # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
         # A derivative pass has no backward pass, so there is nothing to recompute for.
         remember = self.use_checkpoint and torch.is_grad_enabled() and not jvp
-        captions = y.unbind(1) if y is not None and y.ndim == 6 else [y] * len(self.blocks)
+        captions = y_tokens.unbind(1) if y_tokens is not None and y_tokens.ndim == 6 else [y_tokens] * len(self.blocks)
         h_proj = self.projector(tokens) if return_zs and self.encoder_depth == 0 else None
         for number, (block, caption) in enumerate(zip(self.blocks, captions, strict=True), start=1):
             arguments = (tokens, c, d, rope, caption, y_mask, attn_type)
             tokens = checkpoint(block, *arguments, use_reentrant=False) if remember else block(*arguments)
+            # Before the last blocks, which REPA leaves free to draw details.
             if return_zs and number == self.encoder_depth:
                 h_proj = self.projector(tokens)
-        patches, p = self.final_layer(tokens, c), self.patch_size
-        out = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+        out = rearrange(self.final_layer(tokens, c), "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
         return out if h_proj is None else (out, h_proj)
-
-    def _token_grid(self, x: Tensor) -> tuple[int, int]:
-        _, channels, height, width = x.shape
-        if channels != self.in_channels or height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"x {tuple(x.shape)} needs {self.in_channels} channels and sides divisible by patch_size={self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size

@@ -98,13 +98,16 @@ def sample(
         ValueError: for an impossible grid, guidance without `uncond`, or a value out of range.
     """
     grid = _grid(transport, num_steps, times, T_max, T_min)
-    _check(transport, grid, cfg_scale, uncond, stochasticity_ratio, sample_type)
+    _check(cfg_scale, uncond, stochasticity_ratio, sample_type)
     guided = guided_steps(grid, grid[0], cfg_scale, cfg_low, cfg_high, guide_first_step)
     if cfg_scale > 1 and not any(guided):
         window = f"({cfg_low * grid[0]:g}, {cfg_high * grid[0]:g})"
         inside = f"no step of {[round(t, 4) for t in grid[:-1]]} lies strictly inside {window}"
         warnings.warn(f"cfg_scale={cfg_scale} has no effect: {inside}; guide_first_step closes the window", stacklevel=2)
-    states = _states(transport, model, z, cond, uncond, grid, guided, cfg_scale, stochasticity_ratio, sample_type, noise_fn)
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    dtype = z.dtype if weight is None else weight.dtype
+    predict = _predictor(transport, model, dtype, cond, uncond if any(guided) else None, cfg_scale)
+    states = _states(transport, predict, z, grid, guided, stochasticity_ratio, sample_type, noise_fn)
     x = next(states)
     trajectory = [x] if return_trajectory else []
     for i, x in enumerate(states):
@@ -117,50 +120,70 @@ def sample(
 
 def _states(
     transport: Transport,
-    model: Callable[..., Tensor],
+    predict: Callable[[Tensor, float, float, bool], Tensor],
     z: Tensor,
-    cond: dict[str, Any],
-    uncond: dict[str, Any] | None,
     grid: list[float],
     guided: list[bool],
-    cfg_scale: float,
     stochasticity_ratio: float,
     sample_type: str,
     noise_fn: Callable[[int], Tensor] | None,
 ) -> Iterator[Tensor]:
-    """The start and the state after each transition (Alg. 2); arguments as in `sample`, checked."""
+    """The start and the state after each transition (Alg. 2).
+
+    Args:
+        predict: of `_predictor`. The others as in `sample`, checked.
+    """
     # Hundreds of small steps add up the rounding of the state, so it is wider than the network's input.
-    state_dtype = torch.float32 if z.device.type == "mps" else torch.float64
-    network_dtype = _network_dtype(model, z)
-    pair: list[dict[str, Any]] = []  # of a guided step: both conditions in one forward pass where they can be joined
-    if uncond is not None and any(guided):
-        joined = join_conditions(cond, uncond)
-        pair = [cond, uncond] if joined is None else [joined]
-    x = transport.initial_scale(grid[0]) * z.to(state_dtype)
+    dtype = torch.float32 if z.device.type == "mps" else torch.float64
+    x = transport.initial_scale(grid[0]) * z.to(dtype)
     yield x
     last = len(grid) - 2
     for i, (t, r) in enumerate(pairwise(grid)):
         r_seen = r if sample_type == "transition" else t  # r = t asks for the instantaneous F: a step of the diffusion ODE
-        if guided[i]:
-            F = _guided(transport, model, x.to(network_dtype), t, r_seen, pair, cfg_scale)
-        else:
-            F = _predict(transport, model, x.to(network_dtype), t, r_seen, cond)
+        F = predict(x, t, r_seen, guided[i])
         rho = stochasticity_ratio if 0 < i < last else 0.0  # the start is noise already; the end would keep what is added
         noise = None if rho == 0 else (noise_fn(i).to(x) if noise_fn else torch.randn_like(x))
-        t_x, r_x = (torch.tensor(u, dtype=state_dtype) for u in (t, r))
-        x = transport.from_x_t_to_x_r(x, t_x, r_x, F.to(state_dtype), rho, noise)
+        # On the CPU: scalars of the formulas, which no kernel has to read back from the device.
+        t_x, r_x = (torch.tensor(u, dtype=dtype) for u in (t, r))
+        x = transport.from_x_t_to_x_r(x, t_x, r_x, F.to(dtype), rho, noise)
         yield transport.final_state(x, r) if i == last else x
 
 
-def _guided(
-    transport: Transport, model: Callable[..., Tensor], x: Tensor, t: float, r: float, pair: list[dict[str, Any]], scale: float
-) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598): F_u + w (F_c - F_u)."""
-    if len(pair) == 1:
-        F_c, F_u = _predict(transport, model, torch.cat([x, x]), t, r, pair[0]).chunk(2)
-    else:
-        F_c, F_u = (_predict(transport, model, x, t, r, condition) for condition in pair)
-    return F_u + scale * (F_c - F_u)
+def _predictor(
+    transport: Transport,
+    model: Callable[..., Tensor],
+    dtype: torch.dtype,
+    cond: dict[str, Any],
+    uncond: dict[str, Any] | None,
+    scale: float,
+) -> Callable[[Tensor, float, float, bool], Tensor]:
+    """F(x, t, r), float32 or wider, with classifier-free guidance (arXiv 2207.12598) or without.
+
+    Args:
+        dtype: the network's.
+        uncond: None when no step is guided.
+        scale: w of the guided F_u + w (F_c - F_u).
+    """
+    # Half precision has no room for c_noise of neighbouring times: they stay float32 whatever the network's dtype is.
+    wide = torch.promote_types(dtype, torch.float32)
+    joined = None if uncond is None else join_conditions(cond, uncond)  # both in one forward pass where they can be
+
+    def run(x: Tensor, t: float, r: float, condition: dict[str, Any]) -> Tensor:
+        c_noise = (float(transport.c_noise(torch.tensor(u, dtype=torch.float64))) for u in (t, r))
+        times = (torch.full((x.shape[0],), c, dtype=wide, device=x.device) for c in c_noise)
+        return model(x, *times, **condition).to(wide)
+
+    def predict(x: Tensor, t: float, r: float, guided: bool) -> Tensor:
+        x = x.to(dtype)
+        if not guided or uncond is None:
+            return run(x, t, r, cond)
+        if joined is not None:
+            F_c, F_u = run(torch.cat([x, x]), t, r, joined).chunk(2)
+        else:
+            F_c, F_u = run(x, t, r, cond), run(x, t, r, uncond)
+        return F_u + scale * (F_c - F_u)
+
+    return predict
 
 
 def join_conditions(cond: dict[str, Any], uncond: dict[str, Any]) -> dict[str, Any] | None:
@@ -168,19 +191,6 @@ def join_conditions(cond: dict[str, Any], uncond: dict[str, Any]) -> dict[str, A
     if any(getattr(cond[k], "shape", None) != getattr(uncond.get(k), "shape", None) for k in cond):
         return None
     return {k: torch.cat([v, uncond[k]]) if torch.is_tensor(v) else v for k, v in cond.items()}
-
-
-def _predict(
-    transport: Transport, model: Callable[..., Tensor], x: Tensor, t: float, r: float, condition: dict[str, Any]
-) -> Tensor:
-    """F(x, t, r, condition), float32 or wider, t and r being the same for all of x."""
-    # Half precision has no room for c_noise of neighbouring times: they stay float32 whatever the network's dtype is.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    t_c, r_c = (
-        torch.full((x.shape[0],), float(transport.c_noise(torch.tensor(u, dtype=torch.float64))), dtype=dtype, device=x.device)
-        for u in (t, r)
-    )
-    return model(x, t_c, r_c, **condition).to(dtype)
 
 
 def _grid(
@@ -193,27 +203,21 @@ def _grid(
         grid = [float(t) for t in times]
         if len(grid) < 2 or any(not a > b for a, b in pairwise(grid)):
             raise ValueError(f"times must be at least two strictly decreasing values, got {grid}")
-        return grid
-    if int(num_steps) != num_steps or num_steps < 1:
-        raise ValueError(f"num_steps must be a whole number >= 1, got {num_steps}")
-    if not T_min < T_max:
-        raise ValueError(f"T_min must be below T_max, got T_min={T_min} and T_max={T_max}")
-    if T_min <= 0 < transport.T_min:
-        raise ValueError(f"{type(transport).__name__} ends at T_min > 0 (its default is {transport.T_min}), got {T_min}")
-    return transport.time_grid(int(num_steps), T_max, T_min).tolist()
-
-
-def _check(
-    transport: Transport,
-    grid: list[float],
-    cfg_scale: float,
-    uncond: dict[str, Any] | None,
-    stochasticity_ratio: float,
-    sample_type: str,
-) -> None:
-    """ValueError for what `sample` cannot do."""
+    else:
+        if int(num_steps) != num_steps or num_steps < 1:
+            raise ValueError(f"num_steps must be a whole number >= 1, got {num_steps}")
+        if not T_min < T_max:
+            raise ValueError(f"T_min must be below T_max, got T_min={T_min} and T_max={T_max}")
+        if T_min <= 0 < transport.T_min:
+            raise ValueError(f"{type(transport).__name__} ends at T_min > 0 (its default is {transport.T_min}), got {T_min}")
+        grid = transport.time_grid(int(num_steps), T_max, T_min).tolist()
     if not all(math.isfinite(float(transport.c_noise(torch.tensor(t, dtype=torch.float64)))) for t in grid):
         raise ValueError(f"times {grid} leave the domain of {type(transport).__name__}")
+    return grid
+
+
+def _check(cfg_scale: float, uncond: dict[str, Any] | None, stochasticity_ratio: float, sample_type: str) -> None:
+    """ValueError for what `sample` cannot do."""
     if sample_type not in SAMPLE_TYPES:
         raise ValueError(f"sample_type={sample_type!r} is not one of {', '.join(map(repr, SAMPLE_TYPES))}")
     if not cfg_scale >= 1:
@@ -222,9 +226,3 @@ def _check(
         raise ValueError(f"cfg_scale={cfg_scale} needs the null condition, got none")
     if not stochasticity_ratio >= 0:
         raise ValueError(f"stochasticity_ratio must be >= 0, got {stochasticity_ratio}")
-
-
-def _network_dtype(model: Callable[..., Tensor], z: Tensor) -> torch.dtype:
-    """The dtype of the model's parameters, or of z for a plain function."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return z.dtype if first is None else first.dtype

@@ -1,5 +1,6 @@
 """The objective of transition models (arXiv 2509.04394, section 3), step by step."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +22,13 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 PRECISIONS |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(eq=False)
 class TransitionSchedule:
-    """Training objective of a transport (an `Objective`), and the compatible door to its sampler.
+    """Training objective of a transport, and the compatible door to its sampler.
+
+    `model.transition_loss.target` in a config may name another class, whose constructor takes the transport and the other
+    keys there; the short way is to inherit from this one and change a step. Of an objective that stands alone the trainer
+    needs no more than the call, and the attributes transport, derivative_type, kept and always_run_derivative.
 
     Args:
         transport: the path and its closed forms.
@@ -40,52 +46,49 @@ class TransitionSchedule:
             would magnify the rounding of half precision a hundredfold, and the ambient precision for 'jvp'
             (measured in docs/numerics.md).
 
+    Attributes:
+        kept: (B,) bool of the last call, the samples that entered its loss: their input, prediction and target are finite.
+        always_run_derivative: set by the trainer when processes share sharded weights: each must then evaluate dF/dt as
+            often as the others, whatever times it drew.
+
     Raises:
         ValueError: for a value outside these.
     """
 
-    def __init__(
-        self,
-        transport: Transport,
-        diffusion_ratio: float = 0.0,
-        consistency_ratio: float = 0.0,
-        derivative_type: str = "dde",
-        differential_epsilon: float = 0.005,
-        weight_t_and_r: bool = True,
-        weight_time_type: str = "constant",
-        weight_time_tangent: bool = False,
-        weight_time_sigmoid: bool = False,
-        guidance_path: str = "data",
-        derivative_dtype: str | torch.dtype | None = None,
-    ) -> None:
-        _check_choice("derivative_type", derivative_type, ("dde", "jvp"))
-        _check_choice("weight_time_type", weight_time_type, tuple(TIME_WEIGHTS))
-        _check_choice("guidance_path", guidance_path, ("data", "guided"))
-        if min(diffusion_ratio, consistency_ratio) < 0 or diffusion_ratio + consistency_ratio > 1:
+    transport: Transport
+    diffusion_ratio: float = 0.0
+    consistency_ratio: float = 0.0
+    derivative_type: str = "dde"
+    differential_epsilon: float = 0.005
+    weight_t_and_r: bool = True
+    weight_time_type: str = "constant"
+    weight_time_tangent: bool = False
+    weight_time_sigmoid: bool = False
+    guidance_path: str = "data"
+    derivative_dtype: str | torch.dtype | None = None
+    kept: Tensor = field(init=False, repr=False)
+    always_run_derivative: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        _check_choice("derivative_type", self.derivative_type, ("dde", "jvp"))
+        _check_choice("weight_time_type", self.weight_time_type, tuple(TIME_WEIGHTS))
+        _check_choice("guidance_path", self.guidance_path, ("data", "guided"))
+        if isinstance(self.derivative_dtype, str):
+            _check_choice("derivative_dtype", self.derivative_dtype, tuple(PRECISIONS))
+        if min(self.diffusion_ratio, self.consistency_ratio) < 0 or self.diffusion_ratio + self.consistency_ratio > 1:
             raise ValueError(
-                f"diffusion_ratio={diffusion_ratio} and consistency_ratio={consistency_ratio} must be >= 0 and sum to <= 1"
+                f"diffusion_ratio={self.diffusion_ratio} and consistency_ratio={self.consistency_ratio} must be >= 0 "
+                "and sum to <= 1"
             )
-        if not differential_epsilon > 0:
-            raise ValueError(f"differential_epsilon must be > 0, got {differential_epsilon}")
-        if weight_time_sigmoid and weight_time_tangent:
+        if not self.differential_epsilon > 0:
+            raise ValueError(f"differential_epsilon must be > 0, got {self.differential_epsilon}")
+        if self.weight_time_sigmoid and self.weight_time_tangent:
             raise ValueError("set only one of weight_time_tangent and weight_time_sigmoid")
-        if weight_time_sigmoid and not isinstance(transport, OT_FM):
+        if self.weight_time_sigmoid and not isinstance(self.transport, OT_FM):
             raise ValueError(
                 f"weight_time_sigmoid is u/(1-u), meaningful for OT_FM alone; use weight_time_tangent with "
-                f"{type(transport).__name__}"
+                f"{type(self.transport).__name__}"
             )
-        self.transport = transport
-        self.diffusion_ratio, self.consistency_ratio = diffusion_ratio, consistency_ratio
-        self.derivative_type, self.differential_epsilon = derivative_type, differential_epsilon
-        self.weight_t_and_r, self.weight_time_type = weight_t_and_r, weight_time_type
-        self.weight_time_tangent, self.weight_time_sigmoid = weight_time_tangent, weight_time_sigmoid
-        self.guidance_path = guidance_path
-        if isinstance(derivative_dtype, str):
-            _check_choice("derivative_dtype", derivative_dtype, tuple(PRECISIONS))
-            derivative_dtype = PRECISIONS[derivative_dtype]
-        self.derivative_dtype = torch.float32 if derivative_dtype is None and derivative_type == "dde" else derivative_dtype
-        self.kept = torch.ones(0, dtype=torch.bool)  # (B,) of the last call: input, prediction and target are finite
-        self.always_run_derivative = False  # True: evaluate dF/dt as often as the other processes, as sharded weights need
 
     # ---- the interval ---------------------------------------------------------------------------
     def sample_t_and_r(
@@ -217,8 +220,8 @@ class TransitionSchedule:
         t_x, r_x = expand_times(t, x), expand_times(r, x)
         path = (x, z) if self.guidance_path == "data" else self.guided_path(x, z, x_t, t_x, *guidance)
         dF_dt = self.derivative(model, *path, t, r, n_diffusion, model_kwargs)
-        enhance = self.transport.enhance_target
-        return self.transport.target(x_t, v_t, x, z, t_x, r_x, dF_dt, *guidance, enhance_target=enhance).detach()
+        # Detached: the target is what F should be now, not something to be moved towards F.
+        return self.transport.target(x_t, v_t, x, z, t_x, r_x, dF_dt, *guidance, self.transport.enhance_target).detach()
 
     def time_weight(self, t: Tensor, r: Tensor, n_diffusion: int) -> Tensor:
         """The time weight (B,) of each sample (Eq. 12); 1 for the first n_diffusion, whose r is t.
@@ -248,10 +251,8 @@ class TransitionSchedule:
             raise ValueError("enhance_target needs ema_model and null_kwargs: set model.use_ema to true")
         # Two passes and not one joined: captions and the empty caption may have different lengths.
         c_t = self.transport.c_noise(t)
-        return (
-            at_least_float32(ema_model(x_t, c_t, c_t, **cond)),
-            at_least_float32(ema_model(x_t, c_t, c_t, **uncond)),
-        )
+        F_cond, F_uncond = (ema_model(x_t, c_t, c_t, **condition) for condition in (cond, uncond))
+        return at_least_float32(F_cond), at_least_float32(F_uncond)
 
     def guided_path(
         self, x: Tensor, z: Tensor, x_t: Tensor, t: Tensor, F_cond: Tensor | float, F_uncond: Tensor | float
@@ -288,7 +289,10 @@ class TransitionSchedule:
         if n == x.shape[0]:
             return dF_dt
         arguments = (model, self.transport, x[n:], z[n:], t[n:], r[n:], take_batch(model_kwargs, n, x.shape[0]))
-        with precision(x.device.type, self.derivative_dtype):
+        dtype = PRECISIONS[self.derivative_dtype] if isinstance(self.derivative_dtype, str) else self.derivative_dtype
+        if dtype is None and self.derivative_type == "dde":
+            dtype = torch.float32
+        with precision(x.device.type, dtype):
             if self.derivative_type == "dde":
                 tail = difference_derivative(*arguments, self.differential_epsilon)
             else:

@@ -17,7 +17,8 @@ coefficients and time laws are those of Tab. 7 and 8 of the paper.
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class PredictionCoefficients(NamedTuple):
     d_sigma_hat: Tensor
 
 
+@dataclass(eq=False, kw_only=True)
 class Transport:
     """Base class: subclasses give `interpolant`, `prediction`, `c_noise` and `time_from_normal`.
 
@@ -56,24 +58,20 @@ class Transport:
         ValueError: for an empty time domain or a non-positive sigma_d.
     """
 
-    def __init__(
-        self,
-        T_max: float,
-        T_min: float,
-        sigma_d: float = 1.0,
-        enhance_target: bool = False,
-        w_gt: float = 1.0,
-        w_cond: float = 0.0,
-        w_start: float = 0.0,
-        w_end: float = 1.0,
-    ) -> None:
-        if not T_min < T_max:
-            raise ValueError(f"{type(self).__name__} needs T_min < T_max, got T_min={T_min} and T_max={T_max}")
-        if not sigma_d > 0:
-            raise ValueError(f"{type(self).__name__} needs sigma_d > 0, got {sigma_d}")
-        self.T_max, self.T_min, self.sigma_d = T_max, T_min, sigma_d
-        self.enhance_target = enhance_target
-        self.w_gt, self.w_cond, self.w_start, self.w_end = w_gt, w_cond, w_start, w_end
+    T_max: float
+    T_min: float
+    sigma_d: float = 1.0
+    enhance_target: bool = False
+    w_gt: float = 1.0
+    w_cond: float = 0.0
+    w_start: float = 0.0
+    w_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.T_min < self.T_max:
+            raise ValueError(f"{type(self).__name__} needs T_min < T_max, got T_min={self.T_min} and T_max={self.T_max}")
+        if not self.sigma_d > 0:
+            raise ValueError(f"{type(self).__name__} needs sigma_d > 0, got {self.sigma_d}")
 
     # ---- what a transport is -------------------------------------------------------------------
     def interpolant(self, t: Tensor) -> PathCoefficients:
@@ -140,11 +138,6 @@ class Transport:
         hat = self.prediction(t)
         return hat.alpha_hat * x + hat.sigma_hat * z
 
-    def path_term(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """alpha_hat' x + sigma_hat' z: how F* moves along the path of (x, z)."""
-        hat = self.prediction(t)
-        return hat.d_alpha_hat * x + hat.d_sigma_hat * z
-
     def path(self, x: Tensor, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """State x_t = alpha x + sigma z and velocity v_t = alpha' x + sigma' z; t shaped to broadcast with x and z."""
         at = self.interpolant(t)
@@ -196,7 +189,9 @@ class Transport:
         F_star = self.diffusion_target(x, z, t)
         if enhance_target:
             F_star = self.guided_target(F_star, t, F_t_cond, F_t_uncond)
-        return F_star + self.identity_factor(t, r) * (self.path_term(x, z, t) - dF_dv_dt)
+        hat = self.prediction(t)
+        d_F_star = hat.d_alpha_hat * x + hat.d_sigma_hat * z  # how F* moves along the path of (x, z)
+        return F_star + self.identity_factor(t, r) * (d_F_star - dF_dv_dt)
 
     def from_x_t_to_x_r(
         self, x_t: Tensor, t: Tensor, r: Tensor, F: Tensor, s_ratio: float = 0.0, noise: Tensor | None = None
@@ -245,20 +240,14 @@ class Transport:
         return torch.tan(t)
 
 
+@dataclass(eq=False, kw_only=True)
 class OT_FM(Transport):
     """Flow matching along straight paths: x_t = (1-t) x + t z, F* = z - x."""
 
-    def __init__(
-        self,
-        P_mean: float = 0.0,
-        P_std: float = 1.0,
-        sigma_d: float = 1.0,
-        T_max: float = 1.0,
-        T_min: float = 0.0,
-        **guidance: Any,
-    ) -> None:
-        super().__init__(T_max, T_min, sigma_d, **guidance)
-        self.P_mean, self.P_std = P_mean, P_std
+    P_mean: float = 0.0
+    P_std: float = 1.0
+    T_max: float = 1.0
+    T_min: float = 0.0
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
         """alpha = 1 - t, sigma = t."""
@@ -292,20 +281,15 @@ class OT_FM(Transport):
         return 1.0
 
 
+@dataclass(eq=False, kw_only=True)
 class TrigFlow(Transport):
     """x_t = cos(t) x + sin(t) z, F* = cos(t) z - sin(t) x: TrigFlow (arXiv 2410.11081) with noise of unit variance."""
 
-    def __init__(
-        self,
-        P_mean: float = -1.0,
-        P_std: float = 1.6,
-        sigma_d: float = 0.5,
-        T_max: float = 1.57,  # short of pi / 2, where tan diverges
-        T_min: float = 0.0,
-        **guidance: Any,
-    ) -> None:
-        super().__init__(T_max, T_min, sigma_d, **guidance)
-        self.P_mean, self.P_std = P_mean, P_std
+    P_mean: float = -1.0
+    P_std: float = 1.6
+    sigma_d: float = 0.5
+    T_max: float = 1.57  # short of pi / 2, where tan diverges
+    T_min: float = 0.0
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
         """alpha = cos t, sigma = sin t."""
@@ -330,25 +314,19 @@ class TrigFlow(Transport):
         return torch.tan(t - r)
 
 
+@dataclass(eq=False, kw_only=True)
 class EDM(Transport):
     """EDM (arXiv 2206.00364), normalised to unit variance: t is the noise level, x_t = (x + t z) / S_t.
 
     Eq. 37-38 of the paper are this for sigma_d = 1; here they hold for any.
     """
 
-    rho = 7.0  # of the grid: shortens the steps at low noise at the expense of those at high noise
-
-    def __init__(
-        self,
-        P_mean: float = -1.2,
-        P_std: float = 1.2,
-        sigma_d: float = 0.5,
-        T_max: float = 80.0,
-        T_min: float = 0.01,
-        **guidance: Any,
-    ) -> None:
-        super().__init__(T_max, T_min, sigma_d, **guidance)
-        self.P_mean, self.P_std = P_mean, P_std
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    sigma_d: float = 0.5
+    T_max: float = 80.0
+    T_min: float = 0.01
+    rho: ClassVar[float] = 7.0  # of the grid: shortens the steps at low noise at the expense of those at high noise
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
         """alpha = 1 / S, sigma = t / S with S = sqrt(t² + sigma_d²), so that alpha² sigma_d² + sigma² = 1."""
@@ -392,27 +370,28 @@ class EDM(Transport):
         return x * math.sqrt(T_min**2 + self.sigma_d**2)
 
     def weight_tangent(self, t: Tensor) -> Tensor:
-        """t / sigma_d."""
-        return _noise_ratio(self, t)
+        """t / sigma_d, by sigma / (alpha sigma_d): the time itself is a noise level, whose tangent means nothing."""
+        at = self.interpolant(t)
+        return at.sigma / (at.alpha * self.sigma_d)
 
 
+@dataclass(eq=False, kw_only=True)
 class VP_SDE(Transport):
     """Variance preserving: sigma/alpha = b(t) = sqrt(expm1(beta_d t²/2 + beta_min t)), the network predicts z.
 
     The noise schedule is that of EDM's Tab. 1. T_min is epsilon_t > 0, since b'(t) diverges at 0.
     """
 
-    def __init__(
-        self,
-        beta_min: float = 0.1,
-        beta_d: float = 19.9,
-        epsilon_t: float = 1e-5,
-        T: int = 1000,
-        sigma_d: float = 1.0,
-        **guidance: Any,
-    ) -> None:
-        super().__init__(1.0, epsilon_t, sigma_d, **guidance)
-        self.beta_min, self.beta_d, self.epsilon_t, self.T = beta_min, beta_d, epsilon_t, T
+    beta_min: float = 0.1
+    beta_d: float = 19.9
+    epsilon_t: float = 1e-5
+    T: int = 1000
+    T_max: float = field(default=1.0, init=False)
+    T_min: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.T_min = self.epsilon_t
+        super().__post_init__()
 
     def _log_ratio(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(q, q') with b² = expm1(q)."""
@@ -445,13 +424,20 @@ class VP_SDE(Transport):
         return (b_t - b_r) * 2 * b_t / (d_q * torch.exp(q_t))
 
 
+@dataclass(eq=False, kw_only=True)
 class VE_SDE(Transport):
     """Variance exploding: x_t = x + t z, the network predicts -z; the noise levels are those of EDM's Tab. 1."""
 
-    def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0, sigma_d: float = 1.0, **guidance: Any) -> None:
-        super().__init__(sigma_max, sigma_min, sigma_d, **guidance)
-        if not sigma_min > 0:
-            raise ValueError(f"VE_SDE needs sigma_min > 0, got {sigma_min}")
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+    T_max: float = field(init=False)
+    T_min: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.T_max, self.T_min = self.sigma_max, self.sigma_min
+        super().__post_init__()
+        if not self.sigma_min > 0:
+            raise ValueError(f"VE_SDE needs sigma_min > 0, got {self.sigma_min}")
 
     def interpolant(self, t: Tensor) -> PathCoefficients:
         """alpha = 1, sigma = t."""
@@ -471,13 +457,7 @@ class VE_SDE(Transport):
         """Log-uniform on [T_min, T_max]."""
         return self.T_min * (self.T_max / self.T_min) ** torch.special.ndtr(n)
 
-    def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """A = 1, B = t - r."""
-        return torch.ones_like(t), t - r
-
-    def identity_factor(self, t: Tensor, r: Tensor) -> Tensor:
-        """B / (dB/dt) = t - r."""
-        return t - r
+    # No closed forms of A = 1, B = t - r and B / (dB/dt) = t - r: with coefficients 0 and 1 the derived ones do not round.
 
     def time_grid(self, num_steps: int, T_max: float, T_min: float) -> Tensor:
         """Equally spaced in ln(t): the geometric grid (EDM, Tab. 1)."""
@@ -485,14 +465,8 @@ class VE_SDE(Transport):
         return _pin_ends(torch.exp(logs), T_max, T_min)
 
     def weight_tangent(self, t: Tensor) -> Tensor:
-        """t / sigma_d."""
-        return _noise_ratio(self, t)
-
-
-def _noise_ratio(transport: Transport, t: Tensor) -> Tensor:
-    """sigma / (alpha sigma_d): what tan(t) is for TrigFlow, for transports whose time is a noise level."""
-    at = transport.interpolant(t)
-    return at.sigma / (at.alpha * transport.sigma_d)
+        """t / sigma_d: the time itself is a noise level, whose tangent means nothing."""
+        return t / self.sigma_d
 
 
 def _pin_ends(grid: Tensor, T_max: float, T_min: float) -> Tensor:

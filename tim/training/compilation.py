@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tim.models.network import compiled_units
-
 GRAPHS = 64  # one per combination of gradient, mask, precision and kind of size; beyond the limit torch falls back to eager
 
 
@@ -26,7 +24,7 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, GRAPHS)
-    for block in compiled_units(network):
+    for block in getattr(network, "blocks", [network]):
         block.forward = _eager_under_tangents(block.forward, torch.compile(block.forward, backend=backend))
 
 

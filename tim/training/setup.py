@@ -19,9 +19,9 @@ from tim.config import Config, Training
 from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
-from tim.models.network import build_network, freeze_projector, traits_of
+from tim.models.network import build_network, traits_of
 from tim.models.radio import Radio
-from tim.schedulers.objective import Objective
+from tim.schedulers.transition import TransitionSchedule
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
@@ -47,7 +47,7 @@ class Run:
     network: nn.Module
     model: nn.Module
     ema: EMA | None
-    schedule: Objective
+    schedule: TransitionSchedule
     vae: Autoencoder | None
     encoder: Radio | None
     optimizer: Any
@@ -98,7 +98,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     t, m = config.training, config.model
     plugin = sharding_plugin(t.fsdp_config)
     accelerator = build_accelerator(config, project_dir)
-    schedule: Objective = m.build_objective()
+    schedule: TransitionSchedule = m.build_objective()
     if schedule.transport.enhance_target and not m.use_ema:
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
     vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
@@ -109,8 +109,8 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         start = find_weights(m.ckpt, name="model.ckpt").read()
         for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
             accelerator.print(note)
-    if not m.enc_dir:
-        freeze_projector(network)
+    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
+        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
 

@@ -32,27 +32,6 @@ class TiM(TransitionTransformer):
         super().initialize_weights()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        r: Tensor,
-        y: Tensor,
-        attn_type: str | None = None,
-        return_zs: bool = False,
-        jvp: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """F(x_t, t, r, y).
-
-        Args:
-            x: state (B, C, H, W).
-            t, r: c_noise of both times (B,), float32 or wider.
-            y: labels (B,), num_classes for the null class.
-            attn_type, return_zs, jvp: see `TransitionTransformer.transform`.
-
-        Returns:
-            (B, C, H, W); with return_zs also the REPA projection (B, N, z_dim).
-        """
-        d = self.interval_embedding(t, r)
-        c = self.t_embedder(t) + d + self.y_embedder(y)
-        return self.transform(x, c, d, attn_type=attn_type, return_zs=return_zs, jvp=jvp)
+    def condition(self, c: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        """c with the embedding of labels y (B,), num_classes for the null class; nothing for cross-attention."""
+        return c + self.y_embedder(y), None

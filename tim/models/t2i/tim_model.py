@@ -35,36 +35,16 @@ class TiM(TransitionTransformer):
         for layer in (self.y_embedder.mlp.fc1_g, self.y_embedder.mlp.fc1_x, self.y_embedder.mlp.fc2):
             nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        r: Tensor,
-        y: Tensor,
-        attn_type: str | None = None,
-        return_zs: bool = False,
-        jvp: bool = False,
-        y_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """F(x_t, t, r, y).
+    def condition(self, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """c as it is, and caption tokens.
 
         Args:
-            x: state (B, C, H, W).
-            t, r: c_noise of both times (B,), float32 or wider.
             y: caption features (B, M, cap_feat_dim), or what `caption_keys_values` made of them.
-            attn_type, return_zs, jvp: see `TransitionTransformer.transform`.
-            y_mask: (B, M) bool, True for real tokens, at least one a caption; None counts all.
-
-        Returns:
-            (B, C, H, W); with return_zs also the REPA projection (B, N, z_dim).
 
         Raises:
             ValueError: when y has another width than cap_feat_dim.
         """
-        d = self.interval_embedding(t, r)
-        c = self.t_embedder(t) + d
-        y = self._embed_caption(y) if y.ndim == 3 else y
-        return self.transform(x, c, d, y, y_mask, attn_type, return_zs, jvp)
+        return c, self._embed_caption(y) if y.ndim == 3 else y
 
     def caption_keys_values(self, y: Tensor) -> Tensor:
         """All that the network computes from the caption alone, to be passed as `y` to every step of a sampling run.
