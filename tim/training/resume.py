@@ -1,6 +1,7 @@
 """Stopping a run and going on with it: checkpoints, preemption, and how the global batch is split anew."""
 
 import copy
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,14 @@ from tim.checkpoint.store import (
     write_checkpoint,
 )
 from tim.config import parse_walltime
-from tim.distributed import cpu_group, on_all_ranks
+from tim.distributed import cpu_group, on_first_rank
 from tim.training.bad_samples import BadSamples
 from tim.training.guards import NonFiniteGuard
 from tim.training.logging import plot_curves
 from tim.training.preemption import Preemption
 from tim.training.setup import Run
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -64,9 +67,9 @@ class CheckpointManager:
             fit_global_batch(run, state["batch"])
             run.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if run.lr != state["lr"]:
-                accelerator.print(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
+                logger.info(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
                 _set_base_lr(run)
-            accelerator.print(f"resuming from {path} at step {state['step']}")
+            logger.info(f"resuming from {path} at step {state['step']}")
         spike = run.config.training.max_grad_norm_spike
         self.guard = NonFiniteGuard(accelerator.device, run.project_dir, accelerator.process_index, state["step"], spike)
         if "guard" in state:
@@ -107,14 +110,9 @@ class CheckpointManager:
         """The folder to load, the same on all ranks, and whether it is known to be whole."""
         wanted = self.run.config.training.resume_from_checkpoint
         if wanted == "latest":
-
-            def find() -> Path | None:
-                if not self.run.accelerator.is_main_process:
-                    return None
-                tidy_checkpoints(self.root)
-                return latest_checkpoint(self.root)
-
-            return on_all_ranks(self.group, find)[0], True
+            # By the group of checkpoints, whose timeout leaves rank 0 the hours that reading large files may take.
+            on_first_rank(self.group, lambda: tidy_checkpoints(self.root))
+            return on_first_rank(self.group, lambda: latest_checkpoint(self.root)), True
         if wanted is None:
             if list_checkpoints(self.root):
                 raise ValueError(
@@ -143,7 +141,7 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
     if run.global_batch_size == total:
         return
     if (size, accumulation) != (saved["size"], saved["accumulation"]):
-        run.accelerator.print(f"the global batch changes from {total} to {run.global_batch_size}, as configured")
+        logger.info(f"the global batch changes from {total} to {run.global_batch_size}, as configured")
         return
     packed = config.data.data_type == "image_ms"  # its batches come packed and cannot be cut
     fitting = (
@@ -164,7 +162,7 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
     if config.training.scale_lr:
         run.lr = config.training.learning_rate * (total / config.training.learning_rate_base_batch_size)
     run.global_batch_size = total
-    run.accelerator.print(
+    logger.info(
         f"the global batch stays {total}: {size} x {accumulation} accumulation x {processes} process(es) "
         f"instead of {saved['processes']}"
     )
@@ -172,8 +170,6 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
 
 def _set_base_lr(run: Run) -> None:
     """Go on with another learning rate at the same place of its schedule."""
-    scheduler = run.lr_scheduler
-    scheduler.base_lrs = [run.lr] * len(scheduler.base_lrs)
-    for group, factor in zip(run.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = run.lr, run.lr * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in run.optimizer.param_groups]
+    scheduler, (group,) = run.lr_scheduler, run.optimizer.param_groups
+    group["initial_lr"], group["lr"] = run.lr, run.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    scheduler.base_lrs, scheduler._last_lr = [run.lr], [group["lr"]]
