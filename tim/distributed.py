@@ -44,10 +44,8 @@ def leave_process_group(failed: bool = False) -> None:
         failed: the other processes may be in the middle of a collective. NCCL would wait for it and keep this process from
             ending, so its group is left to the end of the process.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    if not (failed and torch.distributed.get_backend() == "nccl"):
-        torch.distributed.destroy_process_group()
+    if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
 
 
 def cpu_group() -> dist.ProcessGroup | None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from tim.checkpoint.formats import Snapshot, read_into, write_snapshot
 from tim.distributed import on_all_ranks, on_first_rank
-from tim.files import flush, sha256, write_json
+from tim.files import flush, sha256, write_json, write_text
 
 MANIFEST = "manifest.json"
 
@@ -183,7 +183,8 @@ def prune_checkpoints(root: Path, limit: int | None, keep_steps: list[int]) -> N
 
 def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
     """Manifest, validation, rename; a checkpoint of the same step is moved aside until the new one stands."""
-    write_json(partial / MANIFEST, dict(sorted(files.items())))
+    # It ends with the brace, not a newline: whatever is cut off shows.
+    write_text(partial / MANIFEST, json.dumps(dict(sorted(files.items())), indent=1))
     problem = find_corruption(partial)
     if problem:
         raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch import Tensor
 
 from tim import rng
@@ -146,7 +146,10 @@ def log_step(
     """Write the record of a step, means over all processes, and return it. Collective, and waits for the device."""
     accelerator, guard = run.accelerator, checkpoints.guard
     bad_samples = len(checkpoints.bad_samples) * accelerator.num_processes  # the mean of which is the number on all processes
-    record = mean_over_ranks(accelerator, {**log, "bad_samples": log["dropped"].new_tensor(bad_samples)})
+    log = {**log, "bad_samples": log["dropped"].new_tensor(bad_samples)}
+    wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    means = accelerator.reduce(torch.stack([v.to(wide) for v in log.values()]), reduction="mean")
+    record = dict(zip(log, means.tolist(), strict=True))
     record |= {"grad_norm": float(grad_norm), "lr": float(run.lr_scheduler.get_last_lr()[0])}
     record |= {"skipped": guard.skipped, "spikes": guard.spikes}
     if accelerator.scaler is not None:
@@ -179,13 +182,6 @@ def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, sam
             "weights saved; lower training.learning_rate, or use training.mixed_precision=bf16, and run again. "
             f"{file} names the samples"
         )
-
-
-def mean_over_ranks(accelerator: Accelerator, values: dict[str, Tensor]) -> dict[str, float]:
-    """Mean of each scalar over all processes, in float64 where the device has it."""
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    means = accelerator.reduce(torch.stack([v.to(dtype) for v in values.values()]), reduction="mean")
-    return dict(zip(values, means.tolist(), strict=True))
 
 
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:

@@ -7,16 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tim.checkpoint import store
 from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
-from tim.checkpoint.store import (
-    Saver,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    tidy_checkpoints,
-    write_checkpoint,
-)
 from tim.config import parse_walltime
 from tim.distributed import cpu_group, on_first_rank
 from tim.training.bad_samples import BadSamples
@@ -44,7 +36,7 @@ class CheckpointManager:
         self.batch = {"size": run.config.data.dataloader.batch_size, "accumulation": t.gradient_accumulation_steps}
         self.group = cpu_group()  # of whoever writes, possibly a thread; the steps have their own
         self.preemption = Preemption(cpu_group(), parse_walltime(t.walltime))
-        self.saver = Saver(t.async_checkpoint)
+        self.saver = store.Saver(t.async_checkpoint)
         self.stager = build_stager(run.accelerator.device) if t.async_checkpoint else None
         self.bad_samples = BadSamples(run.project_dir, run.accelerator.process_index)  # before any rank meets a new one
         self.guard: NonFiniteGuard
@@ -59,7 +51,7 @@ class CheckpointManager:
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
         if path is not None:
-            state = load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
+            state = store.load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
             if state["seed"] != run.seed:
                 raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
             if accelerator.scaler is not None and state["scaler"]:
@@ -100,9 +92,9 @@ class CheckpointManager:
     def _write(self, step: int, snapshot: Snapshot, state: dict[str, Any], began: float) -> None:
         """The part of `save` that does not need the network, maybe in a thread. Collective over the writers' group."""
         t = self.run.config.training
-        write_checkpoint(self.root, step, snapshot, state, self.group)
+        store.write_checkpoint(self.root, step, snapshot, state, self.group)
         if self.run.accelerator.is_main_process:
-            prune_checkpoints(self.root, t.checkpoints_total_limit, t.checkpoint_list)
+            store.prune_checkpoints(self.root, t.checkpoints_total_limit, t.checkpoint_list)
             plot_curves(self.run.project_dir / "log.jsonl", self.run.project_dir / "curves.png")
         self.preemption.saved(time.monotonic() - began)
 
@@ -111,10 +103,10 @@ class CheckpointManager:
         wanted = self.run.config.training.resume_from_checkpoint
         if wanted == "latest":
             # By the group of checkpoints, whose timeout leaves rank 0 the hours that reading large files may take.
-            on_first_rank(self.group, lambda: tidy_checkpoints(self.root))
-            return on_first_rank(self.group, lambda: latest_checkpoint(self.root)), True
+            on_first_rank(self.group, lambda: store.tidy_checkpoints(self.root))
+            return on_first_rank(self.group, lambda: store.latest_checkpoint(self.root)), True
         if wanted is None:
-            if list_checkpoints(self.root):
+            if store.list_checkpoints(self.root):
                 raise ValueError(
                     f"{self.root} holds checkpoints of an earlier run; continue it with "
                     "training.resume_from_checkpoint=latest or choose another --project_dir"
