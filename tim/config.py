@@ -12,6 +12,7 @@ from tim.typed_yaml import ConfigError, Target, build_typed, check_keywords, rea
 
 IGNORED_KEYS = ("training.proportion_empty_prompts", "training.validation_steps")
 OBJECTIVE = "tim.schedulers.transition.TransitionSchedule"
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]  # diffusers'
 PositiveInt = Annotated[int, "> 0"]
 PositiveFloat = Annotated[float, "> 0"]
 
@@ -124,7 +125,7 @@ class Training:
     learning_rate: PositiveFloat = 1e-4
     learning_rate_base_batch_size: PositiveInt = 256
     scale_lr: bool = True
-    lr_scheduler: str = "constant"
+    lr_scheduler: Schedule = "constant"
     lr_warmup_steps: int = 0
     gradient_accumulation_steps: PositiveInt = 1
     optimizer: Target = field(default_factory=lambda: Target("torch.optim.AdamW"))

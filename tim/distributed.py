@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
+T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(hours=2)  # the longest that one rank may have to write after another is done
 
 
@@ -43,10 +44,8 @@ def leave_process_group(failed: bool = False) -> None:
         failed: the other processes may be in the middle of a collective. NCCL would wait for it and keep this process from
             ending, so its group is left to the end of the process.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    if not (failed and torch.distributed.get_backend() == "nccl"):
-        torch.distributed.destroy_process_group()
+    if dist.is_available() and dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
 
 
 def cpu_group() -> dist.ProcessGroup | None:
@@ -75,6 +74,12 @@ def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], Any]) -> 
         if message:
             raise RuntimeError(f"process {rank} failed: {message}")
     return [value for value, _ in outcomes]
+
+
+def on_first_rank(group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 alone; its result, or its error, on all ranks."""
+    first = group is None or dist.get_rank(group) == 0
+    return on_all_ranks(group, lambda: action() if first else None)[0]
 
 
 def is_sharded(network: nn.Module) -> TypeGuard[FSDPModule]:

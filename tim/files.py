@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,16 @@ def write_json(path: Path, content: Any) -> None:
 def write_json_lines(path: Path, records: list[Any]) -> None:
     """Write a .jsonl, one record a line, whole or not at all."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Records of a .jsonl, none when it is missing. A line that a killed process left unfinished does not count."""
+    records = []
+    # Not splitlines(): JSON may hold other separators of lines, such as U+2028, as they are.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
 def sha256(path: str | Path) -> str:

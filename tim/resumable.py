@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from tim.files import claim, lock
+from tim.files import claim, lock, read_json_lines
 
 T = TypeVar("T")
 
@@ -130,16 +130,9 @@ def map_items(
 
 
 def _read_parts(parts: Path) -> dict[int, list[dict[str, Any]]]:
-    """Records by batch; a line that a killed process left unfinished does not count."""
-    done = {}
-    for path in sorted(parts.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            done[entry["batch"]] = entry["records"]
-    return done
+    """Records by batch."""
+    entries = (entry for path in sorted(parts.glob("*.jsonl")) for entry in read_json_lines(path))
+    return {entry["batch"]: entry["records"] for entry in entries}
 
 
 def _end_torn_line(path: Path) -> None:

@@ -136,7 +136,7 @@ def test_retention_counts_only_checkpoints_that_can_be_read(trained, tmp_path):
 def test_a_checkpoint_that_reads_back_damaged_replaces_nothing(trained, tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, *trained, {"mark": "old"})
     monkeypatch.setattr("tim.checkpoint.formats.save_file", lambda tensors, path: path.write_bytes(b"abc"))
-    monkeypatch.setattr("tim.checkpoint.store._flush", lambda path: path.is_file() and path.write_bytes(b""))
+    monkeypatch.setattr("tim.files.flush", lambda path: path.is_file() and path.write_bytes(b""))
     with pytest.raises(OSError, match="cannot be read back"):
         save_checkpoint(tmp_path, 1, *trained, {"mark": "new"})
     monkeypatch.undo()

@@ -21,14 +21,14 @@ def trained(tiny_c2i):
     for _ in range(2):
         tiny_c2i(x, t, t / 2, torch.tensor([1, 2])).square().mean().backward()
         optimizer.step()
-        ema.update(tiny_c2i)
+        ema.update(tiny_c2i, torch.zeros(()))
     return tiny_c2i, ema, optimizer
 
 
 def test_ema_follows_the_weights(trained):
     network, ema, _ = trained
     before = [p.clone() for p in ema.network.parameters()]
-    ema.update(network)
+    ema.update(network, torch.zeros(()))
     for old, new, p in zip(before, ema.network.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * p.detach())
     assert not any(p.requires_grad for p in ema.network.parameters())
@@ -81,7 +81,7 @@ def test_an_unfinished_save_is_no_checkpoint(trained, tmp_path, monkeypatch):
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tim.checkpoint.store._flush", crash)
+    monkeypatch.setattr("tim.files.flush", crash)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 2, network, ema.network, optimizer, {})
     monkeypatch.undo()

@@ -137,7 +137,7 @@ def test_the_trainer_starts_from_a_project_and_from_a_flow(tmp_path):
     still = [*trainer, "training.max_train_steps=1", "training.learning_rate=1e-30"]  # the weights stay where they start
     more = ["model.network.params.num_classes=12", f"model.ckpt={tmp_path}/first"]
     done = command(*still, "--project_dir", tmp_path / "second", *more)
-    assert "label table of 11 rows" in done.stdout and "kept here as row 12" in done.stdout
+    assert "label table of 11 rows" in done.stderr and "kept here as row 12" in done.stderr
     second = load_file(tmp_path / "second" / "checkpoints" / "step-0000001" / "model.safetensors")
     assert torch.equal(second.pop(LABELS)[12], first[LABELS][10])
     assert all(torch.equal(second[k], first[k]) for k in second)
@@ -145,7 +145,7 @@ def test_the_trainer_starts_from_a_project_and_from_a_flow(tmp_path):
     save_file(flow_weights(first), tmp_path / "flow.safetensors")
     start = [f"model.ckpt={tmp_path}/flow.safetensors", f"model.ckpt_allow_missing={FLOW}".replace("'", "")]
     done = command(*still, "--project_dir", tmp_path / "third", *start)
-    assert "starting as its flow" in done.stdout
+    assert "starting as its flow" in done.stderr
     third = load_file(tmp_path / "third" / "checkpoints" / "step-0000001" / "model.safetensors")
     assert third["delta_embedder.mlp.2.weight"].abs().max() < 1e-20 and torch.equal(third[LABELS], first[LABELS])
     done = command(*still, "--project_dir", tmp_path / "fourth", start[0], check=False)

@@ -52,6 +52,7 @@ def train(config, project, overrides, task="ClassTask", at=None) -> None:
     Args:
         at: (step, rank, signals): what this rank sends itself once the step is logged.
     """
+    from tim.cli import log_to_stderr
     from tim.config import load_config
     from tim.training import loop, tasks
     from tim.training.logging import RunLogger
@@ -65,7 +66,8 @@ def train(config, project, overrides, task="ClassTask", at=None) -> None:
                 os.kill(os.getpid(), number)
 
     RunLogger.log = log
-    loop.train(load_config(config, overrides), project, 1, getattr(tasks, task))
+    with log_to_stderr():
+        loop.train(load_config(config, overrides), project, 1, getattr(tasks, task))
 
 
 def killed_at(step) -> tuple:

@@ -10,11 +10,11 @@ from helpers.paths import ROOT
 from torch.autograd import forward_ad
 
 from tim.config import load_config
+from tim.files import read_json_lines
 from tim.models.t2i.tim_model import TiM
 from tim.schedulers.transition import TransitionSchedule
 from tim.schedulers.transports import OT_FM
 from tim.training.compilation import compile_blocks
-from tim.training.logging import read_records
 from tim.training.loop import train
 from tim.training.tasks import ClassTask
 
@@ -105,7 +105,7 @@ def test_the_trainer_compiles_what_it_trains(tmp_path, monkeypatch):
     for switch in ("false", "true"):
         config = load_config(ROOT / "configs/c2i/digits.yaml", [*options, f"training.compile={switch}"])
         train(config, tmp_path / switch, 1, ClassTask)
-        losses.append([record["denoising_loss"] for record in read_records(tmp_path / switch / "log.jsonl")])
+        losses.append([record["denoising_loss"] for record in read_json_lines(tmp_path / switch / "log.jsonl")])
         pictures.append((tmp_path / switch / "samples/step-0000004.png").read_bytes())
         compiled.append(graphs())
     assert losses[1] == pytest.approx(losses[0], rel=1e-9) and len(losses[0]) == 4

@@ -91,8 +91,9 @@ def poison(monkeypatch, what: str, steps: set[int], rows: slice = slice(None)) -
 
 @pytest.mark.parametrize("log_steps", [1, 100])
 @pytest.mark.parametrize("what", ["latent", "target", "gradient"])
-def test_a_poisoned_step_leaves_no_trace_and_the_third_in_a_row_stops(latents, tmp_path, monkeypatch, capsys, what, log_steps):
+def test_a_poisoned_step_leaves_no_trace_and_the_third_in_a_row_stops(latents, tmp_path, monkeypatch, caplog, what, log_steps):
     """Weights, average and moments stay bit for bit; the samples are named; the run ends with a checkpoint."""
+    caplog.set_level("INFO")
     poison(monkeypatch, what, {2, 4, 5, 6})
     with pytest.raises(RuntimeError, match="3 steps in a row without a finite gradient, stopped at step 6"):
         train(tmp_path, latents, f"training.log_steps={log_steps}", "training.optimizer.params.fused=true")
@@ -107,7 +108,7 @@ def test_a_poisoned_step_leaves_no_trace_and_the_third_in_a_row_stops(latents, t
     else:
         named = {r["index"] for r in found if r["cause"] == ("latent" if what == "latent" else "prediction or target")}
         assert named == {i for r in skipped for i in r["indices"]}
-    assert "step 5: gradient norm" in (out := capsys.readouterr().out) and "(2 in a row)" in out
+    assert "step 5: gradient norm" in caplog.text and "(2 in a row)" in caplog.text
 
 
 def test_stopping_does_not_need_a_checkpoint_or_a_log_line_near(latents, tmp_path, monkeypatch):
@@ -140,7 +141,8 @@ def test_an_optimizer_without_the_device_side_skip_skips_too(latents, tmp_path, 
     assert same_weights(tmp_path, 1, 2) and not same_weights(tmp_path, 2, 3)
 
 
-def test_a_spike_is_skipped_and_counted(latents, tmp_path, monkeypatch, capsys):
+def test_a_spike_is_skipped_and_counted(latents, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     real = loop.batch_loss
 
     def batch_loss(run, batch):
@@ -155,7 +157,7 @@ def test_a_spike_is_skipped_and_counted(latents, tmp_path, monkeypatch, capsys):
     assert same_weights(tmp_path / "guarded", 19, 20) and not same_weights(tmp_path / "free", 19, 20)
     last = json.loads((tmp_path / "guarded" / "log.jsonl").read_text().splitlines()[-1])
     assert last["spikes"] == 1 and last["skipped"] == 1
-    assert "is a spike, step skipped; see nonfinite.jsonl" in capsys.readouterr().out
+    assert "is a spike, step skipped; see nonfinite.jsonl" in caplog.text
     assert reports(tmp_path / "guarded")[-1]["step"] == 20
 
 

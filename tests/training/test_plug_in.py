@@ -9,10 +9,10 @@ import torch
 from helpers.paths import ROOT
 
 from tim.config import ConfigError, Target, load_config, parse_config, read_tree
+from tim.files import read_json_lines
 from tim.models.c2i.tim_model import TiM
 from tim.models.network import NetworkTraits, build_network, traits_of
 from tim.training.compilation import compile_blocks
-from tim.training.logging import read_records
 from tim.training.loop import train
 from tim.training.tasks import ClassTask
 
@@ -59,7 +59,7 @@ def strange(tmp_path, monkeypatch):
 
 def first_loss(project, config) -> float:
     train(config, project, 1, ClassTask)
-    return read_records(project / "log.jsonl")[0]["weighted_loss"]
+    return read_json_lines(project / "log.jsonl")[0]["weighted_loss"]
 
 
 def test_an_objective_of_ones_own_trains(tmp_path, strange):
@@ -89,7 +89,7 @@ def plain_config(*overrides):
 def test_a_plain_module_trains(tmp_path, strange, derivative):
     config = plain_config(f"model.transition_loss.derivative_type={derivative}")
     train(config, tmp_path / "run", 1, ClassTask)
-    assert len(read_records(tmp_path / "run" / "log.jsonl")) == 2
+    assert len(read_json_lines(tmp_path / "run" / "log.jsonl")) == 2
     assert (tmp_path / "run" / "samples" / "step-0000002.png").is_file()
     assert (tmp_path / "run" / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
 

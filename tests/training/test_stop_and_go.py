@@ -181,7 +181,7 @@ def test_a_learning_rate_and_a_batch_size_may_change_on_the_way(tmp_path, capsys
     train(DIGITS, tmp_path, [*own, "training.max_train_steps=6", "training.learning_rate=1e-4", "data.dataloader.batch_size=8"])
     want = [4e-3 * k / 8 for k in (1, 2, 3, 4)] + [1e-4 * k / 8 for k in (5, 6)]
     assert [r["lr"] for r in log_of(tmp_path)] == pytest.approx(want, rel=1e-12)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "the learning rate changes from 0.004 to 0.0001" in out
     assert "the global batch changes from 16 to 8, as configured" in out
 

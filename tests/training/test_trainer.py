@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 
 import pytest
 import torch
@@ -43,14 +44,14 @@ def test_kill_9_and_the_same_command_again_change_nothing(tmp_path):
     start_and_kill(words, lambda: logged_steps(killed) >= 31)
     assert 31 <= len(log_of(killed)) < 60
     done = train(killed, *options)
-    assert "resuming from" in done.stdout
+    assert "resuming from" in done.stderr
     for key in ("denoising_loss", "weighted_loss", "grad_norm", "lr", "step"):
         assert losses(killed, key) == losses(tmp_path / "whole", key)
     a, b = weights_of(killed, 60), weights_of(tmp_path / "whole", 60)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
     again = train(killed, *options)
-    assert "nothing to do" in again.stdout
+    assert "nothing to do" in again.stderr
     assert sorted(p.name for p in (killed / "checkpoints").iterdir()) == ["step-0000040", "step-0000060"]
 
 
@@ -74,6 +75,19 @@ def test_a_run_leaves_its_pictures_and_records(tmp_path):
         assert {"denoising_loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= record.keys()
     with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
         assert grid.width > 600
+
+
+def test_the_last_line_says_where_everything_is_and_draws_images(tmp_path):
+    """Its command runs as it stands."""
+    project = tmp_path / "a run"
+    done = train(project, "training.max_train_steps=2", "training.sample_steps=2")
+    line = done.stdout.splitlines()[-1]
+    places = f"previews in {project}/samples, checkpoints in {project}/checkpoints; draw with: python "
+    assert line.startswith(f"finished 2 steps: curves in {project}/curves.png, {places}")
+    words = shlex.split(line.partition("draw with: python ")[2])
+    command(*words, "--sample-dir", tmp_path / "out", "--num-fid-samples", 2, "--num-steps", 1)
+    assert len(list((tmp_path / "out").glob("*/*.png"))) == 2
+    assert "finished" not in train(project, "training.max_train_steps=2").stdout, "nothing was to do"
 
 
 def in_process(project, tree_overrides, seed=0, config="configs/c2i/digits.yaml", **kwargs):
@@ -143,7 +157,8 @@ def test_a_label_beyond_the_classes_is_named(tmp_path):
         in_process(tmp_path / "run", [*options, "training.max_train_steps=2"])
 
 
-def test_non_finite_latents_are_left_out_and_reported(tmp_path, capsys):
+def test_non_finite_latents_are_left_out_and_reported(tmp_path, caplog):
+    caplog.set_level("INFO")
     (tmp_path / "latents" / "c").mkdir(parents=True)
     for k in range(4):
         latent = torch.full((2, 1, 8, 8), float("inf")) if k == 3 else torch.randn(2, 1, 8, 8)
@@ -152,7 +167,7 @@ def test_non_finite_latents_are_left_out_and_reported(tmp_path, capsys):
     in_process(tmp_path / "run", [*options, "training.max_train_steps=3"])
     assert losses(tmp_path / "run", "dropped") == [0.25] * 3
     assert all(torch.isfinite(v).all() for v in weights_of(tmp_path / "run", 3).values())
-    assert "25.00% of the samples have non-finite latents" in capsys.readouterr().out
+    assert "25.00% of the samples have non-finite latents" in caplog.text
 
 
 def with_transport(kind, folder):

@@ -74,7 +74,7 @@ def test_kill_9_and_the_same_command_again_change_nothing(setting, tmp_path, cac
     train(setting, tmp_path / "whole", *options)
     killed = tmp_path / "killed"
     start_and_kill(words(setting, killed, *options), lambda: logged_steps(killed) >= 31)
-    assert "resuming from" in train(setting, killed, *options).stdout
+    assert "resuming from" in train(setting, killed, *options).stderr
     assert losses(killed) == losses(tmp_path / "whole")
     a, b = weights_of(killed, 60), weights_of(tmp_path / "whole", 60)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -94,6 +94,8 @@ def test_two_processes_equal_one_that_accumulates(setting, tmp_path):
 def test_a_run_leaves_pictures_of_its_captions(setting, tmp_path):
     done = train(setting, tmp_path, "training.sample_steps=4")
     assert "30 captioned images, 9 packed batches of 2 to 4 (mean 3.3) in 3 sizes" in done.stdout
+    draw = f"projects/sample/sample_t2i.py --prompts 'YOUR PROMPT' --config {tmp_path}/config.yaml --ckpt {tmp_path}"
+    assert done.stdout.splitlines()[-1].endswith(f"draw with: python {draw}")
     contents = (tmp_path / "samples" / "contents.txt").read_text()
     assert "a photo number" in contents and len(contents.splitlines()) == 4
     with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:

@@ -14,15 +14,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from tim.distributed import is_sharded as is_fsdp
 from tim.models.loading import check_state, read_state_dict
@@ -59,9 +53,9 @@ def take_snapshot(
             written. They are good until the next snapshot.
     """
     gathered = not sharded and is_fsdp(modules["model"])  # through the CPU: no GPU has room for the whole state
-    options = StateDictOptions(full_state_dict=not sharded, cpu_offload=gathered or stager is None)
-    parts: dict[str, dict[str, Any]] = {name: get_model_state_dict(m, options=options) for name, m in modules.items()}
-    parts["optimizer"] = get_optimizer_state_dict(modules["model"], optimizer, options=options)
+    options = dcp_state.StateDictOptions(full_state_dict=not sharded, cpu_offload=gathered or stager is None)
+    parts: dict[str, dict[str, Any]] = {name: dcp_state.get_model_state_dict(m, options=options) for name, m in modules.items()}
+    parts["optimizer"] = dcp_state.get_optimizer_state_dict(modules["model"], optimizer, options=options)
     if stager is not None:
         if not sharded and dist.is_initialized() and dist.get_rank() != 0:
             parts = {name: {} for name in parts}
@@ -84,11 +78,12 @@ def write_snapshot(folder: Path, snapshot: Snapshot, rank: int, group: dist.Proc
         return [*sorted(folder.glob(f"__{rank}_*")), *([folder / SHARDED] if rank == 0 else [])]
     if rank != 0:
         return []
-    names = [name for name in snapshot.parts if name != "optimizer"]
-    for name in names:
-        save_file({k: v.detach().contiguous() for k, v in snapshot.parts[name].items()}, folder / f"{name}.safetensors")
-    torch.save(snapshot.parts["optimizer"], folder / "optimizer.pt")
-    return [*(folder / f"{name}.safetensors" for name in names), folder / "optimizer.pt"]
+    for name, part in snapshot.parts.items():
+        if name == "optimizer":
+            torch.save(part, folder / "optimizer.pt")
+        else:
+            save_file({k: v.detach().contiguous() for k, v in part.items()}, folder / f"{name}.safetensors")
+    return sorted(folder.iterdir())  # nobody else writes there
 
 
 def read_into(
@@ -107,8 +102,8 @@ def read_into(
     for name, module in modules.items():
         check_state(module, parts[name], path if sharded else path / f"{name}.safetensors")
     if sharded:
-        parts = {name: get_model_state_dict(module) for name, module in modules.items()}
-        parts["optimizer"] = _stored_moments(path, get_optimizer_state_dict(network, optimizer))
+        parts = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
+        parts["optimizer"] = _stored_moments(path, dcp_state.get_optimizer_state_dict(network, optimizer))
         dcp.load(parts, checkpoint_id=path, process_group=group)
     else:
         parts["optimizer"] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
@@ -117,11 +112,11 @@ def read_into(
                 f"{path / 'optimizer.pt'} is of an older layout; start a new project from its weights: model.ckpt={path}"
             )
     for name, module in modules.items():
-        set_model_state_dict(module, parts[name], options=StateDictOptions(full_state_dict=not sharded))
+        dcp_state.set_model_state_dict(module, parts[name], options=dcp_state.StateDictOptions(full_state_dict=not sharded))
     # Parameters that never had a gradient have no moments: none are asked for, and those that torch makes up go again.
     moments = parts["optimizer"]["state"].keys()
-    options = StateDictOptions(full_state_dict=not sharded, strict=False)
-    set_optimizer_state_dict(network, optimizer, parts["optimizer"], options=options)
+    options = dcp_state.StateDictOptions(full_state_dict=not sharded, strict=False)
+    dcp_state.set_optimizer_state_dict(network, optimizer, parts["optimizer"], options=options)
     for name, parameter in network.named_parameters():
         if name not in moments:
             optimizer.state.pop(parameter, None)

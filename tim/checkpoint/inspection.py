@@ -34,17 +34,16 @@ def inspect(source: str, configs: Sequence[Path]) -> tuple[list[str], bool]:
     folders = list_checkpoints(path / "checkpoints") if is_project else [path]
     if not folders or not (is_project or is_checkpoint(path)):
         raise FileNotFoundError(f"{source} is neither a weights file, a checkpoint folder nor a project with checkpoints")
-    lines, newest, damaged = [], None, False
-    for folder in folders:
-        problem = find_corruption(folder)
-        lines += _describe_files(folder, problem)
-        newest, damaged = newest if problem else folder, damaged or problem is not None
-    if newest is not None:
+    problems = {folder: find_corruption(folder) for folder in folders}
+    lines = [line for folder, problem in problems.items() for line in _describe_files(folder, problem)]
+    whole = [folder for folder, problem in problems.items() if problem is None]
+    if whole:
+        newest = whole[-1]
         state = read_weights(newest, "model", shapes_only=True)
         own = newest.parent.parent / "config.yaml"
         lines += [f"weights of {newest.name}: {_count(state)}; EMA: {'yes' if has_weights(newest, 'ema') else 'no'}"]
         lines += [_fit(newest.name, state, [*([own] if own.is_file() else []), *configs])]
-    return lines, damaged
+    return lines, len(whole) < len(folders)
 
 
 def _describe_file(path: Path, configs: Sequence[Path]) -> tuple[list[str], bool]:

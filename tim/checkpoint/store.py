@@ -7,6 +7,7 @@ sizes and sha256, read back against it, and renamed into place. Old ones go only
 import json
 import shutil
 import warnings
+from collections import ChainMap
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from tim.checkpoint.formats import Snapshot, read_into, write_snapshot
-from tim.distributed import on_all_ranks
-from tim.files import flush, sha256
+from tim.distributed import on_all_ranks, on_first_rank
+from tim.files import flush, sha256, write_json, write_text
 
 MANIFEST = "manifest.json"
 
@@ -70,26 +71,21 @@ def write_checkpoint(
     rank = 0 if group is None else dist.get_rank(group)
 
     def prepare() -> None:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
 
     def write() -> dict[str, dict[str, Any]]:
         paths = write_snapshot(partial, snapshot, rank, group)
-        if rank == 0:
-            paths.append(partial / "state.json")
-            paths[-1].write_text(json.dumps({"step": step, **state}, indent=1))
         for path in paths:
             flush(path)
+        if rank == 0:
+            paths.append(partial / "state.json")
+            write_json(paths[-1], {"step": step, **state})
         return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
 
-    def finish() -> None:
-        if rank == 0:
-            _put_in_place(partial, final, {name: entry for files in written for name, entry in files.items()})
-
-    on_all_ranks(group, prepare)
+    on_first_rank(group, prepare)
     written = on_all_ranks(group, write)
-    on_all_ranks(group, finish)
+    on_first_rank(group, lambda: _put_in_place(partial, final, dict(ChainMap(*written))))
     return final
 
 
@@ -109,8 +105,7 @@ def load_checkpoint(
     Raises:
         ValueError: when a file is damaged or belongs to another network.
     """
-    rank = 0 if group is None else dist.get_rank(group)
-    problem = on_all_ranks(group, lambda: find_corruption(path) if rank == 0 and not verified else None)[0]
+    problem = None if verified else on_first_rank(group, lambda: find_corruption(path))
     if problem:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
     read_into(path, modules, optimizer, group)
@@ -144,7 +139,7 @@ def find_corruption(path: Path) -> str | None:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    return sorted(p for p in root.glob("step-*") if p.is_dir()) if root.is_dir() else []
+    return sorted(p for p in root.glob("step-*") if p.is_dir())
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -188,9 +183,8 @@ def prune_checkpoints(root: Path, limit: int | None, keep_steps: list[int]) -> N
 
 def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
     """Manifest, validation, rename; a checkpoint of the same step is moved aside until the new one stands."""
-    (partial / MANIFEST).write_text(json.dumps(dict(sorted(files.items())), indent=1))
-    flush(partial / MANIFEST)
-    flush(partial)
+    # It ends with the brace, not a newline: whatever is cut off shows.
+    write_text(partial / MANIFEST, json.dumps(dict(sorted(files.items())), indent=1))
     problem = find_corruption(partial)
     if problem:
         raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")

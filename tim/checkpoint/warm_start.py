@@ -41,7 +41,7 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], source: str, allow_
         if not matching(own, pattern):
             raise ValueError(f"model.ckpt_allow_missing: the network has no key that matches {pattern!r}")
     allowed = {key for pattern in allow_missing for key in matching(own, pattern) if key not in state}
-    start = _interval_start(network, own, state, allowed)
+    start = _interval_start(network, state, allowed)
     zeros = [*matching(start, QKV_D), *matching(start, DELTA_OUTPUT)]
     fresh = sorted(allowed - set(start))
     state = state | {key: own[key] for key in allowed} | {key: torch.zeros_like(own[key]) for key in zeros}
@@ -60,7 +60,7 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], source: str, allow_
     return notes
 
 
-def _interval_start(network: nn.Module, own: dict[str, Tensor], state: dict[str, Tensor], allowed: set[str]) -> list[str]:
+def _interval_start(network: nn.Module, state: dict[str, Tensor], allowed: set[str]) -> list[str]:
     """The allowed missing keys of the interval (delta_embedder, qkv_d); ValueError when F(x, t, t) could not be kept."""
     missing = [key for pattern in (DELTA, QKV_D) for key in matching(allowed, pattern)]
     if not matching(missing, DELTA):

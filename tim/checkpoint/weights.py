@@ -45,11 +45,6 @@ class Weights:
         return read_weights(self.checkpoint, PARTS[self.kind])
 
     @property
-    def step(self) -> int | None:
-        """The step of a checkpoint, None for a file."""
-        return json.loads((self.checkpoint / "state.json").read_text())["step"] if self.checkpoint else None
-
-    @property
     def stem(self) -> str:
         """Their name in the names of folders: the step's folder for our own checkpoints, the file's stem for others."""
         folder = self.source.parent if self.source.stem in PARTS.values() else self.checkpoint
@@ -71,7 +66,8 @@ class Weights:
         """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
         if self.checkpoint is None:
             return {"weights": self.kind, "source": self.source.name}
-        known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(self.step)}
+        step = json.loads((self.checkpoint / "state.json").read_text())["step"]
+        known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(step)}
         config = self.checkpoint.parent.parent / "config.yaml"
         return {**known, "config_sha256": sha256(config)} if config.is_file() else known
 

@@ -4,7 +4,8 @@ import warnings
 from pathlib import Path
 
 from tim.data.batch import Batch
-from tim.training.logging import append_records, rank_file, read_records
+from tim.files import read_json_lines
+from tim.training.logging import append_records, rank_file
 
 ALL_FILES = "bad_samples*.jsonl"  # of all ranks
 
@@ -21,7 +22,7 @@ class BadSamples:
 
     def __init__(self, project_dir: Path, rank: int) -> None:
         self.path = rank_file(project_dir, "bad_samples", rank)
-        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_records(path)}
+        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_json_lines(path)}
         self.elsewhere = 0 if rank == 0 else len(self.causes)
 
     def __len__(self) -> int:

@@ -5,9 +5,8 @@ is read in the step after, when the device has long finished with it.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ LATENT, LOSS = 1, 2  # codes of a sample: its latent, or its prediction or targe
 CAUSES = {LATENT: "latent", LOSS: "prediction or target"}
 
 
-@dataclass
-class Verdict:
+class Verdict(NamedTuple):
     """What the device found in one step, read on the host.
 
     Attributes:
@@ -33,16 +31,6 @@ class Verdict:
     step: int
     bad_steps: int
     problem: str
-
-
-@dataclass
-class _Posted:
-    """Numbers of a step on their way to the host, where they are once `arrived` (None: already) has happened."""
-
-    step: int
-    numbers: Tensor
-    arrived: torch.cuda.Event | None
-    samples: list[Batch]
 
 
 class NonFiniteGuard:
@@ -68,7 +56,8 @@ class NonFiniteGuard:
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # bad in a row, skipped, spikes
         self.norms = torch.full((NORMS,), math.nan, device=device)
         self.skipped = self.spikes = 0
-        self.posted: _Posted | None = None
+        # A step, its micro-batches, and its numbers on their way to the host: they are there once the event has happened.
+        self.posted: tuple[int, list[Batch], Tensor, torch.cuda.Event | None] | None = None
         self.path = rank_file(folder, "nonfinite", rank)
         known = drop_later_records(self.path, start_step)
         self.written = {(record["index"], record["cause"]) for record in known if "index" in record}
@@ -86,6 +75,7 @@ class NonFiniteGuard:
         if loss_scale is not None:
             counted = (~finite & (loss_scale <= 1)) | (norm == 0)
         spike = torch.zeros_like(bad)
+        # torch.where and no `if` on a number: whatever asked the device for one would wait for the whole step.
         if self.spike is not None:
             usual = torch.nanmedian(self.norms, dim=0).values  # with dim: without, it waits for the device
             enough = torch.isfinite(self.norms).sum() >= FEWEST_NORMS
@@ -105,46 +95,44 @@ class NonFiniteGuard:
         """
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         parts = [self.counts, grad_norm.detach().reshape(1), *(codes for _, codes in micro_batches)]
-        packed, arrived = torch.cat([part.to(wide) for part in parts]), None
+        packed = torch.cat([part.to(wide) for part in parts])  # one copy instead of many; float64 holds every count exactly
+        numbers, arrived = packed, None
         if self.device.type == "cuda":
+            # Page-locked memory: only there is a copy asynchronous.
             numbers = torch.empty(packed.shape, dtype=wide, pin_memory=True).copy_(packed, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        else:
-            numbers = packed.cpu()
-        self.posted = _Posted(step, numbers, arrived, [batch for batch, _ in micro_batches])
+        self.posted = step, [batch for batch, _ in micro_batches], numbers, arrived
 
     def poll(self) -> Verdict | None:
         """The numbers of the step posted last, once; waits for that step alone. Writes nonfinite.jsonl."""
-        posted, self.posted = self.posted, None
-        if posted is None:
+        if self.posted is None:
             return None
-        if posted.arrived is not None:
-            posted.arrived.synchronize()
-        bad_steps, skipped, spikes, norm, *codes = posted.numbers.tolist()
+        (step, batches, numbers, arrived), self.posted = self.posted, None
+        if arrived is not None:
+            arrived.synchronize()
+        bad_steps, skipped, spikes, norm, *codes = numbers.tolist()
         problem = ""
         if skipped > self.skipped:
             problem = f"gradient norm {norm:.4g}" + (" is a spike" if spikes > self.spikes else "")
         self.skipped, self.spikes = int(skipped), int(spikes)
-        self._write(posted, problem, codes)
-        return Verdict(posted.step, int(bad_steps), problem)
+        if problem or any(codes):
+            self._write(step, batches, problem, codes)
+        return Verdict(step, int(bad_steps), problem)
 
-    def _write(self, posted: _Posted, problem: str, codes: list[float]) -> None:
+    def _write(self, step: int, batches: list[Batch], problem: str, codes: list[float]) -> None:
         """A line for each new non-finite sample; one with all samples of this rank for a skipped step."""
-        if not problem and not any(codes):
-            return
-        indices = [index for batch in posted.samples for index in batch["index"].tolist()]
-        positions = [position for batch in posted.samples for position in batch["position"].tolist()]
+        indices = torch.cat([batch["index"] for batch in batches]).tolist()
+        positions = torch.cat([batch["position"] for batch in batches]).tolist()
         lines: list[dict[str, Any]] = []
         for index, position, code in zip(indices, positions, codes, strict=True):
             cause = CAUSES.get(int(code))
             if cause and (index, cause) not in self.written:
                 self.written.add((index, cause))
-                lines.append({"step": posted.step, "index": index, "position": position, "cause": cause})
+                lines.append({"step": step, "index": index, "position": position, "cause": cause})
         if problem:
-            lines.append({"step": posted.step, "cause": problem, "indices": indices})
-        if lines:
-            append_records(self.path, lines)
+            lines.append({"step": step, "cause": problem, "indices": indices})
+        append_records(self.path, lines)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge alike, JSON values."""

@@ -1,4 +1,4 @@
-"""What a run says of itself: files of records, progress bar, trackers, loss curves."""
+"""What a run records of itself: files of records, progress bar, trackers, loss curves."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from tim.files import write_json_lines
+from tim.files import read_json_lines, write_json_lines
 
 
 class RunLogger:
@@ -45,19 +45,11 @@ class RunLogger:
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
         append_records(self.path, [record])
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
-        self.bar.set_postfix(
-            {
-                "loss": f"{values['denoising_loss']:.4f}",
-                "grad": f"{values['grad_norm']:.3f}",
-                "img/s": f"{record['images_per_second']:.0f}",
-                "wait": f"{100 * record['data_wait']:.1f}%",
-            },
+        self.bar.set_postfix_str(
+            f"loss={values['denoising_loss']:.4f}, grad={values['grad_norm']:.3f}, "
+            f"img/s={record['images_per_second']:.0f}, wait={record['data_wait']:.1%}",
             refresh=False,
         )
-
-    def close(self) -> None:
-        """Finish the bar."""
-        self.bar.close()
 
 
 def rank_file(folder: Path, name: str, rank: int) -> Path:
@@ -73,29 +65,17 @@ def append_records(path: Path, records: list[dict[str, Any]]) -> None:
 
 def drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
     """Delete the records of steps after this one from a .jsonl, if there is one; returns the others."""
-    kept = [record for record in read_records(path) if record["step"] <= step]
+    kept = [record for record in read_json_lines(path) if record["step"] <= step]
     if path.is_file():
         write_json_lines(path, kept)
     return kept
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a .jsonl, none when it is missing; a line cut off by a crash ends it."""
-    records = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+def plot_curves(log: Path, image: Path) -> None:
+    """Draw denoising loss and gradient norm over the steps, each value in grey and a running median in blue."""
+    from matplotlib.figure import Figure  # takes a while to import, and only rank 0 draws
 
-
-def plot_curves(log: Path, picture: Path) -> None:
-    """Draw denoising loss and gradient norm over the steps."""
-    from matplotlib.figure import Figure
-
-    records = read_records(log)
+    records = read_json_lines(log)
     if len(records) < 2:
         return
     steps = [r["step"] for r in records]
@@ -109,4 +89,4 @@ def plot_curves(log: Path, picture: Path) -> None:
         axis.set(xlabel="step", title=key.replace("_", " "))
         if min(values) > 0:
             axis.set_yscale("log")
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)

@@ -1,11 +1,12 @@
 """The training loop: config -> data -> objective -> optimiser -> EMA -> checkpoint."""
 
+import logging
+import shlex
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from torch import Tensor
 
 from tim import rng
@@ -22,8 +23,10 @@ from tim.training.preemption import EXIT_AGAIN
 from tim.training.preview import save_preview
 from tim.training.resume import CheckpointManager
 from tim.training.setup import Run, build_loader, build_run
-from tim.training.sharding import clip_gradients, no_sync
+from tim.training.sharding import clip_gradients, set_gradient_sync
 from tim.training.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config, project_dir: str | Path, seed: int, task_class: type[Task], dry_run: bool = False) -> None:
@@ -41,33 +44,34 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
         RuntimeError: after three steps in a row that cannot be used.
         SystemExit: with code EXIT_AGAIN after a signal or at `training.walltime`, a checkpoint being written.
     """
-    project_dir = Path(project_dir)
+    project_dir, t = Path(project_dir), config.training
     run = build_run(config, project_dir, seed, task_class)
-    run.accelerator.print(summary(run), flush=True)
+    accelerator = run.accelerator
+    accelerator.print(summary(run), flush=True)
     if dry_run:
         return
     checkpoints = CheckpointManager(run)
     with locked(project_dir, PartialState()), checkpoints.preemption:
         start_step, samples_seen = checkpoints.resume()
-        t, max_steps = config.training, config.training.max_train_steps
-        if start_step >= max_steps:
-            run.accelerator.print(f"{project_dir} has reached step {start_step} of {max_steps}; nothing to do")
+        if start_step >= t.max_train_steps:
+            logger.info(f"{project_dir} has reached step {start_step} of {t.max_train_steps}; nothing to do")
             return
-        if run.accelerator.is_main_process:
+        if accelerator.is_main_process:
             write_text(project_dir / "config.yaml", to_yaml(config))
-        run.accelerator.wait_for_everyone()
-        run.accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
-        logger = RunLogger(run.accelerator, project_dir, start_step, max_steps)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
+        run_log = RunLogger(accelerator, project_dir, start_step, t.max_train_steps)
         try:
-            run_steps(run, checkpoints, logger, start_step, samples_seen)
+            run_steps(run, checkpoints, run_log, start_step, samples_seen)
         finally:
-            logger.close()
+            run_log.bar.close()
             checkpoints.close()
-            for tracker in run.accelerator.trackers:
+            for tracker in accelerator.trackers:
                 tracker.finish()
+    accelerator.print(closing_line(run), flush=True)
 
 
-def run_steps(run: Run, checkpoints: CheckpointManager, logger: RunLogger, start_step: int, samples_seen: int) -> None:
+def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, start_step: int, samples_seen: int) -> None:
     """The loop proper, from start_step to max_train_steps."""
     t, accelerator, guard = run.config.training, run.accelerator, checkpoints.guard
     loader, samples_per_step = build_loader(run, start_step, samples_seen)
@@ -87,12 +91,12 @@ def run_steps(run: Run, checkpoints: CheckpointManager, logger: RunLogger, start
             run.ema.update(run.network, skip)
         samples_seen += samples_per_step
         guard.post(step, grad_norm, judged)
-        logger.step(batches.waited(), int(judged[0][0]["total"][0]))
+        run_log.step(batches.waited(), int(judged[0][0]["total"][0]))
 
         bad_samples, done = 0.0, step == t.max_train_steps
         if step % t.log_steps == 0 or done:
             verdict = guard.poll()  # of this step: the device is waited for
-            bad_samples = log_step(run, checkpoints, logger, step, log, grad_norm)["bad_samples"]
+            bad_samples = log_step(run, checkpoints, run_log, step, log, grad_norm)["bad_samples"]
             check(run, checkpoints, verdict, samples_seen)
         too_many = bad_samples > run.config.data.max_bad_samples
         reason = checkpoints.preemption.end_step()
@@ -109,7 +113,7 @@ def run_steps(run: Run, checkpoints: CheckpointManager, logger: RunLogger, start
             )
         if reason and not done:
             checkpoints.close()
-            accelerator.print(f"stopped by {reason} after step {step}; run the same command again to continue")
+            logger.info(f"stopped by {reason} after step {step}; run the same command again to continue")
             raise SystemExit(EXIT_AGAIN)
 
 
@@ -127,9 +131,9 @@ def accumulate_gradients(
     for micro in range(count):
         batch = next(batches)
         bad_samples.record(batch)
-        with nullcontext() if micro == count - 1 else no_sync(run.model):
-            loss, values, codes = batch_loss(run, batch)
-            run.accelerator.backward(loss / count)
+        set_gradient_sync(run.model, micro == count - 1)
+        loss, values, codes = batch_loss(run, batch)
+        run.accelerator.backward(loss / count)
         judged.append(({"index": batch["index"], "position": batch["position"], "total": batch["total"]}, codes))
         for key, value in values.items():
             log[key] = log.get(key, 0) + value / count
@@ -137,19 +141,22 @@ def accumulate_gradients(
 
 
 def log_step(
-    run: Run, checkpoints: CheckpointManager, logger: RunLogger, step: int, log: dict[str, Tensor], grad_norm: Tensor
+    run: Run, checkpoints: CheckpointManager, run_log: RunLogger, step: int, log: dict[str, Tensor], grad_norm: Tensor
 ) -> dict[str, float]:
     """Write the record of a step, means over all processes, and return it. Collective, and waits for the device."""
     accelerator, guard = run.accelerator, checkpoints.guard
     bad_samples = len(checkpoints.bad_samples) * accelerator.num_processes  # the mean of which is the number on all processes
-    record = mean_over_ranks(accelerator, {**log, "bad_samples": log["dropped"].new_tensor(bad_samples)})
+    log = {**log, "bad_samples": log["dropped"].new_tensor(bad_samples)}
+    wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    means = accelerator.reduce(torch.stack([v.to(wide) for v in log.values()]), reduction="mean")
+    record = dict(zip(log, means.tolist(), strict=True))
     record |= {"grad_norm": float(grad_norm), "lr": float(run.lr_scheduler.get_last_lr()[0])}
     record |= {"skipped": guard.skipped, "spikes": guard.spikes}
     if accelerator.scaler is not None:
         record["loss_scale"] = accelerator.scaler.get_scale()
-    logger.log(step, record)
+    run_log.log(step, record)
     if record["dropped"] > 0:
-        accelerator.print(
+        logger.info(
             f"step {step}: {record['dropped']:.2%} of the samples have non-finite latents, predictions or targets "
             f"and were left out; see {guard.path.name}"
         )
@@ -165,22 +172,16 @@ def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, sam
     if verdict is None or not verdict.problem:
         return
     in_a_row = f" ({verdict.bad_steps} in a row)" if verdict.bad_steps else ""
-    run.accelerator.print(f"step {verdict.step}: {verdict.problem}, step skipped{in_a_row}; see {checkpoints.guard.path.name}")
+    file = checkpoints.guard.path.name
+    logger.info(f"step {verdict.step}: {verdict.problem}, step skipped{in_a_row}; see {file}")
     if verdict.bad_steps >= MAX_BAD_STEPS:
         run.optimizer.zero_grad(set_to_none=True)
         checkpoints.save(verdict.step, samples_seen)
         raise RuntimeError(
             f"{MAX_BAD_STEPS} steps in a row without a finite gradient, stopped at step {verdict.step} with the last good "
             "weights saved; lower training.learning_rate, or use training.mixed_precision=bf16, and run again. "
-            f"{checkpoints.guard.path.name} names the samples"
+            f"{file} names the samples"
         )
-
-
-def mean_over_ranks(accelerator: Accelerator, values: dict[str, Tensor]) -> dict[str, float]:
-    """Mean of each scalar over all processes, in float64 where the device has it."""
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    means = accelerator.reduce(torch.stack([v.to(dtype) for v in values.values()]), reduction="mean")
-    return dict(zip(values, means.tolist(), strict=True))
 
 
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -215,16 +216,15 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
 @torch.no_grad()
 def latents(run: Run, batch: Batch) -> Tensor:
     """Clean latents (B, C, h, w): stored ones, encoded images, or the pixels themselves."""
-    device = run.accelerator.device
-    if "latent" in batch:
-        return batch["latent"].to(device, non_blocking=True)
-    if run.vae is None:
-        return batch["image"].to(device, non_blocking=True)
+    stored = batch["latent"] if "latent" in batch else batch["image"]
+    x = stored.to(run.accelerator.device, non_blocking=True)
+    if "latent" in batch or run.vae is None:
+        return x
     noise = None
     if run.vae.is_kl:
-        shape = run.vae.latent_shape(*batch["image"].shape[2:])
+        shape = run.vae.latent_shape(*x.shape[2:])
         noise = rng.normals(run.seed, "posterior", int(batch["step"][0]), batch["position"].tolist(), shape)
-    return run.vae.encode(batch["image"].to(device, non_blocking=True), noise)
+    return run.vae.encode(x, noise)
 
 
 @torch.no_grad()
@@ -248,4 +248,15 @@ def summary(run: Run) -> str:
         f"batch: {run.global_batch_size} = {run.config.data.dataloader.batch_size} x {t.gradient_accumulation_steps} "
         f"accumulation x {a.num_processes} process(es) on {a.device.type}{', weights sharded' if run.sharded else ''}\n"
         f"steps: {t.max_train_steps}, learning rate {run.lr:.3g} ({t.lr_scheduler})"
+    )
+
+
+def closing_line(run: Run) -> str:
+    """Where everything is after training, and what to run next."""
+    folder, t = run.project_dir, run.config.training
+    previews = f"previews in {folder / 'samples'}, " if t.sample_steps else ""
+    paths = shlex.join(["--config", str(folder / "config.yaml"), "--ckpt", str(folder)])
+    return (
+        f"finished {t.max_train_steps} steps: curves in {folder / 'curves.png'}, {previews}checkpoints in "
+        f"{folder / 'checkpoints'}; draw with: python {run.task.draw_with} {paths}"
     )

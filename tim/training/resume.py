@@ -1,28 +1,23 @@
 """Stopping a run and going on with it: checkpoints, preemption, and how the global batch is split anew."""
 
 import copy
+import logging
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tim.checkpoint import store
 from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
-from tim.checkpoint.store import (
-    Saver,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    tidy_checkpoints,
-    write_checkpoint,
-)
 from tim.config import parse_walltime
-from tim.distributed import cpu_group, on_all_ranks
+from tim.distributed import cpu_group, on_first_rank
 from tim.training.bad_samples import BadSamples
 from tim.training.guards import NonFiniteGuard
 from tim.training.logging import plot_curves
 from tim.training.preemption import Preemption
 from tim.training.setup import Run
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointManager:
@@ -41,7 +36,7 @@ class CheckpointManager:
         self.batch = {"size": run.config.data.dataloader.batch_size, "accumulation": t.gradient_accumulation_steps}
         self.group = cpu_group()  # of whoever writes, possibly a thread; the steps have their own
         self.preemption = Preemption(cpu_group(), parse_walltime(t.walltime))
-        self.saver = Saver(t.async_checkpoint)
+        self.saver = store.Saver(t.async_checkpoint)
         self.stager = build_stager(run.accelerator.device) if t.async_checkpoint else None
         self.bad_samples = BadSamples(run.project_dir, run.accelerator.process_index)  # before any rank meets a new one
         self.guard: NonFiniteGuard
@@ -56,7 +51,7 @@ class CheckpointManager:
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
         if path is not None:
-            state = load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
+            state = store.load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
             if state["seed"] != run.seed:
                 raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
             if accelerator.scaler is not None and state["scaler"]:
@@ -64,9 +59,9 @@ class CheckpointManager:
             fit_global_batch(run, state["batch"])
             run.lr_scheduler.load_state_dict(state["lr_scheduler"])
             if run.lr != state["lr"]:
-                accelerator.print(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
+                logger.info(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
                 _set_base_lr(run)
-            accelerator.print(f"resuming from {path} at step {state['step']}")
+            logger.info(f"resuming from {path} at step {state['step']}")
         spike = run.config.training.max_grad_norm_spike
         self.guard = NonFiniteGuard(accelerator.device, run.project_dir, accelerator.process_index, state["step"], spike)
         if "guard" in state:
@@ -97,9 +92,9 @@ class CheckpointManager:
     def _write(self, step: int, snapshot: Snapshot, state: dict[str, Any], began: float) -> None:
         """The part of `save` that does not need the network, maybe in a thread. Collective over the writers' group."""
         t = self.run.config.training
-        write_checkpoint(self.root, step, snapshot, state, self.group)
+        store.write_checkpoint(self.root, step, snapshot, state, self.group)
         if self.run.accelerator.is_main_process:
-            prune_checkpoints(self.root, t.checkpoints_total_limit, t.checkpoint_list)
+            store.prune_checkpoints(self.root, t.checkpoints_total_limit, t.checkpoint_list)
             plot_curves(self.run.project_dir / "log.jsonl", self.run.project_dir / "curves.png")
         self.preemption.saved(time.monotonic() - began)
 
@@ -107,16 +102,11 @@ class CheckpointManager:
         """The folder to load, the same on all ranks, and whether it is known to be whole."""
         wanted = self.run.config.training.resume_from_checkpoint
         if wanted == "latest":
-
-            def find() -> Path | None:
-                if not self.run.accelerator.is_main_process:
-                    return None
-                tidy_checkpoints(self.root)
-                return latest_checkpoint(self.root)
-
-            return on_all_ranks(self.group, find)[0], True
+            # By the group of checkpoints, whose timeout leaves rank 0 the hours that reading large files may take.
+            on_first_rank(self.group, lambda: store.tidy_checkpoints(self.root))
+            return on_first_rank(self.group, lambda: store.latest_checkpoint(self.root)), True
         if wanted is None:
-            if list_checkpoints(self.root):
+            if store.list_checkpoints(self.root):
                 raise ValueError(
                     f"{self.root} holds checkpoints of an earlier run; continue it with "
                     "training.resume_from_checkpoint=latest or choose another --project_dir"
@@ -143,7 +133,7 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
     if run.global_batch_size == total:
         return
     if (size, accumulation) != (saved["size"], saved["accumulation"]):
-        run.accelerator.print(f"the global batch changes from {total} to {run.global_batch_size}, as configured")
+        logger.info(f"the global batch changes from {total} to {run.global_batch_size}, as configured")
         return
     packed = config.data.data_type == "image_ms"  # its batches come packed and cannot be cut
     fitting = (
@@ -164,7 +154,7 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
     if config.training.scale_lr:
         run.lr = config.training.learning_rate * (total / config.training.learning_rate_base_batch_size)
     run.global_batch_size = total
-    run.accelerator.print(
+    logger.info(
         f"the global batch stays {total}: {size} x {accumulation} accumulation x {processes} process(es) "
         f"instead of {saved['processes']}"
     )
@@ -172,8 +162,6 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
 
 def _set_base_lr(run: Run) -> None:
     """Go on with another learning rate at the same place of its schedule."""
-    scheduler = run.lr_scheduler
-    scheduler.base_lrs = [run.lr] * len(scheduler.base_lrs)
-    for group, factor in zip(run.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = run.lr, run.lr * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in run.optimizer.param_groups]
+    scheduler, (group,) = run.lr_scheduler, run.optimizer.param_groups
+    group["initial_lr"], group["lr"] = run.lr, run.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
+    scheduler.base_lrs, scheduler._last_lr = [run.lr], [group["lr"]]

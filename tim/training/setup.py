@@ -1,21 +1,22 @@
 """From a config to the parts of a training run."""
 
 import importlib.util
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
-from diffusers.optimization import SchedulerType, get_scheduler
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from tim.checkpoint.warm_start import warm_start
 from tim.checkpoint.weights import find_weights
-from tim.config import Config, Training
+from tim.config import Config
 from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
@@ -27,6 +28,8 @@ from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
 from tim.training.sharding import shard, sharding_plugin
 from tim.training.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -108,25 +111,36 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     if m.ckpt:
         start = find_weights(m.ckpt, name="model.ckpt").read()
         for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
-            accelerator.print(note)
+            logger.info(note)
     if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
         projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
 
     ema = EMA(network, m.ema_decay) if m.use_ema else None
-    schedule.always_run_derivative = to_device_or_shard(network, ema, plugin, accelerator)
+    if plugin is not None and accelerator.num_processes == 1:
+        warnings.warn("training.fsdp_config has no effect with one process: nothing is sharded", stacklevel=2)
+        plugin = None
+    for module in (network, ema.network) if ema else (network,):
+        if plugin is None:
+            module.to(accelerator.device)
+        else:
+            shard(module, plugin, accelerator.device)
+    # Sharded networks run together: a process without samples for dF/dt has to take part in the others' gathering.
+    schedule.always_run_derivative = plugin is not None
     if t.compile:
         compile_blocks(network)
         if schedule.derivative_type == "jvp":
-            accelerator.print("training.compile: jvp derivatives run eagerly, because compiled graphs carry no tangents")
+            logger.info("training.compile: jvp derivatives run eagerly, because compiled graphs carry no tangents")
         if ema is not None and schedule.transport.enhance_target:
             compile_blocks(ema.network)
     global_batch_size = config.data.dataloader.batch_size * t.gradient_accumulation_steps * accelerator.num_processes
     lr = t.learning_rate * (global_batch_size / t.learning_rate_base_batch_size if t.scale_lr else 1.0)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = t.optimizer.build(trained, lr=lr)
-    lr_scheduler = build_lr_scheduler(t, optimizer)
+    lr_scheduler = get_scheduler(
+        t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
+    )
     optimizer = accelerator.prepare_optimizer(optimizer)
     alone = is_sharded(network) or accelerator.num_processes == 1  # no wrapper to synchronise gradients
     model = network if alone else accelerator.prepare_model(network)
@@ -152,29 +166,6 @@ def build_encoder(config: Config, network: nn.Module, device: torch.device) -> R
     if encoder.width != z_dim:
         raise ValueError(f"model.enc_dir={enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it")
     return encoder
-
-
-def build_lr_scheduler(t: Training, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The learning-rate schedule over optimiser steps; ValueError when `training.lr_scheduler` names none of diffusers'."""
-    if t.lr_scheduler not in [s.value for s in SchedulerType]:
-        choices = ", ".join(s.value for s in SchedulerType)
-        raise ValueError(f"training.lr_scheduler={t.lr_scheduler!r} is not one of {choices}")
-    return get_scheduler(t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps)
-
-
-def to_device_or_shard(
-    network: nn.Module, ema: EMA | None, plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator
-) -> bool:
-    """Move network and moving average to this process's device, sharded as the plugin says; returns whether they are."""
-    if plugin is not None and accelerator.num_processes == 1:
-        warnings.warn("training.fsdp_config has no effect with one process: nothing is sharded", stacklevel=2)
-        plugin = None
-    for module, trained in [(network, True), *([(ema.network, False)] if ema else [])]:
-        if plugin is None:
-            module.to(accelerator.device)
-        else:
-            shard(module, plugin, accelerator.device, trained)
-    return plugin is not None
 
 
 def build_loader(run: Run, start_step: int, samples_seen: int) -> tuple[DataLoader, int]:

@@ -6,8 +6,6 @@ gather together, so each must run the network as often as the others.
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,7 +63,16 @@ def sharding_plugin(fsdp_config: dict[str, Any] | None) -> FullyShardedDataParal
         values.setdefault("fsdp_version", 2)
     if "FSDP_AUTO_WRAP_POLICY" not in os.environ:
         values.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
-    _check_version(values)
+    # Before the plugin takes them for settings of FSDP1, its default.
+    version = values.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
+    if str(version) != "2":
+        raise ValueError(
+            f"fsdp_version={version} is not supported: set fsdp_version: 2 (fsdp_config of the accelerate file too)"
+        )
+    if not isinstance(values.get("reshard_after_forward", True), bool):
+        raise ValueError(
+            f"training.fsdp_config.reshard_after_forward must be true or false, got {values['reshard_after_forward']!r}"
+        )
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(), **values)
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("fsdp_config: cpu_offload (fsdp_offload_params) is not supported; set it to false")
@@ -74,24 +81,11 @@ def sharding_plugin(fsdp_config: dict[str, Any] | None) -> FullyShardedDataParal
     return plugin
 
 
-def _check_version(values: dict[str, Any]) -> None:
-    """ValueError for settings of FSDP1, before the plugin takes them for its own."""
-    version = values.get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
-    if str(version) != "2":
-        raise ValueError(
-            f"fsdp_version={version} is not supported: set fsdp_version: 2 (fsdp_config of the accelerate file too)"
-        )
-    reshard = values.get("reshard_after_forward", True)
-    if not isinstance(reshard, bool):
-        raise ValueError(f"training.fsdp_config.reshard_after_forward must be true or false, got {reshard!r}")
-
-
-def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device, trained: bool = True) -> None:
+def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device) -> None:
     """Shard a network in place over all processes; it moves to `device` unit by unit, never whole.
 
     Args:
         network: with the same weights in every process.
-        trained: False gathers each unit anew for every forward pass, because no backward pass gives it back.
 
     Raises:
         ValueError: when `transformer_cls_names_to_wrap` names a class that the network does not have.
@@ -106,7 +100,9 @@ def shard(network: nn.Module, plugin: FullyShardedDataParallelPlugin, device: to
     if plugin.activation_checkpointing:
         vars(network)["use_checkpoint"] = True  # the network's own checkpointing, block by block
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for unit in reversed(units):
+    trained = any(p.requires_grad for p in network.parameters())
+    for unit in reversed(units):  # inner units before outer ones, as fully_shard asks for
+        # Of a moving average no backward pass gives back what a forward pass gathered, so each pass has to.
         fully_shard(unit, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward or not trained)
     fully_shard(network, mesh=mesh)
 
@@ -118,18 +114,12 @@ def reshard(network: nn.Module) -> None:
             module.reshard()
 
 
-@contextmanager
-def no_sync(model: nn.Module) -> Iterator[None]:
-    """Backward passes inside keep their gradients to this process; the first one outside sums them up."""
+def set_gradient_sync(model: nn.Module, wanted: bool) -> None:
+    """Whether the next passes sum their gradients, and those kept before, over the processes; False keeps them here."""
     if is_sharded(model):
-        model.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
-    else:
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
-            yield
+        model.set_requires_gradient_sync(wanted)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = wanted
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:

@@ -1,7 +1,10 @@
-"""What differs between class-conditional and text-to-image training: data, conditions, previews."""
+"""What differs between class-conditional and text-to-image training: data, conditions, previews.
+
+Both tasks have the attributes of `ClassTask` and its methods, which `CaptionTask` describes only where it differs.
+"""
 
 from collections import Counter
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -11,7 +14,7 @@ from tim.config import Config
 from tim.data.batch import Batch
 from tim.data.features import CachedFeatures, check_features, has_features
 from tim.data.registry import build_c2i_dataset, build_t2i_dataset
-from tim.data.replacement import PROBED, Samples, first_readable
+from tim.data.replacement import PROBED, first_readable
 from tim.data.sampler import BucketBatchSampler, StepBatchSampler
 from tim.distributed import inference_dtype
 from tim.models.autoencoders import Autoencoder
@@ -21,47 +24,17 @@ from tim.models.text_encoders import build_text_encoder
 PREVIEW_IMAGES = 40
 
 
-class Task(Protocol):
-    """What the training loop asks of a task.
+class ClassTask:
+    """Class labels; the null class is the last row of the label table.
 
     Attributes:
+        dataset: the samples.
         drop_prob: probability that a sample is trained without its condition.
         channels: of the latents, known after `check`.
+        draw_with: the command that draws images with what was trained, but for --config and --ckpt.
     """
 
-    drop_prob: float
-    channels: int
-
-    def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None: ...
-
-    @property
-    def dataset(self) -> Samples:
-        """The samples."""
-        ...
-
-    def check(self, network: Network) -> None:
-        """Compare data, conditions and network; ValueError when they do not fit."""
-        ...
-
-    def sampler(self, config: Config, **place: int) -> StepBatchSampler | BucketBatchSampler:
-        """The order of samples of one rank."""
-        ...
-
-    def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
-        """Network keywords of a micro-batch, and those of its null condition; `dropped` (B,) bool loses its condition."""
-        ...
-
-    def preview(self, network: Network) -> tuple[dict, tuple[int, int], list[str]]:
-        """Network keywords of the preview pictures, their height and width in pixels, and what each should show."""
-        ...
-
-    def summary(self) -> str:
-        """The data in a line."""
-        ...
-
-
-class ClassTask:
-    """Class labels; the null class is the last row of the label table."""
+    draw_with = "projects/sample/sample_c2i_ddp.py"
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
         enc_dir, cached = config.model.enc_dir, has_features(config)
@@ -73,7 +46,11 @@ class ClassTask:
         self.num_classes, self.drop_prob = traits.num_classes or self.dataset.num_labels, traits.class_dropout_prob
 
     def check(self, network: Network) -> None:
-        """Latent shape, channels and number of classes of the first sample against the network."""
+        """Compare latents, features and classes of the first sample that can be read with the network.
+
+        Raises:
+            ValueError: when they do not fit, or no sample can be read.
+        """
         sample = first_readable(self.dataset, range(min(PROBED, len(self.dataset))))
         stored = "latent" in sample
         shape = check_latents(tuple(sample["latent" if stored else "image"].shape), network, None if stored else self.vae)
@@ -87,11 +64,19 @@ class ClassTask:
             )
 
     def sampler(self, config: Config, **place: int) -> StepBatchSampler:
-        """A global batch is any `batch_size` x accumulation x world samples."""
+        """The order of samples of one rank; a global batch is any `batch_size` x accumulation x world of them.
+
+        Args:
+            place: keywords of `tim.data.sampler.BatchOrder`.
+        """
         return StepBatchSampler(len(self.dataset), config.data.dataloader.batch_size, **place)
 
     def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
-        """Labels (B,), the null class where dropped."""
+        """Network keywords of a micro-batch, and those of its null condition: labels (B,).
+
+        Args:
+            dropped: (B,) bool, which samples lose their condition.
+        """
         label = batch["label"]
         largest = int(label.max())
         if largest >= self.num_classes or int(label.min()) < 0:
@@ -102,18 +87,24 @@ class ClassTask:
         return {"y": y.to(self.device, non_blocking=True)}, {"y": uncond.to(self.device, non_blocking=True)}
 
     def preview(self, network: Network) -> tuple[dict, tuple[int, int], list[str]]:
-        """Four pictures of each of the first ten classes, at the training size."""
+        """Four images of each of the first ten classes, at the training size.
+
+        Returns:
+            their network keywords, height and width in pixels, and what each should show.
+        """
         y = torch.arange(PREVIEW_IMAGES, device=self.device) % min(10, self.num_classes)
         side = self.side * (self.vae.factor if self.vae else 1)
         return {"y": y}, (side, side), [f"class {k}" for k in y.tolist()]
 
     def summary(self) -> str:
-        """Samples and classes."""
+        """The data in a line."""
         return f"{len(self.dataset)} samples, {self.dataset.num_labels} classes"
 
 
 class CaptionTask:
     """Captions through a frozen text encoder; the null condition is the empty caption."""
+
+    draw_with = "projects/sample/sample_t2i.py --prompts 'YOUR PROMPT'"
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
         m, self.vae = config.model, vae
@@ -123,7 +114,7 @@ class CaptionTask:
         self.uncond_y, _ = self.encoder([""])  # (1, M, width)
 
     def check(self, network: Network) -> None:
-        """Width of the text features and channels of the latents against the network."""
+        """Compare the width of the text features and the channels of the latents with the network."""
         traits_of(network).check_caption_width(self.encoder.width)
         first_readable(self.dataset, self.dataset.batches[0][:PROBED], "data.dataset.root_dir")
         self.channels = check_latents((3, *self.dataset.size(int(self.dataset.batches[0][0]))), network, self.vae)[0]
@@ -156,6 +147,9 @@ class CaptionTask:
             f"{len(self.dataset)} captioned images, {len(lengths)} packed batches of {min(lengths)} to {max(lengths)} "
             f"(mean {np.mean(lengths):.1f}) in {len(sizes)} sizes"
         )
+
+
+Task: TypeAlias = ClassTask | CaptionTask
 
 
 def check_latents(shape: tuple[int, ...], network: Network, vae: Autoencoder | None) -> tuple[int, ...]:
