@@ -10,8 +10,8 @@ from accelerate import PartialState
 from helpers.paths import ROOT
 from PIL import Image
 
-from tim.evaluation.extract import extract
-from tim.evaluation.inputs import ImageArray, ImageFiles, check_one_size, find_images, map_member, open_images
+from tim.evaluation.extract import Extraction, FeatureExtractor
+from tim.evaluation.inputs import ImageArray, ImageFiles, as_uint8_tensor, check_one_size, find_images, map_member, open_images
 from tim.images import save_png
 from tim.resumable import map_items
 
@@ -36,7 +36,8 @@ def moments(x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def run(images, cache, **kwargs):
-    return extract(images, kwargs.pop("network", moments), {"network": "moments"}, PartialState(), cache, workers=0, **kwargs)
+    extractor = FeatureExtractor("moments", {"network": "moments"}, as_uint8_tensor, kwargs.pop("network", moments))
+    return Extraction(extractor, PartialState(), cache, workers=0, **kwargs).run(images)
 
 
 def test_images_are_found_at_any_depth_in_order(folder):
@@ -145,15 +146,14 @@ import sys, torch, json
 from pathlib import Path
 from accelerate import PartialState
 from tim.distributed import leave_process_group
-from tim.evaluation.extract import extract
-from tim.evaluation.inputs import find_images
-from tim.evaluation.inputs import ImageFiles
+from tim.evaluation.extract import Extraction, FeatureExtractor
+from tim.evaluation.inputs import as_uint8_tensor, find_images
 from tim.resumable import map_items
 folder, out = map(Path, sys.argv[1:])
 state = PartialState(cpu=True)
 weight = torch.randn(90, 7, generator=torch.Generator().manual_seed(0))
-network = lambda x: {"f": x.float().flatten(1) @ weight}
-found = extract(ImageFiles(find_images(folder)), network, {}, state, out / "cache", batch_size=8, workers=0)
+extractor = FeatureExtractor("f", {}, as_uint8_tensor, lambda x: {"f": x.float().flatten(1) @ weight})
+found = Extraction(extractor, state, out / "cache", batch_size=8, workers=0).run_files(find_images(folder), "features")
 records = map_items(range(11), lambda b: [{"square": i * i, "rank": 0} for i in b], out / "parts", {"x": 1}, state, 2)
 if state.is_main_process:
     import numpy as np

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tim.benchmarks.measure import Results, machine, synchronize
 from tim.distributed import set_tf32
-from tim.evaluation.extract import extract
+from tim.evaluation.extract import Extraction, FeatureExtractor
 from tim.evaluation.inception import load_inception
-from tim.evaluation.inputs import ImageFiles, find_images
+from tim.evaluation.inputs import ImageFiles, as_uint8_tensor, find_images
 from tim.images import save_png
 
 
@@ -52,7 +52,8 @@ def bench_adm(inception: Path | None, images: int, side: int, batch_size: int, w
         for _ in range(warmup):
             timed(first.expand(batch_size, *first.shape).to(state.device))
         spent, began = 0.0, time.perf_counter()
-        extract(files, timed, {}, state, Path(folder) / "cache", batch_size, workers)
+        extractor = FeatureExtractor("timed", {}, as_uint8_tensor, timed)
+        Extraction(extractor, state, Path(folder) / "cache", batch_size, workers).run(files)
         seconds = time.perf_counter() - began
     return {
         **machine(state.device),

@@ -1,7 +1,7 @@
 """Small captioned image sets that installed packages carry: emoji (openmoji, nature), coloured shapes, digits."""
 
+import importlib
 import importlib.util
-import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ from types import ModuleType
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from tim.data.c2i import PackageDataset
+from tim.files import write_json_lines, write_text
 from tim.images import scale_to, to_uint8
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -61,13 +62,12 @@ def write_demo(name: str, out: str | Path, size: int | None = None) -> tuple[int
     samples = list(source())  # a missing package leaves no folder behind
     images = Path(out) / "images"
     images.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for file, image, captions in samples:
+    for file, image, _ in samples:
         (image if size is None else scale_to(image, size)).save(images / file)
-        lines.append(json.dumps({"image_file": file, "captions": captions}, ensure_ascii=False) + "\n")
-    (Path(out) / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
-    (Path(out) / "LICENSE.txt").write_text(attribution + "\n", encoding="utf-8")
-    return len(lines), attribution
+    records = [{"image_file": file, "captions": captions} for file, _, captions in samples]
+    write_json_lines(Path(out) / "captions.jsonl", records)
+    write_text(Path(out) / "LICENSE.txt", attribution + "\n")
+    return len(records), attribution
 
 
 def digits() -> Iterator[Sample]:
@@ -157,7 +157,7 @@ def around_shape(image: Image.Image) -> Image.Image:
 def read_shapes(split: str) -> list[tuple[Path, str, str]]:
     """(file, shape, colour) of the images of easy-VQA's 'train' or 'test' split, in the order of their numbers.
 
-    Pictures whose questions leave the shape or the colour open are left out.
+    Images whose questions leave the shape or the colour open are left out.
 
     Raises:
         ValueError: when easy-vqa is not installed, or for an unknown split.
@@ -212,10 +212,8 @@ def package_folder(module: str, demo: str, name: str) -> Path:
 
 
 def _package(module: str, demo: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"the demo data {demo} need the package {name}: pip install {name}") from error
+    package_folder(module, demo, name)  # says what is missing
+    return importlib.import_module(module)
 
 
 DEMOS = {

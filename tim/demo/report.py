@@ -1,4 +1,4 @@
-"""Does a small model draw what it is asked for? From folders of samples to a table, a JSON and two pictures."""
+"""Does a small model draw what it is asked for? From folders of samples to a table, a JSON and two figures."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,10 @@ from tim.demo.digits import DigitJudge
 from tim.demo.retrieval import RetrievalJudge
 from tim.demo.shapes import score
 from tim.evaluation.results import columns
+from tim.files import write_json
 from tim.images import labelled_grid, read_png, save_png, to_uint8
 
-SHOWN = 10  # prompts in the picture
+SHOWN = 10  # prompts in samples.png
 CLASSES = 10  # of digits, drawn in turn
 Judge = Callable[[Sequence[np.ndarray], Sequence[str]], Mapping[str, Any]]  # images and their prompts to metrics
 JUDGES: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Judge]]] = {  # what it is, and how it is made of real images
@@ -29,9 +30,7 @@ JUDGES: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Judge]]] = {  # w
         RetrievalJudge,
     ),
 }
-COLUMNS = {"frechet_distance": "Fréchet"} | {
-    key: key for key in ("accuracy", "color", "shape", "both", "top1", "top5", "mean_rank", "color_top5")
-}
+COLUMNS = ("frechet_distance", "accuracy", "color", "shape", "both", "top1", "top5", "mean_rank", "color_top5")
 PANELS = {  # of the plot: title, and scale of the metrics
     "Fréchet distance (lower is better)": ("log", ("frechet_distance",)),
     "Accuracy": ("linear", ("accuracy", "color", "shape")),
@@ -47,6 +46,25 @@ class Run:
     record: dict[str, Any]
     images: list[np.ndarray] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+
+
+def report(judge: str, samples: Path, real: dict[str, np.ndarray], out: Path, baseline: Path | None = None) -> None:
+    """Measure all runs below `samples`, write the report and print its table.
+
+    Args:
+        judge: see `evaluate`.
+        baseline: metrics.json of flow matching to compare with.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_runs` and `evaluate`.
+    """
+    runs = read_runs(samples)
+    metrics = evaluate(judge, runs, real)
+    if baseline:
+        metrics["flow_matching"] = json.loads(baseline.read_text())["nfe"]
+    write_report(metrics, runs, real, out)
+    print(table(metrics))
+    print(f"wrote {out}/metrics.json, samples.png, quality.png")
 
 
 def read_runs(sample_dir: Path) -> list[Run]:
@@ -133,10 +151,11 @@ def table(metrics: dict[str, Any]) -> str:
     runs, baseline = metrics["nfe"], metrics.get("flow_matching", {})
     first = next(iter(runs.values()))
     keys = [key for key in COLUMNS if key in first]
-    rows: list[list[object]] = [["NFE", "steps", *(COLUMNS[key] for key in keys)]]
+    titles = ["Fréchet" if key == "frechet_distance" else key for key in keys]
+    rows: list[list[object]] = [["NFE", "steps", *titles]]
     rows += [[nfe, values.get("num_steps") or "-", *(f"{values[key]:.3f}" for key in keys)] for nfe, values in runs.items()]
     if baseline:
-        rows[0] += [f"FM {COLUMNS[key]}" for key in keys]
+        rows[0] += [f"FM {title}" for title in titles]
         for row in rows[1:]:
             row += [f"{baseline[row[0]][key]:.3f}" if row[0] in baseline else "" for key in keys]
     judge = metrics.get("judge") or metrics["features"]  # as the stored numbers of flow matching name it
@@ -159,7 +178,7 @@ def write_report(metrics: dict[str, Any], runs: Sequence[Run], real: dict[str, n
     rows = [[real[p], *(run.images[run.prompts.index(p)] for run in runs)] for p in shown]
     save_png(out / "samples.png", labelled_grid(rows, shown, ["real", *(f"{run.nfe} NFE" for run in runs)]))
     _plot(metrics, out / "quality.png")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out / "metrics.json", metrics)
 
 
 def _plot(metrics: dict[str, Any], path: Path) -> None:

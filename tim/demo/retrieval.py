@@ -71,7 +71,7 @@ def rank_report(generated: np.ndarray, real: np.ndarray, prompt_ids: np.ndarray)
         ValueError: for fewer than two candidates, another number of ids than images, or an id outside 0..M-1.
     """
     if len(real) < 2 or len(generated) == 0:
-        raise ValueError(f"retrieval needs at least two candidates and one picture, got {len(real)} and {len(generated)}")
+        raise ValueError(f"retrieval needs at least two candidates and one image, got {len(real)} and {len(generated)}")
     if prompt_ids.shape != (len(generated),) or prompt_ids.min() < 0 or prompt_ids.max() >= len(real):
         raise ValueError(
             f"prompt_ids must be {len(generated)} places below {len(real)}, got shape {prompt_ids.shape} "

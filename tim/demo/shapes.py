@@ -4,19 +4,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import ImageColor
 
 from tim.demo.data import COLORS, SHAPES
 
-PALETTE = {  # RGB of easy-VQA's eight colours, as drawn
-    "black": (0, 0, 0),
-    "blue": (0, 0, 255),
-    "brown": (165, 42, 42),
-    "gray": (128, 128, 128),
-    "green": (0, 255, 0),
-    "red": (255, 0, 0),
-    "teal": (0, 128, 128),
-    "yellow": (255, 255, 0),
-}
+# easy-VQA draws its colours as CSS names them, but green, which is CSS's lime
+PALETTE = {name: ImageColor.getrgb("lime" if name == "green" else name) for name in COLORS}
 MIN_CONTRAST = 60  # RGB distance of a shape from its background; the closest real pair is 180 apart
 MIN_PIXELS = 4
 RASTER = 8  # the ideal shapes are drawn RASTER times finer than the image

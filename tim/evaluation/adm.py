@@ -3,16 +3,15 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tim.evaluation.extract import Extraction, FeatureExtractor, Features
-from tim.evaluation.inception import InceptionV3
+from tim.evaluation.inception import TENSORFLOW_RESIZE, InceptionV3
 from tim.evaluation.inputs import ImageFiles, as_uint8_tensor, npz_arrays, npz_names, open_images
-from tim.evaluation.metrics import Statistics, distance, inception_score, precision_recall, streaming_statistics
+from tim.evaluation.metrics import Statistics, distance, inception_score, precision_recall
 from tim.evaluation.results import columns, describe_samples
 from tim.files import sha256
 
@@ -38,12 +37,7 @@ class ImageSet:
 
 def adm_extractor(network: InceptionV3) -> FeatureExtractor:
     """pool3, spatial features (sFID: Nash et al. 2021) and class probabilities; the network resizes as ADM's graph does."""
-    identity = {
-        "network": "inception-2015-12-05",
-        "weights_sha256": network.weights_sha256,
-        "resize": "tensorflow bilinear 299",
-        "precision": network.precision,
-    }
+    identity = network.identity(TENSORFLOW_RESIZE, "pool3, spatial, probs")
     return FeatureExtractor("Inception-2015-12-05", identity, as_uint8_tensor, network)
 
 
@@ -83,11 +77,9 @@ def read_side(path: Path, how: Extraction, desc: str) -> ImageSet:
     facts = describe_samples(path, images.files) if isinstance(images, ImageFiles) else {"path": str(path), "n": len(images)}
     if path.is_file() and progress:
         facts["sha256"] = sha256(path)
-    if not progress:
+    if not progress:  # one process computes the scores
         return ImageSet({}, facts, features)
-    for name in STATISTICS:
-        if name not in ready:
-            ready[name] = streaming_statistics(partial(features.parts, name))
+    ready |= {name: features.statistics(name) for name in STATISTICS if name not in ready}
     return ImageSet(ready, facts | {"images_per_second": features.images_per_second}, features)
 
 
@@ -122,14 +114,24 @@ def evaluate(reference: Path, samples: Path, how: Extraction) -> dict[str, Any] 
         found = precision_recall(fake.features.array("pool3"), real.features.array("pool3")[rows], device=how.state.device)
         scores["precision"], scores["recall"] = found.precision, found.recall
         real.facts["rows_of_precision_recall"] = len(rows)
-    facts = {
-        "n": len(fake.features),
-        "features": how.extractor.name,
-        "weights_sha256": how.extractor.identity["weights_sha256"],
-        "resize": "tensorflow bilinear 299x299",
-        "precision_of_features": how.extractor.identity["precision"],
+    return result_of_features(scores, how.extractor, fake, real)
+
+
+def result_of_features(
+    scores: Mapping[str, float | None], extractor: FeatureExtractor, samples: ImageSet, reference: ImageSet, **more: Any
+) -> dict[str, Any]:
+    """Scores, what they are made of, and where both sides come from; `more` follows the number of samples."""
+    return {
+        "scores": scores,
+        "n": samples.facts["n"],
+        **more,
+        "features": extractor.name,
+        "weights_sha256": extractor.identity["weights_sha256"],
+        "resize": extractor.identity["resize"],
+        "precision_of_features": extractor.identity["precision"],
+        "samples": samples.facts,
+        "reference": reference.facts,
     }
-    return {"scores": scores, **facts, "samples": fake.facts, "reference": real.facts}
 
 
 def reference_rows(count: int) -> np.ndarray:

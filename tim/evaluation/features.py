@@ -11,21 +11,21 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from tim.data.c2i import PackageDataset
-from tim.evaluation import FEATURES
 from tim.evaluation.extract import FeatureExtractor
-from tim.evaluation.inception import load_inception, tensorflow_resize
+from tim.evaluation.inception import TENSORFLOW_RESIZE, load_inception, pool3_extractor, tensorflow_resize
 
 SIDE = 224  # pixels, what EfficientNet was trained at
 
 
 def feature_extractor(name: str, device: torch.device, inception: Path | None = None) -> FeatureExtractor:
-    """One of `FEATURES` on a device, with features named `features`.
+    """One of `tim.evaluation.FEATURES` on a device, with features named `features`.
 
     Args:
+        name: `digits`, `efficientnet` or `inception`.
         inception: weights file for `inception`; the usual places when None.
 
     Raises:
-        ValueError: for an unknown name, or a missing package.
+        ValueError: for a missing package.
         FileNotFoundError: when there are no Inception weights.
     """
     if name == "digits":
@@ -44,15 +44,7 @@ def feature_extractor(name: str, device: torch.device, inception: Path | None = 
             lambda pixels: preprocess(pixels[None])[0],
             lambda x: {"features": network.forward_head(network.forward_features(x), pre_logits=True)},
         )
-    if name == "inception":
-        loaded = load_inception(inception, device)
-        return FeatureExtractor(
-            "pool3 (2048) of Inception-2015-12-05",
-            {"network": "inception-2015-12-05", "weights_sha256": loaded.weights_sha256, "resize": "tensorflow bilinear 299"},
-            tensorflow_resize,
-            lambda x: {"features": loaded.features_299(x)["pool3"]},
-        )
-    raise ValueError(f"features {name!r} are not one of {', '.join(FEATURES)}")
+    return pool3_extractor(load_inception(inception, device), tensorflow_resize, TENSORFLOW_RESIZE)
 
 
 def _weights_digest(network: nn.Module) -> str:

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tim.evaluation.extract import Extraction, Features
 from tim.evaluation.inputs import find_images
-from tim.evaluation.metrics import distance, kernel_distance, precision_recall, streaming_statistics
+from tim.evaluation.metrics import distance, kernel_distance, precision_recall
 from tim.evaluation.results import columns, describe_samples
 
 COLUMNS = {"frechet_distance": "Fréchet", "kernel_distance": "KID", "precision": "precision", "recall": "recall"}
@@ -57,12 +56,11 @@ def compare_folders(real: Path, samples: Sequence[Path], patterns: Sequence[str]
 
 
 def _scores(samples: Features, real: Features, how: Extraction) -> dict[str, Any]:
-    own, other = (streaming_statistics(partial(side.parts, "features")) for side in (samples, real))
     a, b = samples.array("features"), real.array("features")
     mean, std = kernel_distance(a, b)
     manifold = precision_recall(a, b, device=how.state.device)
     return {
-        "frechet_distance": distance(own, other, how.extractor.name),
+        "frechet_distance": distance(samples.statistics("features"), real.statistics("features"), how.extractor.name),
         "kernel_distance": mean,
         "kernel_distance_std": std,
         "precision": manifold.precision,

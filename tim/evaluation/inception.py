@@ -4,12 +4,16 @@ import io
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from tim.evaluation.extract import FeatureExtractor
 from tim.evaluation.graphdef import Graph
+from tim.evaluation.inputs import Transform
 from tim.files import sha256
 from tim.models.loading import read_state_dict
 
@@ -22,28 +26,10 @@ FILES = (
     "weights-inception-2015-12-05-6726825d.pth",
     "classify_image_graph_def.pb",
 )
+TENSORFLOW_RESIZE = "tensorflow bilinear 299x299"  # its name in results
 DOWNLOAD = "bash tools/download_benchmarks.sh --only inception fetches it"
 
-# scopes of the convolutions in the TensorFlow graph: within a block of each kind, then all of them, in the order of
-# torch-fidelity's layers
-_KINDS = {
-    "A": ("conv", "tower/conv", "tower/conv_1", "tower_1/conv", "tower_1/conv_1", "tower_1/conv_2", "tower_2/conv"),
-    "B": ("conv", "tower/conv", "tower/conv_1", "tower/conv_2"),
-    "C": (
-        *("conv", "tower/conv", "tower/conv_1", "tower/conv_2"),
-        *("tower_1/conv", "tower_1/conv_1", "tower_1/conv_2", "tower_1/conv_3", "tower_1/conv_4", "tower_2/conv"),
-    ),
-    "D": ("tower/conv", "tower/conv_1", "tower_1/conv", "tower_1/conv_1", "tower_1/conv_2", "tower_1/conv_3"),
-    "E": (
-        *("conv", "tower/conv", "tower/mixed/conv", "tower/mixed/conv_1"),
-        *("tower_1/conv", "tower_1/conv_1", "tower_1/mixed/conv", "tower_1/mixed/conv_1", "tower_2/conv"),
-    ),
-}
-_BLOCKS = {"mixed" if k == 0 else f"mixed_{k}": kind for k, kind in enumerate("AAABCCCCDEE")}
-SCOPES = (
-    *("conv", "conv_1", "conv_2", "conv_3", "conv_4"),
-    *(f"{block}/{scope}" for block, kind in _BLOCKS.items() for scope in _KINDS[kind]),
-)
+SCOPES = Path(__file__).with_name("inception_scopes.yaml")
 NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 
 
@@ -81,6 +67,15 @@ class InceptionV3(nn.Module):
             raise ValueError(f"Inception takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         return self.features_299(_resize(images))
 
+    def identity(self, resize: str, outputs: str) -> dict[str, Any]:
+        """What these outputs of the network depend on, for `FeatureExtractor`."""
+        return {
+            "network": f"inception-2015-12-05, {outputs}",
+            "weights_sha256": self.weights_sha256,
+            "resize": resize,
+            "precision": self.precision,
+        }
+
     def features_299(self, images: Tensor) -> dict[str, Tensor]:
         """Features of float images (B, 3, 299, 299) in [0, 255]; returns the same as `forward`.
 
@@ -111,24 +106,35 @@ def load_inception(path: str | Path | None, device: torch.device, precision: str
         FileNotFoundError: when there is no such file; says which tool fetches it.
         ValueError: when the file is damaged or holds another network's weights, or torch-fidelity is missing.
     """
-    path = _default_file() if path is None else Path(path)
+    if path is None:
+        path = next((FOLDER / name for name in FILES if (FOLDER / name).is_file()), FOLDER / FILES[0])
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no Inception weights {path}; {DOWNLOAD}")
     digest = sha256(path)
     named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if named and not digest.startswith(named[1]):
         raise ValueError(f"{path} is damaged: its sha256 begins with {digest[:8]}, not {named[1]}; delete it, {DOWNLOAD}")
-    network = _blank_network()
-    state = read_graph_weights(path, network) if path.suffix == ".pb" else read_state_dict(path)
+    state = read_graph_weights(path) if path.suffix == ".pb" else read_state_dict(path)
     try:
-        nn.Module.load_state_dict(network, state)
+        network = _fill_network(state)
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:400]
         raise ValueError(f"{path} does not hold the weights of Inception-2015-12-05: {problem}") from error
     return InceptionV3(network, digest, precision).to(device)
 
 
-def read_graph_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor]:
+def pool3_extractor(network: InceptionV3, transform: Transform, resize: str) -> FeatureExtractor:
+    """pool3 alone, of images that `transform` resizes; `resize` names how."""
+    return FeatureExtractor(
+        "Inception-2015-12-05 pool3",
+        network.identity(resize, "pool3"),
+        transform,
+        lambda images: {"features": network.features_299(images)["pool3"]},
+    )
+
+
+def read_graph_weights(path: Path) -> dict[str, Tensor]:
     """Weights of `classify_image_graph_def.pb` under the names of torch-fidelity's network.
 
     Raises:
@@ -136,8 +142,8 @@ def read_graph_weights(path: str | Path, network: nn.Module) -> dict[str, Tensor
     """
     graph = Graph(path)
     state = {}
-    layers = [name.removesuffix(".conv") for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
-    for scope, layer in zip(SCOPES, layers, strict=True):
+    scopes: Any = OmegaConf.to_container(OmegaConf.load(SCOPES))
+    for layer, scope in scopes.items():
         kernel = graph.constant(f"{scope}/conv2d_params", 4)  # height, width, in, out
         state[f"{layer}.conv.weight"] = torch.tensor(kernel.transpose(3, 2, 0, 1))
         for ours, theirs in NORM.items():
@@ -156,45 +162,26 @@ def tensorflow_resize(pixels: np.ndarray) -> Tensor:
 
 def _resize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) to float32 (B, 3, 299, 299): TensorFlow 1's bilinear rule, corners not aligned, bit for bit."""
-    return _stretch(_stretch(images.float(), 3), 2)
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    return interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(SIDE, SIDE), align_corners=False)
 
 
-def _stretch(x: Tensor, dim: int) -> Tensor:
-    size = x.shape[dim]
-    scale = torch.tensor(size / SIDE, dtype=torch.float32, device=x.device)
-    place = torch.arange(SIDE, dtype=torch.float32, device=x.device) * scale
-    low = place.long()
-    first, second = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(size - 1))
-    weight = (place - low).view(SIDE, *[1] * (x.ndim - 1 - dim))
-    return first + (second - first) * weight  # torch.lerp rounds otherwise
+def _fill_network(state: dict[str, Tensor]) -> nn.Module:
+    """torch-fidelity's network with these weights.
 
-
-def _default_file() -> Path:
-    found = next((FOLDER / name for name in FILES if (FOLDER / name).is_file()), None)
-    if found is None:
-        raise FileNotFoundError(f"no Inception weights in {FOLDER}/ ({' or '.join(FILES)}); {DOWNLOAD}")
-    return found
-
-
-def _blank_network() -> nn.Module:
-    """torch-fidelity's network, without weights.
+    Its constructor unpickles a file, whatever is in it, or downloads one: here it gets tensors that were read safely.
 
     Raises:
         ValueError: when torch-fidelity is not installed.
+        RuntimeError: when the weights are another network's.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ValueError("Inception features need torch-fidelity: pip install torch-fidelity") from error
-
-    class Blank(FeatureExtractorInceptionV3):
-        """Its constructor unpickles a file, and downloads one when it gets none: give it one with nothing to load."""
-
-        def load_state_dict(self, *args: object, **kwargs: object) -> None:
-            """Load nothing."""
-
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
     with torch.random.fork_rng(devices=[]):
-        return Blank("inception", ["2048"], nothing)
+        return FeatureExtractorInceptionV3("inception", ["2048"], file)

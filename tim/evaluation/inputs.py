@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
 import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from tim.files import replacing
 from tim.images import IMAGE_SUFFIXES, read_png
 
 SHOWN = 5  # names in a message
@@ -186,6 +187,13 @@ def npz_arrays(path: Path, names: Sequence[str]) -> list[np.ndarray]:
         return [file[name] for name in names]
 
 
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write an `.npz`, whole or not at all, in a folder that is made when it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as f:
+        np.savez(f, **arrays)
+
+
 def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
     """Memory map of an array of an `.npz`; a compressed one is unpacked into `scratch` first.
 
@@ -200,8 +208,11 @@ def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
             if info.compress_type != zipfile.ZIP_STORED:
                 unpacked = scratch / f"{fingerprint([path])[:16]}-{name}.npy"
                 if not unpacked.is_file():
-                    _unpack(archive, info, unpacked)
+                    scratch.mkdir(parents=True, exist_ok=True)
+                    with archive.open(info) as source, replacing(unpacked) as partial, open(partial, "wb") as out:
+                        shutil.copyfileobj(source, out, 1 << 22)
                 return np.load(unpacked, mmap_mode="r")
+        # The data follow the member's own header, whose lengths may differ from those in the archive's directory.
         with open(path, "rb") as f:
             f.seek(info.header_offset)
             name_length, extra_length = struct.unpack("<HH", f.read(LOCAL_HEADER)[26:30])
@@ -221,11 +232,3 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         yield
     except DAMAGED as error:
         raise ValueError(f"{path}: {what} cannot be read: {error}") from error
-
-
-def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")  # processes may unpack side by side
-    with archive.open(info) as source, open(partial, "wb") as out:
-        shutil.copyfileobj(source, out, 1 << 22)
-    partial.replace(target)

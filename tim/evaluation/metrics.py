@@ -108,6 +108,7 @@ def _factor(cov: np.ndarray) -> np.ndarray:
         from scipy.linalg.lapack import dpstrf
     except ImportError as error:
         raise ValueError("the Fréchet distance needs scipy: pip install -e .[eval]") from error
+    # covariances are symmetric but for rounding, and LAPACK reads one half alone; its pivots count from 1
     lower, pivots, rank, _ = dpstrf((cov + cov.T) / 2, lower=1)
     factor = np.empty((len(cov), rank))
     factor[pivots - 1] = np.tril(lower)[:, :rank]
@@ -124,6 +125,7 @@ def inception_score(probs: np.ndarray, split_size: int = 5000) -> tuple[float, f
     for start in range(0, len(probs), split_size):
         p = probs[start : start + split_size].astype(np.float64)
         marginal = p.mean(axis=0, keepdims=True)
+        # p log p is 0 where p is 0: the logarithm there must be finite, whatever it is
         terms = np.where(p > 0, p * (np.log(np.maximum(p, np.finfo(np.float64).tiny)) - np.log(marginal + (marginal == 0))), 0)
         scores.append(np.exp(terms.sum(axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -174,6 +176,7 @@ def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = 3, device: 
     """
     if min(len(samples), len(real)) <= k:
         raise ValueError(f"precision and recall with k={k} need more images, got {len(samples)} and {len(real)}")
+    # balls around the real images hold the samples that could be real, and the other way round
     a, b = (torch.from_numpy(u).to(device).contiguous() for u in (samples, real))
     return PrecisionRecall(_share_inside(a, b, _radii(b, k)), _share_inside(b, a, _radii(a, k)))
 

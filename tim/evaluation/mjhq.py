@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tim.evaluation.adm import ImageSet, read_statistics
+from tim.evaluation.adm import ImageSet, read_statistics, result_of_features
 from tim.evaluation.clip import Clip
-from tim.evaluation.extract import Extraction, FeatureExtractor, Features
-from tim.evaluation.inception import SIDE, InceptionV3, tensorflow_resize
-from tim.evaluation.inputs import Transform, find_images, npz_arrays, npz_names, some
-from tim.evaluation.metrics import Statistics, distance, streaming_statistics
+from tim.evaluation.extract import Extraction, FeatureExtractor
+from tim.evaluation.inception import SIDE, TENSORFLOW_RESIZE, tensorflow_resize
+from tim.evaluation.inputs import Transform, find_images, npz_arrays, npz_names, some, write_npz
+from tim.evaluation.metrics import distance
 from tim.evaluation.results import columns, describe_samples
 from tim.files import replacing, sha256
 from tim.generation.prompt_sets import read_mjhq
@@ -45,22 +44,8 @@ def pillow_bicubic(pixels: np.ndarray) -> Tensor:
 RESIZES: dict[str, tuple[Transform, str]] = {  # by protocol
     "tim": (antialiased_bilinear, "antialiased bilinear 299x299"),
     "clean": (pillow_bicubic, "Pillow bicubic 299x299 on float channels"),
-    "torch-fidelity": (tensorflow_resize, "tensorflow bilinear 299x299"),
+    "torch-fidelity": (tensorflow_resize, TENSORFLOW_RESIZE),
 }
-
-
-def fid_extractor(network: InceptionV3, protocol: str) -> FeatureExtractor:
-    """pool3 of images that are resized as one of the `RESIZES` says."""
-    transform, resize = RESIZES[protocol]
-    identity = {
-        "network": "inception-2015-12-05, pool3",
-        "weights_sha256": network.weights_sha256,
-        "resize": resize,
-        "precision": network.precision,
-    }
-    return FeatureExtractor(
-        "Inception-2015-12-05 pool3", identity, transform, lambda x: {"pool3": network.features_299(x)["pool3"]}
-    )
 
 
 def places_of(folder: Path, files: list[Path]) -> dict[str, np.ndarray]:
@@ -87,21 +72,9 @@ def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
     facts = describe_samples(path, files) | {"images_per_second": features.images_per_second}
     if not how.state.is_main_process:
         return ImageSet({}, facts)
+    # a single image has no covariance: its category counts in the overall score alone
     groups = {name: places for name, places in places_of(path, files).items() if len(places) > 1 or name == OVERALL}
-    return ImageSet({name: _statistics(features, places) for name, places in groups.items()}, facts)
-
-
-def _statistics(features: Features, places: np.ndarray) -> Statistics:
-    """Statistics of the images at `places`, in ascending order."""
-
-    def parts() -> Iterator[np.ndarray]:
-        for index, part in enumerate(features.parts("pool3")):
-            rows = features.rows(index)
-            own = places[(places >= rows.start) & (places < rows.stop)] - rows.start
-            if len(own):
-                yield part[own]
-
-    return streaming_statistics(parts)
+    return ImageSet({name: features.statistics("features", places) for name, places in groups.items()}, facts)
 
 
 def save_statistics(path: Path, images: ImageSet, protocol: str, weights_sha256: str) -> None:
@@ -110,9 +83,7 @@ def save_statistics(path: Path, images: ImageSet, protocol: str, weights_sha256:
     for name, found in images.statistics.items():
         prefix = "" if name == OVERALL else f"{name}/"
         arrays |= {f"{prefix}mu": found.mean, f"{prefix}sigma": found.cov, f"{prefix}n": found.count}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, open(partial, "wb") as f:
-        np.savez(f, **arrays)
+    write_npz(path, arrays)
 
 
 def load_statistics(path: Path, protocol: str, weights_sha256: str) -> ImageSet:
@@ -138,38 +109,21 @@ def load_statistics(path: Path, protocol: str, weights_sha256: str) -> ImageSet:
     return ImageSet(statistics, {"path": str(path), "sha256": sha256(path), "n": statistics[OVERALL].count})
 
 
-def compare(reference: ImageSet, samples: ImageSet) -> dict[str, float]:
-    """FID overall and of every category.
+def fid_result(reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor) -> dict[str, Any]:
+    """The result: FID overall and of every category, and where it comes from.
 
     Raises:
         ValueError: names categories that one side alone has.
     """
-    alone = sorted(reference.statistics.keys() ^ samples.statistics.keys())
-    one_flat = min(len(reference.statistics), len(samples.statistics)) == 1
-    if alone and not one_flat:
-        side = "samples" if alone[0] in samples.statistics else "reference"
+    real, drawn = reference.statistics, samples.statistics
+    alone = sorted(real.keys() ^ drawn.keys())
+    # one folder may have no categories, as where they were not kept; then only the overall scores compare
+    if alone and min(len(real), len(drawn)) > 1:
+        side = "samples" if alone[0] in drawn else "reference"
         raise ValueError(f"categories differ: {', '.join(alone)} (the first is in the {side} alone)")
-    shared = [name for name in samples.statistics if name in reference.statistics]
-    return {name: distance(samples.statistics[name], reference.statistics[name], f"FID {name}") for name in shared}
-
-
-def fid_result(reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor) -> dict[str, Any]:
-    """The result: FID by category and where it comes from.
-
-    Raises:
-        ValueError: see `compare`.
-    """
-    return {
-        "scores": compare(reference, samples),
-        "n": samples.facts["n"],
-        "images_by_category": {name: found.count for name, found in samples.statistics.items()},
-        "features": extractor.name,
-        "weights_sha256": extractor.identity["weights_sha256"],
-        "resize": extractor.identity["resize"],
-        "precision_of_features": extractor.identity["precision"],
-        "samples": samples.facts,
-        "reference": reference.facts,
-    }
+    scores = {name: distance(drawn[name], real[name], f"FID {name}") for name in drawn if name in real}
+    counts = {name: found.count for name, found in drawn.items()}
+    return result_of_features(scores, extractor, samples, reference, images_by_category=counts)
 
 
 def table(result: dict[str, Any], metric: str) -> str:
@@ -180,7 +134,7 @@ def table(result: dict[str, Any], metric: str) -> str:
     return columns([["category", "images", metric], *rows], [f"<{max(map(len, scores))}", ">8", ">10"])
 
 
-def write_text_features(metadata: Path, out: Path, clip: Clip, progress: bool = True) -> int:
+def write_text_features(metadata: Path, out: Path, clip: Clip) -> int:
     """Unit text features of MJHQ-30K's prompts as safetensors `category/key` -> (D,) float32, with the model's name.
 
     Returns:
@@ -192,7 +146,7 @@ def write_text_features(metadata: Path, out: Path, clip: Clip, progress: bool = 
     names, prompts = read_mjhq(metadata)
     order = np.argsort([len(p) for p in prompts], kind="stable")  # similar lengths together waste no padding
     features: dict[str, Tensor] = {}
-    for start in tqdm(range(0, len(order), TEXTS), desc="text", unit="batch", disable=not progress):
+    for start in tqdm(range(0, len(order), TEXTS), desc="text", unit="batch"):
         places = order[start : start + TEXTS]
         for place, row in zip(places, clip.encode_texts([prompts[k] for k in places]).cpu(), strict=True):
             features[names[place]] = row.clone()
@@ -228,7 +182,7 @@ def read_text_features(path: Path, clip: Clip) -> dict[str, Tensor]:
 def clip_extractor(clip: Clip) -> FeatureExtractor:
     """CLIP's unit vectors of images, squeezed to a square."""
     identity = {"network": "clip", **clip.identity, "resize": f"bicubic {clip.side}x{clip.side}"}
-    return FeatureExtractor("CLIP", identity, clip.squash, lambda x: {"clip": clip.encode_images(x)})
+    return FeatureExtractor("CLIP", identity, clip.squash, lambda x: {"features": clip.encode_images(x)})
 
 
 def clip_score(text: dict[str, Tensor], folder: Path, clip: Clip, how: Extraction) -> dict[str, Any] | None:
@@ -251,7 +205,7 @@ def clip_score(text: dict[str, Tensor], folder: Path, clip: Clip, how: Extractio
     if not how.state.is_main_process:
         return None
     wanted = torch.stack([text[key] for key in keys]).numpy()
-    image = features.array("clip")
+    image = features.array("features")
     if image.shape != wanted.shape:
         raise ValueError(f"text features have width {wanted.shape[1]}, the images' {image.shape[1]}: they are of other models")
     cosine = 100 * (image.astype(np.float64) * wanted).sum(axis=1)

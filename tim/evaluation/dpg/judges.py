@@ -51,10 +51,29 @@ def load_judge(name: str, device: torch.device, dtype: str = "float32", batch_si
     Raises:
         ValueError: when it cannot be loaded or cannot answer questions; the message names it.
     """
-    kind, _, folder = name.partition(":")
-    if kind == MPLUG:
+    official, _, folder = name.partition(":")
+    if official == MPLUG:
         return MPlugJudge(folder or MPLUG_MODEL, device)
-    return _load_transformers(name, device, dtype, batch_size)
+
+    import transformers as hf
+
+    from tim.models.text_encoders import DTYPE_KEYWORD
+
+    def choose(config: Any) -> tuple[Any, ...]:
+        judge: type[TransformersJudge] = VQAJudge
+        kind: Any
+        # BLIP-2 is listed as a model for question answering, but continues a text
+        if type(config) in hf.MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING and config.model_type != "blip-2":
+            kind = hf.AutoModelForVisualQuestionAnswering
+        elif type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            judge, kind = ChatJudge, hf.AutoModelForImageTextToText
+        else:
+            raise ValueError(f"a {config.model_type} model answers no questions about images")
+        return partial(judge, batch_size=batch_size, dtype=dtype), kind, hf.AutoProcessor
+
+    refusal = f"--vqa-model {name} is neither {MPLUG} nor a judge of transformers"
+    options: dict[str, Any] = {DTYPE_KEYWORD: DTYPES[dtype]}
+    return load_pretrained(name, choose, refusal, device, **options)
 
 
 def normalise(text: str) -> str:
@@ -168,25 +187,3 @@ class ChatJudge(TransformersJudge):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         chat = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-
-
-def _load_transformers(name: str, device: torch.device, dtype: str, batch_size: int) -> Judge:
-    import transformers as hf
-
-    from tim.models.text_encoders import DTYPE_KEYWORD
-
-    def choose(config: Any) -> tuple[Any, ...]:
-        judge: type[TransformersJudge] = VQAJudge
-        kind: Any
-        # BLIP-2 is listed as a model for question answering, but continues a text
-        if type(config) in hf.MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING and config.model_type != "blip-2":
-            kind = hf.AutoModelForVisualQuestionAnswering
-        elif type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            judge, kind = ChatJudge, hf.AutoModelForImageTextToText
-        else:
-            raise ValueError(f"a {config.model_type} model answers no questions about images")
-        return partial(judge, batch_size=batch_size, dtype=dtype), kind, hf.AutoProcessor
-
-    refusal = f"--vqa-model {name} is neither {MPLUG} nor a judge of transformers"
-    options: dict[str, Any] = {DTYPE_KEYWORD: DTYPES[dtype]}
-    return load_pretrained(name, choose, refusal, device, **options)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from PIL import Image
@@ -24,8 +24,10 @@ from tim.evaluation.dpg.scoring import (
 )
 from tim.evaluation.inputs import find_images, image_size, shown, some
 from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
-from tim.files import sha256, write_json
+from tim.files import sha256, write_json, write_text
 from tim.images import open_rgb
+
+DETAILS = ".detail.json"  # end of the name of the file of all answers
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,17 @@ class Settings:
         """A file beside the result file: its name without `.txt`, and `suffix`."""
         return self.res_path.with_name(self.res_path.name.removesuffix(".txt") + suffix)
 
-    @property
-    def details(self) -> Path:
-        """Where all answers go."""
-        return self.beside(".detail.json")
 
-
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """Answers and where they come from.
 
     Attributes:
         answers: by image, crop and proposition.
-        source: the judge's name or the file.
         facts: about them, for the result.
         judge: the name in the result file of a judge that is not the official one.
     """
 
     answers: Answers
-    source: str
     facts: dict[str, Any]
     judge: str | None = None
 
@@ -101,16 +95,16 @@ def evaluate_folder(settings: Settings, state: PartialState) -> str | None:
         check_grids(images, side, settings.resolution)
         found = ask_judge(names, questions, side, settings, state)
     else:
-        found = ready_answers(settings.answers, settings) if state.is_main_process else None
-    if found is None:
+        found = ready_answers(settings.answers, settings)
+    if found is None or not state.is_main_process:
         return None
     try:
         scores = score_answers(questions, found.answers, names, settings.pic_num)
-    except ValueError as error:
-        raise ValueError(f"{found.source}: {error}") from error
+    except ValueError as error:  # a judge leaves no question out, a file may
+        raise ValueError(f"{settings.answers}: {error}") from error
     text = result_text(scores, settings.folder, settings.res_path, found.judge)
     rows = answer_rows(questions, found.answers, names, settings.pic_num)
-    write_json(settings.details, rows)
+    write_json(settings.beside(DETAILS), rows)
     kinds = Counter(row["answer"] if row["answer"] in ("yes", "no") else "other" for row in rows)
     facts = {
         "score": scores.score,
@@ -127,7 +121,7 @@ def evaluate_folder(settings: Settings, state: PartialState) -> str | None:
         "samples": describe_samples(settings.folder, images),
     }
     write_result(settings.beside(".json"), "dpg", facts)
-    settings.res_path.write_text(text, encoding="utf-8")
+    write_text(settings.res_path, text)
     return text
 
 
@@ -144,9 +138,8 @@ def match_images(folder: Path, questions: Questions) -> tuple[list[Path], list[s
         raise ValueError(f"{folder} holds no image of a prompt; files must be named by prompt, such as {names}, and .png")
     by_prompt: dict[str, Path] = {}
     for path in images:
-        if path.stem in by_prompt:
-            raise ValueError(f"{by_prompt[path.stem]} and {path} belong to the same prompt; remove one")
-        by_prompt[path.stem] = path
+        if (other := by_prompt.setdefault(path.stem, path)) != path:
+            raise ValueError(f"{other} and {path} belong to the same prompt; remove one")
     stray = [path.name for path in files if path.stem not in questions]
     if stray:
         warnings.warn(f"{folder}: {some(stray)} of {len(files)} images without questions do not count", stacklevel=2)
@@ -165,9 +158,9 @@ def ready_answers(path: Path, settings: Settings) -> Found:
     Raises:
         FileNotFoundError, ValueError: when it cannot be read, or the results would overwrite it.
     """
-    if path.absolute() == settings.details.absolute():
+    if path.absolute() == settings.beside(DETAILS).absolute():
         raise ValueError(f"--res-path {settings.res_path} would overwrite the results that {path} belongs to; choose another")
-    return Found(read_answers(path), str(path), {"judge": {"answers": str(path), "sha256": sha256(path)}})
+    return Found(read_answers(path), {"judge": {"answers": str(path), "sha256": sha256(path)}})
 
 
 def ask_judge(names: Sequence[str], questions: Questions, side: int, settings: Settings, state: PartialState) -> Found | None:
@@ -198,7 +191,7 @@ def ask_judge(names: Sequence[str], questions: Questions, side: int, settings: S
         for question, answer in zip(asked[name], crop_answers, strict=True)
     }
     facts = {"judge": judge.identity, "images_per_second_and_process": speed}
-    return Found(answers, judge.name, facts, None if judge.is_official else judge.name)
+    return Found(answers, facts, None if judge.is_official else judge.name)
 
 
 def grid_side(pic_num: int) -> int:
@@ -226,7 +219,7 @@ def check_grids(files: Sequence[Path], side: int, resolution: int | None = None)
     for path in files:
         width, height = image_size(path)
         whole = (resolution * side,) * 2 if resolution else (width // side * side, height // side * side)
-        if (width, height) != whole or not width or not height:
+        if (width, height) != whole:
             wrong.append(f"{path} ({width}x{height})")
     if wrong:
         of = f" of {resolution}x{resolution}" if resolution else ""

@@ -60,7 +60,7 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path} has no column {', '.join(missing)}; DPG-Bench's dpg_bench.csv is expected, {DOWNLOAD}")
-        next(reader, None)
+        next(reader, None)  # the official scorer skips the first row
         for row in reader:
             item, question = _parse(row, f"{path} line {reader.line_num}")
             own = found.setdefault(item, {})
@@ -160,6 +160,7 @@ def score_crop(questions: Sequence[Question], said_yes: Mapping[int, bool]) -> f
     Failures are handed on in the order of the questions: a parent further down counts as it was answered.
     """
     holds = dict(said_yes)
+    # in one pass, as the official scorer does, although a parent that fails later would take this question with it
     for question in questions:
         if not all(holds.get(parent, True) for parent in question.parents):
             holds[question.proposition] = False

@@ -2,25 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-# COCO's 80 classes in its order, under the names that GenEval's prompts use
-COCO_CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
-    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra",
-    "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
-    "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut",
-    "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse",
-    "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
-    "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+_COCO: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("coco.yaml")))
+COCO_CLASSES: tuple[str, ...] = tuple(_COCO["classes"])
+SYNONYMS: dict[str, str] = _COCO["synonyms"]  # to names of COCO_CLASSES
 MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
 MASKS_AT_ONCE = 8  # resized together: 100 masks of a large image would fill gigabytes
 
@@ -84,6 +78,7 @@ def find_instances(
     known = [k for k, label in enumerate(labels) if label is not None]
     probabilities = class_logits.float().softmax(-1)[:, known]
     scores, flat = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
+    # a query may be among the best with several classes: its mask is resized once
     queries, masks_index = (flat // len(known)).unique(return_inverse=True)
     parts = [_read_masks(mask_logits[chunk], padded, unpadded, size) for chunk in queries.split(MASKS_AT_ONCE)]
     masks, quality, boxes = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -108,6 +103,7 @@ def _read_masks(
     logits = nnf.interpolate(logits, size, mode="bilinear", align_corners=False)[0]
     masks = logits > 0
     inside = (logits.sigmoid() * masks).flatten(1).sum(1)
+    # the small term keeps an empty mask at quality 0
     quality = inside / (masks.flatten(1).sum(1) + 1e-6)
     return masks.cpu(), quality, mask_boxes(masks)
 

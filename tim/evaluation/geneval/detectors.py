@@ -5,7 +5,7 @@ Of transformers' detectors: any Mask2Former, DETR and its kin, and the open-voca
 
 import pickle
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from tim.evaluation.geneval.detection import COCO_CLASSES, MAX_DETECTIONS, Detections, Detector
+from tim.evaluation.geneval.detection import COCO_CLASSES, MAX_DETECTIONS, SYNONYMS, Detections, Detector
 from tim.evaluation.geneval.mask2former import (
     NAME,
     UNUSED,
@@ -30,12 +30,6 @@ from tim.files import sha256
 from tim.models.loading import read_state_dict
 
 OWL, GROUNDING = ("owlvit", "owlv2"), ("grounding-dino", "mm-grounding-dino")  # model types
-SYNONYMS = {  # other names of COCO's classes: its own, VOC's, and spellings
-    "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard",
-    "motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
-    "diningtable": "dining table", "tvmonitor": "tv", "television": "tv", "hair dryer": "hair drier",
-    "cellphone": "cell phone", "mobile phone": "cell phone", "doughnut": "donut",
-}  # fmt: skip
 Found = tuple[Tensor, Tensor, Tensor]  # scores (n,), indices into COCO_CLASSES or -1 (n,), boxes (n, 4) in pixels
 
 
@@ -156,16 +150,16 @@ class BoxDetector:
         self._prepare_classes()
 
     def _prepare_classes(self) -> None:
-        self.labels = self._to_indices(coco_labels(self.model.config.id2label, self.model.config.num_labels, self.name))
-
-    def _to_indices(self, labels: Sequence[int | None]) -> Tensor:
-        return torch.tensor([-1 if label is None else label for label in labels], device=self.device)
+        """What the processor is given beside images, how it reads the output, and COCO's index of each of its classes."""
+        self.texts: dict[str, Any] = {}
+        self.post_process = self.processor.post_process_object_detection
+        labels = coco_labels(self.model.config.id2label, self.model.config.num_labels, self.name)
+        self.labels = torch.tensor([-1 if label is None else label for label in labels], device=self.device)
 
     def _find(self, image: Image.Image) -> Found:
-        inputs = self.processor(images=image, return_tensors="pt").to(self.device)
-        found = self.processor.post_process_object_detection(
-            self.model(**inputs), threshold=0.0, target_sizes=[(image.height, image.width)]
-        )[0]
+        inputs = self.processor(images=image, **self.texts, return_tensors="pt").to(self.device)
+        size = [(image.height, image.width)]
+        found = self.post_process(self.model(**inputs), threshold=0.0, target_sizes=size)[0]
         return found["scores"], self.labels[found["labels"]], found["boxes"]
 
     @torch.no_grad()
@@ -188,14 +182,9 @@ class OwlDetector(BoxDetector):
     """OWL-ViT and OWLv2, asked for a photo of each of COCO's classes."""
 
     def _prepare_classes(self) -> None:
-        self.queries = [f"a photo of a {name}" for name in COCO_CLASSES]
-
-    def _find(self, image: Image.Image) -> Found:
-        inputs = self.processor(text=[self.queries], images=image, return_tensors="pt").to(self.device)
-        found = self.processor.post_process_grounded_object_detection(
-            self.model(**inputs), threshold=0.0, target_sizes=[(image.height, image.width)]
-        )[0]
-        return found["scores"], found["labels"], found["boxes"]
+        self.texts = {"text": [[f"a photo of a {name}" for name in COCO_CLASSES]]}
+        self.post_process = self.processor.post_process_grounded_object_detection
+        self.labels = torch.arange(len(COCO_CLASSES), device=self.device)
 
 
 class GroundingDetector(BoxDetector):

@@ -1,7 +1,6 @@
 """Mask2Former on transformers' network: GenEval's detector from mmdet's weights, and the steps of its test pipeline."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +43,17 @@ def build_mask2former(state: dict[str, Tensor], config: Config, source: object) 
         ValueError: names the keys that are missing, unknown, or of another shape or content than the network's.
     """
     from transformers import Mask2FormerForUniversalSegmentation
+    from transformers.utils import logging
 
     converted = convert_mmdet(state, config, source)
-    with _quiet():  # through from_pretrained, because names inside the network change with transformers' version
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no report on tensors that are missing on purpose
+    try:  # through from_pretrained, because names inside the network change with transformers' version
         loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             None, config=config, state_dict=converted, output_loading_info=True
         )
+    finally:
+        logging.set_verbosity(verbosity)
     model, report = loaded
     unset = [k for k in report["missing_keys"] if not k.endswith(UNUSED)]
     if unset or report["unexpected_keys"]:
@@ -60,19 +64,6 @@ def build_mask2former(state: dict[str, Tensor], config: Config, source: object) 
     index = relative_position_index(config.backbone_config.window_size).flatten()
     assert all(torch.equal(b.flatten(), index) for name, b in model.named_buffers() if name.endswith(INDEX))
     return model.float().eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No report on tensors that are missing on purpose."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def prepare_image(image: Image.Image) -> Prepared:
@@ -95,6 +86,7 @@ def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     top, bottom, low, high = _neighbours(pixels.shape[0], height)
     left, right, near, far = _neighbours(pixels.shape[1], width)
     pixels = pixels.astype(np.int32)
+    # weights carry 11 bits: 22 after both axes, of which 4, 16 and 2 are cut off on the way, the last with rounding
     rows = (pixels[:, left] * near[:, None] + pixels[:, right] * far[:, None]) >> 4
     low, high = low[:, None, None], high[:, None, None]
     return ((((rows[top] * low) >> 16) + ((rows[bottom] * high) >> 16) + 2) >> 2).astype(np.uint8)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +22,12 @@ RELATIONS = ("left of", "right of", "above", "below")
 COUNTING = "counting"  # the tag with a threshold of its own
 DIRECTION = 0.5  # component of a direction from which it counts as left of, right of, above or below: within 60 degrees
 ORIGINAL = "original"  # bgcolor that leaves the background as it is
-RANGES: dict[str, tuple[float, float | None]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "threshold": (0.0, 1.0),
     "counting_threshold": (0.0, 1.0),
-    "max_objects": (1, None),
+    "max_objects": (1, math.inf),
     "max_overlap": (0.0, 1.0),
-    "position_threshold": (0.0, None),
+    "position_threshold": (0.0, math.inf),
     "crop": (0, 1),
 }
 
@@ -83,9 +85,9 @@ def _number(key: str, value: str, kind: type[int] | type[float]) -> int | float:
     except ValueError:
         raise ValueError(f"--options {key}={value}: {'a whole number' if kind is int else 'a number'} is expected") from None
     low, high = RANGES[key]
-    if not (number >= low and (high is None or number <= high)):
-        bound = high if high is not None and number > high else low
-        raise ValueError(f"--options {key}={value} is out of range; the nearest valid value is {bound:g}")
+    valid = max(low, min(number, high))  # NaN becomes the lowest
+    if number != valid:
+        raise ValueError(f"--options {key}={value} is out of range; the nearest valid value is {valid:g}")
     return number
 
 
@@ -120,6 +122,7 @@ def keep_objects(detections: Detections, options: Options, tag: str) -> dict[str
     threshold = options.counting_threshold if tag == COUNTING else options.threshold
     kept = {}
     for label, name in enumerate(COCO_CLASSES):
+        # a threshold in the scores' own precision: 0.3 in float32 is above 0.3
         rows = np.flatnonzero((detections.labels == label) & (detections.scores > np.float32(threshold)))
         rows = rows[np.argsort(-detections.scores[rows], kind="stable")][: options.max_objects]
         if options.max_overlap < 1:
@@ -154,8 +157,7 @@ def judge(
     groups: list[list[Instance] | None] = []  # the objects that a clause is met by, None when it is not met
     for clause in metadata.get("include", []):
         group = objects.get(clause["class"], [])[: clause["count"]]
-        reason = _too_few(clause, group) or _wrong_color(clause, group, read_colors)
-        reason = reason or _misplaced(clause, group, groups, position_threshold)
+        reason = _unmet(clause, group, groups, read_colors, position_threshold)
         groups.append(None if reason else group)
         if reason:
             reasons.append(reason)
@@ -166,36 +168,28 @@ def judge(
     return reasons
 
 
-def _too_few(clause: dict[str, Any], group: list[Instance]) -> str | None:
-    if len(group) >= clause["count"]:
-        return None
-    return f"expected {clause['class']}>={clause['count']}, found {len(group)}"
-
-
-def _wrong_color(clause: dict[str, Any], group: list[Instance], read_colors: ColorReader) -> str | None:
-    if "color" not in clause:
-        return None
-    name, count, color = clause["class"], clause["count"], clause["color"]
-    found = read_colors(name, group)
-    if found.count(color) >= count:
-        return None
-    others = ", ".join(f"{found.count(c)} {c}" for c in COLORS if c in found and c != color)
-    return f"expected {color} {name}>={count}, found {found.count(color)} {color}; and {others}"
-
-
-def _misplaced(
-    clause: dict[str, Any], group: list[Instance], groups: list[list[Instance] | None], threshold: float
+def _unmet(
+    clause: dict[str, Any], group: list[Instance], groups: list[list[Instance] | None], read_colors: ColorReader, gap: float
 ) -> str | None:
+    """What an `include` clause lacks: objects, their colour, their position (see `relations`); None when it is met."""
+    name, count = clause["class"], clause["count"]
+    if len(group) < count:
+        return f"expected {name}>={count}, found {len(group)}"
+    if color := clause.get("color"):
+        found = read_colors(name, group)
+        if found.count(color) < count:
+            others = ", ".join(f"{found.count(c)} {c}" for c in COLORS if c in found and c != color)
+            return f"expected {color} {name}>={count}, found {found.count(color)} {color}; and {others}"
     if "position" not in clause:
         return None
-    name, (expected, target) = clause["class"], clause["position"]
-    if groups[target] is None:
+    expected, target = clause["position"]
+    targets = groups[target]
+    if targets is None:
         return f"no target for {name} to be {expected}"
-    for own in group:
-        for other in groups[target]:
-            found = relations(own.box, other.box, threshold)
-            if expected not in found:
-                return f"expected {name} {expected} target, found {' and '.join(found)} target"
+    for own, other in itertools.product(group, targets):
+        seen = relations(own.box, other.box, gap)
+        if expected not in seen:
+            return f"expected {name} {expected} target, found {' and '.join(seen)} target"
     return None
 
 
@@ -208,6 +202,7 @@ def relations(box: np.ndarray, target: np.ndarray, threshold: float = 0.1) -> li
     corners, others = (np.asarray(b, dtype=np.float64).reshape(2, 2) for b in (box, target))
     distance = corners.mean(axis=0) - others.mean(axis=0)
     sizes = corners[1] - corners[0] + others[1] - others[0]
+    # what is nearer than the objects are large says nothing about their order
     excess = np.sign(distance) * np.maximum(np.abs(distance) - threshold * sizes, 0)
     if not excess.any():
         return []

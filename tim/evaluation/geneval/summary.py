@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tim.files import replacing
+from tim.files import write_text
 
 FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
@@ -21,9 +21,7 @@ def result_line(judgement: dict[str, Any]) -> str:
 
 def write_results(path: Path, judgements: Iterable[dict[str, Any]]) -> None:
     """Write the result file so that it is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_text("".join(result_line(judgement) + "\n" for judgement in judgements), encoding="utf-8")
+    write_text(path, "".join(result_line(judgement) + "\n" for judgement in judgements))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
