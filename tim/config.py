@@ -142,6 +142,10 @@ class Training:
     log_steps: PositiveInt = 1
     sample_steps: int | None = None
 
+    def scaled_learning_rate(self, global_batch_size: int) -> float:
+        """`learning_rate`, with `scale_lr` in proportion to the global batch."""
+        return self.learning_rate * (global_batch_size / self.learning_rate_base_batch_size if self.scale_lr else 1.0)
+
 
 @dataclass
 class Config:

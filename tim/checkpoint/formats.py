@@ -58,7 +58,7 @@ def take_snapshot(
     parts["optimizer"] = dcp_state.get_optimizer_state_dict(modules["model"], optimizer, options=options)
     if stager is not None:
         if not sharded and dist.is_initialized() and dist.get_rank() != 0:
-            parts = {name: {} for name in parts}
+            parts = {name: {} for name in parts}  # rank 0 writes for all
         known = stager.state_dict_cache
         if known and known["optimizer"].get("state", {}).keys() != parts["optimizer"].get("state", {}).keys():
             stager.state_dict_cache = None  # a parameter got its first gradient

@@ -188,6 +188,7 @@ def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) 
     problem = find_corruption(partial)
     if problem:
         raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")
+    # A folder cannot be replaced in one move. Killed between the two, `tidy_checkpoints` brings the old one back.
     aside = final.with_name(f".{final.name}.old")
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)

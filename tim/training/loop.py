@@ -82,11 +82,12 @@ def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, star
         log, judged = accumulate_gradients(run, batches, checkpoints.bad_samples)
         grad_norm = clip_gradients(accelerator, run.model, t.max_grad_norm)
         check(run, checkpoints, guard.poll(), samples_seen)  # of the step before: the device is done with it, nothing waits
+        # What the scaler multiplied losses by, without asking it: get_scale() would wait for the device.
         scale = accelerator.scaler and accelerator.scaler.scale(torch.ones((), device=accelerator.device))
         skip = guard.judge(grad_norm, scale)
         take_step(run.optimizer.optimizer, skip, accelerator.scaler)
         run.optimizer.zero_grad(set_to_none=True)
-        run.lr_scheduler.step()
+        run.lr_scheduler.step()  # for skipped steps too, so that the schedule depends on the step alone
         if run.ema is not None:
             run.ema.update(run.network, skip)
         samples_seen += samples_per_step
@@ -150,6 +151,7 @@ def log_step(
     wide = torch.float32 if accelerator.device.type == "mps" else torch.float64
     means = accelerator.reduce(torch.stack([v.to(wide) for v in log.values()]), reduction="mean")
     record = dict(zip(log, means.tolist(), strict=True))
+    # The norm is the same in every process, and the guard's totals are those of the run.
     record |= {"grad_norm": float(grad_norm), "lr": float(run.lr_scheduler.get_last_lr()[0])}
     record |= {"skipped": guard.skipped, "spikes": guard.spikes}
     if accelerator.scaler is not None:
@@ -175,7 +177,7 @@ def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, sam
     file = checkpoints.guard.path.name
     logger.info(f"step {verdict.step}: {verdict.problem}, step skipped{in_a_row}; see {file}")
     if verdict.bad_steps >= MAX_BAD_STEPS:
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)  # of the step that has begun since, which does not count
         checkpoints.save(verdict.step, samples_seen)
         raise RuntimeError(
             f"{MAX_BAD_STEPS} steps in a row without a finite gradient, stopped at step {verdict.step} with the last good "

@@ -83,6 +83,7 @@ class Preemption:
             os._exit(128 + number)  # whatever is half-written is no checkpoint
         self.received = number
         if number == signal.SIGINT and (self.group is None or dist.get_rank() == 0):
+            # print() may be interrupted in its own lock by this very handler.
             os.write(2, b"\nleaving after this step with a checkpoint; once more to stop at once\n")
 
 

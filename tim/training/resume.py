@@ -79,7 +79,7 @@ class CheckpointManager:
             "seed": run.seed,
             "samples_seen": samples_seen,
             "lr": run.lr,
-            "lr_scheduler": copy.deepcopy(run.lr_scheduler.state_dict()),
+            "lr_scheduler": copy.deepcopy(run.lr_scheduler.state_dict()),  # it goes on while a thread writes
             "batch": {**self.batch, "processes": run.accelerator.num_processes, "global": run.global_batch_size},
             "guard": self.guard.state_dict(),
         }
@@ -149,11 +149,10 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
             "training.gradient_accumulation_steps to train on with another global batch"
         )
     size = total // (processes * accumulation)
+    # A copy: config.yaml keeps what was asked for, so that every later start splits the batch anew.
     run.config = copy.deepcopy(config)
     run.config.data.dataloader.batch_size, run.config.training.gradient_accumulation_steps = size, accumulation
-    if config.training.scale_lr:
-        run.lr = config.training.learning_rate * (total / config.training.learning_rate_base_batch_size)
-    run.global_batch_size = total
+    run.lr, run.global_batch_size = config.training.scaled_learning_rate(total), total
     logger.info(
         f"the global batch stays {total}: {size} x {accumulation} accumulation x {processes} process(es) "
         f"instead of {saved['processes']}"
@@ -161,7 +160,10 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
 
 
 def _set_base_lr(run: Run) -> None:
-    """Go on with another learning rate at the same place of its schedule."""
+    """Go on with another learning rate at the same place of its schedule.
+
+    A scheduler reads its base rate once, and optimisers and schedulers load the rates of the checkpoint.
+    """
     scheduler, (group,) = run.lr_scheduler, run.optimizer.param_groups
     group["initial_lr"], group["lr"] = run.lr, run.lr * scheduler.lr_lambdas[0](scheduler.last_epoch)
     scheduler.base_lrs, scheduler._last_lr = [run.lr], [group["lr"]]

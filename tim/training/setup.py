@@ -106,7 +106,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
     vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
     task = task_class(config, vae, accelerator.device)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # all processes draw the same starting weights
     network = build_network(m.network).to(getattr(torch, t.dtype))
     if m.ckpt:
         start = find_weights(m.ckpt, name="model.ckpt").read()
@@ -128,14 +128,14 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
             shard(module, plugin, accelerator.device)
     # Sharded networks run together: a process without samples for dF/dt has to take part in the others' gathering.
     schedule.always_run_derivative = plugin is not None
-    if t.compile:
+    if t.compile:  # after the moving average was copied, which would run the blocks of the original
         compile_blocks(network)
         if schedule.derivative_type == "jvp":
             logger.info("training.compile: jvp derivatives run eagerly, because compiled graphs carry no tangents")
         if ema is not None and schedule.transport.enhance_target:
             compile_blocks(ema.network)
     global_batch_size = config.data.dataloader.batch_size * t.gradient_accumulation_steps * accelerator.num_processes
-    lr = t.learning_rate * (global_batch_size / t.learning_rate_base_batch_size if t.scale_lr else 1.0)
+    lr = t.scaled_learning_rate(global_batch_size)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = t.optimizer.build(trained, lr=lr)
     lr_scheduler = get_scheduler(
