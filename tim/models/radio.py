@@ -89,6 +89,6 @@ class Radio(nn.Module):
         # A square first, so that the scale of both axes is the same at any ratio of the sides.
         grid: Tensor = rearrange(self.position, "1 (h w) c -> 1 c h w", h=side)
         if longer != side:
-            # align_corners, as in the training of the checkpoint: the outermost patches keep the outermost embeddings.
+            # align_corners, as the published model has it: the outermost patches keep the outermost embeddings.
             grid = nnf.interpolate(grid, (longer, longer), mode="bilinear", align_corners=True)
         return rearrange(grid[:, :, :h, :w], "1 c h w -> 1 (h w) c")
