@@ -54,7 +54,8 @@ def test_the_wheel_holds_the_whole_package_and_says_what_it_is(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
         metadata = email.message_from_string(archive.read(next(n for n in inside if n.endswith("/METADATA"))).decode())
-    own = {str(p.relative_to(ROOT)) for p in (ROOT / "tim").rglob("*.py")} | {"tim/py.typed"}
+    files = [*(ROOT / "tim").rglob("*.py"), *(ROOT / "tim").rglob("*.yaml")]
+    own = {str(p.relative_to(ROOT)) for p in files} | {"tim/py.typed"}
     assert own == {name for name in inside if ".dist-info/" not in name}
     assert metadata["Name"] == "tim-pytorch" and metadata["Version"] == tim.__version__
     assert metadata["Author"] == "TiM-PyTorch contributors" and metadata["License-Expression"] == "Apache-2.0"
