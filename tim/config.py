@@ -53,7 +53,7 @@ class Model:
         return Target(params.pop("target", OBJECTIVE), params)
 
     def build_objective(self) -> Any:
-        """The objective (see `tim.schedulers.transition.TransitionSchedule`) over a new transport."""
+        """The objective (see `tim.schedulers.objective.Objective`) over a new transport."""
         return self.objective.build(self.transport.build())
 
 

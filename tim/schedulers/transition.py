@@ -26,9 +26,7 @@ PRECISIONS |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 class TransitionSchedule:
     """Training objective of a transport, and the compatible door to its sampler.
 
-    `model.transition_loss.target` in a config may name another class, whose constructor takes the transport and the other
-    keys there; the short way is to inherit from this one and change a step. Of an objective that stands alone the trainer
-    needs no more than the call, and the attributes transport, derivative_type, kept and always_run_derivative.
+    It is a `tim.schedulers.objective.Objective`, and the one to inherit from to change a step.
 
     Args:
         transport: the path and its closed forms.

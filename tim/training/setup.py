@@ -22,7 +22,7 @@ from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
 from tim.models.radio import Radio
-from tim.schedulers.transition import TransitionSchedule
+from tim.schedulers.objective import Objective
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
@@ -50,7 +50,7 @@ class Run:
     network: nn.Module
     model: nn.Module
     ema: EMA | None
-    schedule: TransitionSchedule
+    schedule: Objective
     vae: Autoencoder | None
     encoder: Radio | None
     optimizer: Any
@@ -101,7 +101,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     t, m = config.training, config.model
     plugin = sharding_plugin(t.fsdp_config)
     accelerator = build_accelerator(config, project_dir)
-    schedule: TransitionSchedule = m.build_objective()
+    schedule: Objective = m.build_objective()
     if schedule.transport.enhance_target and not m.use_ema:
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
     vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
