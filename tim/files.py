@@ -30,13 +30,18 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        partial.chmod(0o666 & ~_UMASK)  # temporary files and safetensors are private, results are not
-        flush(partial)
+        settle(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def settle(path: Path) -> None:
+    """Make a file as readable as the umask says, and return when it is on the disk."""
+    path.chmod(0o666 & ~_UMASK)  # temporary files and safetensors are private, results are not
+    flush(path)
 
 
 def flush(path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from tim.checkpoint.formats import Snapshot, read_into, write_snapshot
 from tim.distributed import on_all_ranks, on_first_rank
-from tim.files import flush, sha256, write_json, write_text
+from tim.files import flush, settle, sha256, write_json, write_text
 
 MANIFEST = "manifest.json"
 
@@ -77,7 +77,7 @@ def write_checkpoint(
     def write() -> dict[str, dict[str, Any]]:
         paths = write_snapshot(partial, snapshot, rank, group)
         for path in paths:
-            flush(path)
+            settle(path)
         if rank == 0:
             paths.append(partial / "state.json")
             write_json(paths[-1], {"step": step, **state})

@@ -16,7 +16,7 @@ from tim.demo.digits import DigitJudge
 from tim.demo.retrieval import RetrievalJudge
 from tim.demo.shapes import score
 from tim.evaluation.results import columns
-from tim.files import write_json
+from tim.files import replacing, write_json
 from tim.images import labelled_grid, read_png, save_png, to_uint8
 
 SHOWN = 10  # prompts in samples.png
@@ -198,4 +198,5 @@ def _plot(metrics: dict[str, Any], path: Path) -> None:
         axis.set(xlabel="network evaluations (NFE)", yscale=scale, title=title)
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import tim
 from tim.checkpoint.weights import Weights
-from tim.files import claim, write_json
+from tim.files import claim, replacing, write_json
 from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Sampler
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
@@ -91,7 +91,8 @@ def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: B
         if s.save_latent:
             for j, latent in enumerate(latents[own]):
                 name = f"{g:06d}" if n == 1 else f"{g:06d}-{j:02d}"
-                save_file({"latent": latent.cpu().contiguous()}, folder / "latents" / f"{name}.safetensors")
+                with replacing(folder / "latents" / f"{name}.safetensors") as partial:
+                    save_file({"latent": latent.cpu().contiguous()}, partial)
         prompt_set.write(folder, g, images[own])
     return len(keys)
 
@@ -126,7 +127,7 @@ def save_prompt_grids(prompt_set: PromptSet, folders: Sequence[Path], steps: lis
     """
     prompts = [str(prompt) for prompt in prompt_set.prompts]
     for folder in folders:
-        (folder / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_json(folder / "prompts.json", prompts)
     shown = range(min(prompt_set.groups, GRID_ROWS))
     repeats = min(prompt_set.per_group, GRID_IMAGES)
     labels = [f"{n} step{'s' * (n > 1)}" if j == 0 else "" for n in steps for j in range(repeats)]

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tim import rng
-from tim.files import replacing
+from tim.files import replacing, write_json_lines
 from tim.images import make_grid, read_png, save_image, save_png
 
 IMAGENET_CLASSES = 1000
@@ -146,7 +146,7 @@ class GenEvalPrompts(PromptSet):
         samples[0].parent.mkdir(parents=True, exist_ok=True)
         for path, image in zip(samples, images, strict=True):
             save_png(path, image)
-        metadata.write_text(json.dumps(self.metadata[group], ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json_lines(metadata, [self.metadata[group]])
         save_png(grid, make_grid(images, columns=math.ceil(math.sqrt(self.per_group))))
 
 

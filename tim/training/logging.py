@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from tim.files import read_json_lines, write_json_lines
+from tim.files import read_json_lines, replacing, write_json_lines
 
 
 class RunLogger:
@@ -89,4 +89,5 @@ def plot_curves(log: Path, image: Path) -> None:
         axis.set(xlabel="step", title=key.replace("_", " "))
         if min(values) > 0:
             axis.set_yscale("log")
-    figure.savefig(image, dpi=110)
+    with replacing(image) as partial:
+        figure.savefig(partial, dpi=110, format="png")
