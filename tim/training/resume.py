@@ -31,6 +31,9 @@ class CheckpointManager:
 
     def __init__(self, run: Run) -> None:
         t = run.config.training
+        wanted = t.resume_from_checkpoint
+        if wanted not in (None, "latest") and not Path(wanted).is_dir():  # before the project folder is made
+            raise FileNotFoundError(f"training.resume_from_checkpoint={wanted!r} is no checkpoint folder")
         self.run, self.root = run, run.project_dir / "checkpoints"
         # As configured: `fit_global_batch` may change the run's config, and a third start must compare with what was asked for.
         self.batch = {"size": run.config.data.dataloader.batch_size, "accumulation": t.gradient_accumulation_steps}
@@ -112,8 +115,6 @@ class CheckpointManager:
                     "training.resume_from_checkpoint=latest or choose another --project_dir"
                 )
             return None, True
-        if not Path(wanted).is_dir():
-            raise FileNotFoundError(f"training.resume_from_checkpoint={wanted!r} is no checkpoint folder")
         return Path(wanted), False
 
 
