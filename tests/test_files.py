@@ -102,8 +102,11 @@ def test_one_run_at_a_time_and_a_killed_one_lets_go(tmp_path):
         pass
     other.kill()
     other.wait()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".b.png.k3x_9zq1.part").write_bytes(b"half")
+    (tmp_path / "a" / ".step-0000001.part").mkdir()
     with lock(tmp_path):
-        pass
+        assert [p.name for p in (tmp_path / "a").iterdir()] == [".step-0000001.part"], "what was half-written is gone"
     with lock(tmp_path):
         pass
 

@@ -150,6 +150,8 @@ def claim(
 def lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder while the block lasts; the system lets go of the lock however a process ends.
 
+    What a killed run has left half-written goes.
+
     Raises:
         ValueError: when another run is at work in the folder.
     """
@@ -160,6 +162,8 @@ def lock(folder: Path) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"another run is at work in {folder}; wait for it, or choose another folder") from None
     try:
+        for partial in folder.rglob(".*.????????.part"):  # the names of `replacing`; nobody else is at work here
+            partial.unlink(missing_ok=True)
         yield
     finally:
         held.release()
