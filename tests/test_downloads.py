@@ -30,9 +30,7 @@ PROMPTS = b'{"prompt": "a photo of a bench"}\n' * 553
 
 # Needed paths that no download script can produce, and why.
 ELSEWHERE = {
-    "datasets/imagenet1k/train": "ImageNet needs an account and a licence",
-    "datasets/imagenet1k/latents_sd_vae_256": "made from ImageNet by scripts/preprocess",
-    "datasets/imagenet1k/latents_dc_ae_512": "made from ImageNet by scripts/preprocess",
+    "datasets/imagenet1k/images/train": "ImageNet needs an account and a licence",
     "datasets/imagenet1k/latents_dc_ae_native_512": "made from ImageNet by scripts/preprocess",
     "datasets/openmoji": "scripts/quickstart_t2i.sh",
     "datasets/openmoji_64": "scripts/quickstart_t2i.sh",
@@ -134,7 +132,7 @@ def below(path, folders):
 
 def test_every_needed_path_has_a_source(home, tmp_path):
     targets, paths = planned(home), needed(tmp_path)
-    assert {"checkpoints/c2i_model_256.safetensors", "datasets/t2i_toy_dataset/images", "datasets/openmoji/images"} <= paths
+    assert {"checkpoints/c2i_model_256.safetensors", "datasets/t2i_toy_dataset", "datasets/openmoji/images"} <= paths
     assert set(EVALUATION) <= targets
     orphans = {
         p for p in paths if not below(p, targets) and not below(p, ELSEWHERE) and not any(below(t, [p]) for t in targets)
