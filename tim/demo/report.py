@@ -189,10 +189,11 @@ def _plot(metrics: dict[str, Any], path: Path) -> None:
     panels = {title: panel for title, panel in PANELS.items() if any(key in first for key in panel[1])}
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
     for axis, (title, (scale, keys)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        present = [key for key in keys if key in first]
         for model, runs in (("TiM", metrics["nfe"]), ("flow matching", metrics.get("flow_matching", {}))):
-            for key in keys:
-                if runs and key in first:
-                    axis.plot([int(n) for n in runs], [runs[n][key] for n in runs], marker="o", label=f"{model}, {key}")
+            for key in present if runs else ():
+                label = model if len(present) == 1 else f"{model}, {key}"
+                axis.plot([int(n) for n in runs], [runs[n][key] for n in runs], marker="o", label=label)
         axis.set_xscale("log", base=2)
         axis.set_xticks([int(n) for n in metrics["nfe"]], list(metrics["nfe"]))
         axis.set(xlabel="network evaluations (NFE)", yscale=scale, title=title)
