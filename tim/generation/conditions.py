@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tim.config import Config
 from tim.models.network import Network, traits_of
-from tim.models.text_encoders import build_text_encoder
 
 NO_CLASSES = "the network does not say how many classes it has: give its constructor the keyword num_classes"
 Keywords = dict[str, Tensor | None]  # of a call of the network, one row an image
@@ -129,6 +128,8 @@ def build_conditions(config: Config, network: Network, dtype: torch.dtype, devic
         if traits.num_classes is None:
             raise ValueError(NO_CLASSES)
         return ClassConditions(traits.num_classes, traits.class_dropout_prob > 0, device)
+    from tim.models.text_encoders import build_text_encoder  # transformers takes seconds to import
+
     return CaptionConditions(build_text_encoder(config.model, dtype, device), network)
 
 

@@ -5,11 +5,10 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -54,7 +53,7 @@ def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights:
                 "processes": state.num_processes,
                 "speed": speed if drawn else json.loads(path.read_text()).get("speed"),  # of the run that drew something
                 "versions": {"tim": tim.__version__, "python": platform.python_version()}
-                | {module.__name__: module.__version__ for module in (torch, accelerate, diffusers)},
+                | {"torch": torch.__version__, "accelerate": accelerate.__version__, "diffusers": version("diffusers")},
             }
             write_json(path, record)
             save_overview(folder, prompt_set)

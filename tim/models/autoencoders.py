@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 
 from tim.config import Model
 from tim.models.network import traits_of
+
+if TYPE_CHECKING:  # diffusers takes seconds to import, and runs on pixels or latents do without
+    from diffusers.models import AutoencoderDC, AutoencoderKL
 
 
 class Autoencoder:
@@ -25,7 +27,7 @@ class Autoencoder:
         channels: latent channels.
     """
 
-    def __init__(self, model: AutoencoderKL | AutoencoderDC) -> None:
+    def __init__(self, model: "AutoencoderKL | AutoencoderDC") -> None:
         self.model = model.eval().requires_grad_(False)
         config = model.config
         self.factor, self.channels = _factor(config), config.latent_channels
@@ -35,6 +37,8 @@ class Autoencoder:
     @property
     def is_kl(self) -> bool:
         """Whether encoding draws from a posterior and therefore needs noise."""
+        from diffusers.models import AutoencoderKL
+
         return isinstance(self.model, AutoencoderKL)
 
     @classmethod
@@ -137,12 +141,14 @@ class Autoencoder:
         return self.model.decode(z.to(self.model.dtype)).sample.float()
 
 
-def _read_config(vae_dir: str) -> tuple[type[AutoencoderKL] | type[AutoencoderDC], dict[str, Any], str | None]:
+def _read_config(vae_dir: str) -> "tuple[type[AutoencoderKL] | type[AutoencoderDC], dict[str, Any], str | None]":
     """Class, config and subfolder of a diffusers autoencoder.
 
     Raises:
         ValueError: when there is none in vae_dir.
     """
+    from diffusers.models import AutoencoderDC, AutoencoderKL
+
     subfolder = "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
     try:

@@ -5,7 +5,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -21,13 +21,15 @@ from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
-from tim.models.radio import Radio
 from tim.schedulers.objective import Objective
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
 from tim.training.sharding import shard, sharding_plugin
 from tim.training.tasks import Task
+
+if TYPE_CHECKING:
+    from tim.models.radio import Radio
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ class Run:
     ema: EMA | None
     schedule: Objective
     vae: Autoencoder | None
-    encoder: Radio | None
+    encoder: "Radio | None"
     optimizer: Any
     lr_scheduler: LambdaLR
     lr: float
@@ -151,7 +153,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     )  # fmt: skip
 
 
-def build_encoder(config: Config, network: nn.Module, device: torch.device) -> Radio | None:
+def build_encoder(config: Config, network: nn.Module, device: torch.device) -> "Radio | None":
     """The frozen encoder of REPA's target; None without REPA, or when its features come from files.
 
     Raises:
@@ -162,6 +164,8 @@ def build_encoder(config: Config, network: nn.Module, device: torch.device) -> R
         raise ValueError("model.enc_dir needs a network with a REPA projector (z_dim, return_zs); set model.enc_dir=null")
     if not enc_dir or config.data.dataset.features_dir is not None:
         return None
+    from tim.models.radio import Radio
+
     encoder = Radio.from_checkpoint(enc_dir).to(device)
     if encoder.width != z_dim:
         raise ValueError(f"model.enc_dir={enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it")

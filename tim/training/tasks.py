@@ -19,7 +19,6 @@ from tim.data.sampler import BucketBatchSampler, StepBatchSampler
 from tim.distributed import inference_dtype
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import Network, traits_of
-from tim.models.text_encoders import build_text_encoder
 
 PREVIEW_IMAGES = 40
 
@@ -107,6 +106,8 @@ class CaptionTask:
     draw_with = "projects/sample/sample_t2i.py --prompts 'YOUR PROMPT'"
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
+        from tim.models.text_encoders import build_text_encoder  # transformers takes seconds to import
+
         m, self.vae = config.model, vae
         self.encoder = build_text_encoder(m, inference_dtype(config.training.mixed_precision, device), device)
         self.dataset = build_t2i_dataset(config.data, (vae.factor if vae else 1) * traits_of(m.network).patch_size)
