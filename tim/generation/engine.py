@@ -53,7 +53,7 @@ def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights:
                 "processes": state.num_processes,
                 "speed": speed if drawn else json.loads(path.read_text()).get("speed"),  # of the run that drew something
                 "versions": {"tim": tim.__version__, "python": platform.python_version()}
-                | {"torch": torch.__version__, "accelerate": accelerate.__version__, "diffusers": version("diffusers")},
+                | {"torch": torch.__version__, "accelerate": version("accelerate"), "diffusers": version("diffusers")},
             }
             write_json(path, record)
             save_overview(folder, prompt_set)
