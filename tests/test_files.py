@@ -119,6 +119,10 @@ def test_all_processes_hear_that_a_folder_is_taken(tmp_path):
         "state = PartialState(cpu=True)\n"
         "try:\n    with locked(Path(sys.argv[1]), state): print('ran')\n"
         "except ValueError as error: print(state.process_index, error, flush=True)\n"
+        "from tim.resumable import first_process\n"
+        "def fail(): raise OSError('disk full')\n"
+        "try: first_process(state, fail)\n"
+        "except (OSError, ValueError) as error: print(state.process_index, type(error).__name__, error, flush=True)\n"
         "leave_process_group()"
     )
     script = tmp_path / "other.py"
@@ -129,6 +133,7 @@ def test_all_processes_hear_that_a_folder_is_taken(tmp_path):
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     assert "ran" not in done.stdout
     assert all(f"{rank} another run is at work in {tmp_path}" in done.stdout for rank in (0, 1)), done.stdout
+    assert "0 OSError disk full" in done.stdout and "1 ValueError disk full" in done.stdout, done.stdout
 
 
 def test_blocks_hold_the_same_items_whatever_is_done():
@@ -150,5 +155,7 @@ def test_an_error_of_the_first_process_keeps_its_words(tmp_path):
 
     with pytest.raises(ValueError, match=r"^taken$"):
         first_process(PartialState(), fail)
+    with pytest.raises(PermissionError):  # the others would wait for ever if it were not handed on
+        first_process(PartialState(), lambda: (_ for _ in ()).throw(PermissionError("read-only")))
     with locked(tmp_path, PartialState()):
         assert first_process(PartialState(), lambda: 3) == 3

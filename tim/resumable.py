@@ -31,17 +31,20 @@ def first_process(state: PartialState, action: Callable[[], T]) -> T:
     """Run `action` on the main process; its result on all of them. Collective.
 
     Raises:
-        ValueError: on all processes, when `action` raised one.
+        Exception: whatever `action` raised; on the other processes a ValueError with its words.
     """
     outcome: list[Any] = [None, None]
+    error = None
     if state.is_main_process:
         try:
             outcome = [action(), None]
-        except ValueError as error:
-            outcome = [None, str(error)]
-    result, problem = broadcast_object_list(outcome)
-    if problem is not None:
-        raise ValueError(problem)
+        except Exception as problem:  # of any kind: the others wait for the outcome
+            error, outcome = problem, [None, str(problem) or type(problem).__name__]
+    result, words = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if words is not None:
+        raise ValueError(words)
     return result
 
 
