@@ -114,15 +114,17 @@ def test_one_run_at_a_time_and_a_killed_one_lets_go(tmp_path):
 @pytest.mark.dist
 def test_all_processes_hear_that_a_folder_is_taken(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from accelerate import PartialState; from tim.resumable import locked\n"
+        "import os, sys; from pathlib import Path; from accelerate import PartialState; from tim.resumable import locked\n"
         "from tim.distributed import leave_process_group\n"
         "state = PartialState(cpu=True)\n"
+        "def say(error):  # in one write, which no other process can come between\n"
+        "    os.write(1, f'{state.process_index} {type(error).__name__} {error}\\n'.encode())\n"
         "try:\n    with locked(Path(sys.argv[1]), state): print('ran')\n"
-        "except ValueError as error: print(state.process_index, error, flush=True)\n"
+        "except ValueError as error: say(error)\n"
         "from tim.resumable import first_process\n"
         "def fail(): raise OSError('disk full')\n"
         "try: first_process(state, fail)\n"
-        "except (OSError, ValueError) as error: print(state.process_index, type(error).__name__, error, flush=True)\n"
+        "except (OSError, ValueError) as error: say(error)\n"
         "leave_process_group()"
     )
     script = tmp_path / "other.py"
@@ -132,7 +134,7 @@ def test_all_processes_hear_that_a_folder_is_taken(tmp_path):
     with lock(tmp_path):
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
     assert "ran" not in done.stdout
-    assert all(f"{rank} another run is at work in {tmp_path}" in done.stdout for rank in (0, 1)), done.stdout
+    assert all(f"{rank} ValueError another run is at work in {tmp_path}" in done.stdout for rank in (0, 1)), done.stdout
     assert "0 OSError disk full" in done.stdout and "1 ValueError disk full" in done.stdout, done.stdout
 
 
