@@ -1,18 +1,24 @@
 """What the command lines share: help, messages, errors, and the table of what the console scripts run."""
 
 import argparse
+import ctypes
 import inspect
 import logging
 import os
 import pkgutil
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm import tqdm
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch's class would have to be imported
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 
 # {command: (function, what it does)}; functions are imported when they are called, so that help and mistakes answer at once
 TRAIN = {
@@ -58,12 +64,14 @@ def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = 
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main`; ValueError and FileNotFoundError become `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
+    """Run `main`; what a user can mend becomes `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
 
-    Warnings are printed as `warning: ...`, without the line of code that raised them; `tim`'s log goes to stderr.
-    In the end the process group is left, if `main` started one.
+    That is ValueError, OSError (disks, permissions, paths, connections) and too little memory; any other exception is a fault
+    of the program and keeps its traceback. Ctrl-C ends with code 130. Warnings are printed as `warning: ...`, without the
+    line of code that raised them; `tim`'s log goes to stderr. In the end the process group is left, if `main` started one.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    _end_with_launcher()
     failed = True
     try:
         with log_to_stderr():
@@ -72,13 +80,44 @@ def run_command(main: Callable[[], None]) -> None:
     except SystemExit:  # of all processes alike, such as a trainer's on a signal
         failed = False
         raise
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("TIM_DEBUG") == "1":
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # who reads our output has gone, as `head` does; nothing may be flushed to it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        out_of_memory = type(error).__name__ in OUT_OF_MEMORY
+        if os.environ.get("TIM_DEBUG") == "1" or not (isinstance(error, ValueError | OSError) or out_of_memory):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        remedy = "; take smaller batches" if out_of_memory else ""
+        print(f"error: {_words_of(error)}{remedy}", file=sys.stderr)
         sys.exit(2)
     finally:
         _leave_process_group(failed)
+
+
+def _words_of(error: Exception) -> str:
+    """What an exception says: the path and the cause of a system error, the error itself of one from a worker process."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    text = str(error) or type(error).__name__
+    if text.startswith("Caught ") and "Original Traceback" in text:  # a DataLoader hands tracebacks on as text
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def _end_with_launcher() -> None:
+    """Let the system end this process when torchrun or `accelerate launch` above it ends without a word, as by kill -9.
+
+    Orphans would work on unseen and keep their folder locked. SIGTERM lets a trainer leave a checkpoint.
+    """
+    try:
+        above = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]  # python -u -m torch.distributed.run
+    except OSError:  # no Linux
+        return
+    if re.search(rb"torchrun|torch\.distributed|accelerate", b" ".join(map(os.path.basename, above))):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Stderr(logging.Handler):

@@ -4,7 +4,10 @@
 torch.distributed.checkpoint's format, every rank writing its own part. Both can be read by any number of processes.
 """
 
+import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
@@ -74,7 +78,8 @@ def build_stager(device: torch.device) -> BlockingAsyncStager:
 def write_snapshot(folder: Path, snapshot: Snapshot, rank: int, group: dist.ProcessGroup | None) -> list[Path]:
     """Write this rank's files of a snapshot, and return them. Collective over `group`."""
     if snapshot.sharded:
-        dcp.save(snapshot.parts, checkpoint_id=folder, process_group=group)
+        with _causes():
+            dcp.save(snapshot.parts, checkpoint_id=folder, process_group=group)
         return [*sorted(folder.glob(f"__{rank}_*")), *([folder / SHARDED] if rank == 0 else [])]
     if rank != 0:
         return []
@@ -91,6 +96,8 @@ def read_into(
 ) -> None:
     """Load weights, EMA and optimiser of a checkpoint of either format in place. Collective.
 
+    The optimiser gets its moments and learning rate; whatever else its constructor was given stays as it is.
+
     Args:
         modules: see `take_snapshot`.
 
@@ -104,7 +111,8 @@ def read_into(
     if sharded:
         parts = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
         parts["optimizer"] = _stored_moments(path, dcp_state.get_optimizer_state_dict(network, optimizer))
-        dcp.load(parts, checkpoint_id=path, process_group=group)
+        with _causes():
+            dcp.load(parts, checkpoint_id=path, process_group=group)
     else:
         parts["optimizer"] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         if "param_groups" not in parts["optimizer"]:
@@ -113,6 +121,9 @@ def read_into(
             )
     for name, module in modules.items():
         dcp_state.set_model_state_dict(module, parts[name], options=dcp_state.StateDictOptions(full_state_dict=not sharded))
+    settings = inspect.signature(type(optimizer)).parameters.keys() - {"params", "lr"}
+    for stored, today in zip(parts["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        stored.update({key: today[key] for key in settings & today.keys()})
     # Parameters that never had a gradient have no moments: none are asked for, and those that torch makes up go again.
     moments = parts["optimizer"]["state"].keys()
     options = dcp_state.StateDictOptions(full_state_dict=not sharded, strict=False)
@@ -143,7 +154,8 @@ def read_weights(path: Path, name: str, shapes_only: bool = False) -> dict[str, 
         if key.startswith(f"{name}.") and isinstance(entry, TensorStorageMetadata)
     }
     if not shapes_only:
-        dcp.load(state, checkpoint_id=path)
+        with _causes():
+            dcp.load(state, checkpoint_id=path)
     return {key.removeprefix(f"{name}."): value for key, value in state.items()}
 
 
@@ -159,17 +171,41 @@ def is_sharded(path: Path) -> bool:
     return (path / SHARDED).is_file()
 
 
+def tensor_files(path: Path, modules: list[str]) -> set[str]:
+    """The files without which a checkpoint of these modules ("model", "ema") is not whole in its format."""
+    if not is_sharded(path):
+        return {"optimizer.pt", *(f"{name}.safetensors" for name in modules)}
+    return {SHARDED, *(place.relative_path for place in _metadata(path).storage_data.values())}
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise what is behind an error of torch.distributed.checkpoint, whose own class is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _metadata(path: Path) -> Any:
+    """The index of a sharded checkpoint."""
+    return dcp.FileSystemReader(path).read_metadata()
+
+
 def _entries(path: Path) -> dict[str, Any]:
     """What a sharded checkpoint holds, by name."""
-    return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return _metadata(path).state_dict_metadata
 
 
 def _stored_moments(path: Path, optimizer_state: dict[str, Any]) -> dict[str, Any]:
     """The state dict of an optimiser without the moments that a sharded checkpoint does not have."""
     stored = _entries(path)
-    moments = {
-        name: values
-        for name, values in optimizer_state["state"].items()
-        if all(f"optimizer.state.{name}.{key}" in stored for key in values)
-    }
+    moments = {}
+    for name, values in optimizer_state["state"].items():
+        there = {key for key in values if f"optimizer.state.{name}.{key}" in stored}
+        if there == values.keys():
+            moments[name] = values
+        elif there:
+            absent = ", ".join(sorted(values.keys() - there))
+            raise ValueError(f"{path} has no {absent} of {name}, which training.optimizer keeps; set it back to what it was")
     return {**optimizer_state, "state": moments}

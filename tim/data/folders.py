@@ -17,7 +17,7 @@ class Folder:
 
     Attributes:
         paths: kind -> a file for each sample.
-        labels: (n,) int64, numbers of the class folders. num_folders: how many there are.
+        labels: (n,) int64, numbers of the class folders. num_folders: how many there are; classes: their names.
 
     Raises:
         FileNotFoundError: when root is missing or holds no folder.
@@ -30,7 +30,7 @@ class Folder:
         for folder, found in zip(folders, files, strict=True):
             if not found:
                 raise ValueError(f"class folder {folder} is empty; fill or remove it")
-        self.kind, self.num_folders = kind, len(folders)
+        self.kind, self.num_folders, self.classes = kind, len(folders), [folder.name for folder in folders]
         self.paths = {kind: [path for found in files for path in found]}
         self.labels = np.repeat(np.arange(len(folders)), [len(found) for found in files])
 

@@ -1,6 +1,5 @@
 """What a run records of itself: files of records, progress bar, trackers, loss curves."""
 
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -9,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from tim.files import read_json_lines, replacing, write_json_lines
+from tim.files import append_json_lines, read_json_lines, replacing, write_json_lines
 
 
 class RunLogger:
@@ -43,7 +42,7 @@ class RunLogger:
         record["images_per_second"] = round(self.images / elapsed, 2)
         record["data_wait"] = round(self.waited / elapsed, 4)
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
-        append_records(self.path, [record])
+        append_json_lines(self.path, [record])
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
         self.bar.set_postfix_str(
             f"loss={values['denoising_loss']:.4f}, grad={values['grad_norm']:.3f}, "
@@ -57,15 +56,9 @@ def rank_file(folder: Path, name: str, rank: int) -> Path:
     return folder / (f"{name}.jsonl" if rank == 0 else f"{name}-rank{rank}.jsonl")
 
 
-def append_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add a line for each record to a .jsonl; they have left the process when this returns."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
     """Delete the records of steps after this one from a .jsonl, if there is one; returns the others."""
-    kept = [record for record in read_json_lines(path) if record["step"] <= step]
+    kept = [record for record in read_json_lines(path, "step") if record["step"] <= step]
     if path.is_file():
         write_json_lines(path, kept)
     return kept
@@ -75,7 +68,7 @@ def plot_curves(log: Path, image: Path) -> None:
     """Draw denoising loss and gradient norm over the steps, each value in grey and a running median in blue."""
     from matplotlib.figure import Figure  # takes a while to import, and only rank 0 draws
 
-    records = read_json_lines(log)
+    records = read_json_lines(log, "step", "denoising_loss", "grad_norm")
     if len(records) < 2:
         return
     steps = [r["step"] for r in records]

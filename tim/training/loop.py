@@ -10,14 +10,14 @@ from accelerate import PartialState
 from torch import Tensor
 
 from tim import rng
-from tim.config import Config, to_yaml
+from tim.config import Config
 from tim.data.batch import Batch
 from tim.data.prefetch import Prefetcher
-from tim.files import write_text
 from tim.models.network import traits_of
-from tim.resumable import locked
+from tim.resumable import first_process, locked
 from tim.training.bad_samples import ALL_FILES, BadSamples
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
+from tim.training.history import keep_config
 from tim.training.logging import RunLogger
 from tim.training.preemption import EXIT_AGAIN
 from tim.training.preview import save_preview
@@ -29,7 +29,14 @@ from tim.training.tasks import Task
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, project_dir: str | Path, seed: int, task_class: type[Task], dry_run: bool = False) -> None:
+def train(
+    config: Config,
+    project_dir: str | Path,
+    seed: int,
+    task_class: type[Task],
+    dry_run: bool = False,
+    allow_changes: bool = False,
+) -> None:
     """Train a TiM, continuing where `project_dir` left off.
 
     Writes config.yaml, log.jsonl, curves.png, samples/ and checkpoints/ under project_dir. Every random number is a
@@ -38,9 +45,10 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
     Args:
         task_class: ClassTask or CaptionTask.
         dry_run: build and check everything, print the summary, write nothing.
+        allow_changes: continue with another dataset, network, transport or optimiser than before.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend, more unreadable samples than allowed among it.
+        ValueError, OSError: for what the user can mend, more unreadable samples than allowed and full disks among it.
         RuntimeError: after three steps in a row that cannot be used.
         SystemExit: with code EXIT_AGAIN after a signal or at `training.walltime`, a checkpoint being written.
     """
@@ -50,14 +58,13 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
     accelerator.print(summary(run), flush=True)
     if dry_run:
         return
-    checkpoints = CheckpointManager(run)
-    with locked(project_dir, PartialState()), checkpoints.preemption:
+    checkpoints, state = CheckpointManager(run, allow_changes), PartialState()
+    with locked(project_dir, state), checkpoints.preemption:
         start_step, samples_seen = checkpoints.resume()
         if start_step >= t.max_train_steps:
             logger.info(f"{project_dir} has reached step {start_step} of {t.max_train_steps}; nothing to do")
             return
-        if accelerator.is_main_process:
-            write_text(project_dir / "config.yaml", to_yaml(config))
+        first_process(state, lambda: keep_config(project_dir, config, start_step))
         accelerator.wait_for_everyone()
         accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
         run_log = RunLogger(accelerator, project_dir, start_step, t.max_train_steps)
@@ -110,7 +117,7 @@ def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, star
             raise ValueError(
                 f"{bad_samples:.0f} samples could not be read, more than data.max_bad_samples="
                 f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend or leave out the files of "
-                f"{ALL_FILES}, delete these, and start again"
+                f"{ALL_FILES}, delete these, and start again with --allow-changes"
             )
         if reason and not done:
             checkpoints.close()
