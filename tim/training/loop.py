@@ -3,6 +3,7 @@
 import logging
 import shlex
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -79,10 +80,23 @@ def train(
 
 
 def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, start_step: int, samples_seen: int) -> None:
-    """The loop proper, from start_step to max_train_steps."""
-    t, accelerator, guard = run.config.training, run.accelerator, checkpoints.guard
+    """The loop with its data, from start_step to max_train_steps."""
     loader, samples_per_step = build_loader(run, start_step, samples_seen)
-    batches = Prefetcher(loader, accelerator.device)
+    with closing(Prefetcher(loader, run.accelerator.device)) as batches:
+        _run_steps(run, checkpoints, run_log, batches, start_step, samples_seen, samples_per_step)
+
+
+def _run_steps(
+    run: Run,
+    checkpoints: CheckpointManager,
+    run_log: RunLogger,
+    batches: Iterator[Batch],
+    start_step: int,
+    samples_seen: int,
+    samples_per_step: int,
+) -> None:
+    """The loop proper."""
+    t, accelerator, guard = run.config.training, run.accelerator, checkpoints.guard
     run.model.train()
     for step in range(start_step + 1, t.max_train_steps + 1):
         checkpoints.preemption.begin_step()

@@ -1,0 +1,93 @@
+"""Twenty kills -9 at random places of a trainer and of a sampler: nothing is lost, whatever was being written."""
+
+import os
+import random
+import signal
+import sys
+
+import pytest
+import torch
+from helpers.paths import ROOT
+from helpers.processes import run, state_of, train
+from safetensors.torch import save_file
+
+from tim.cli import run_command
+from tim.generation.commands import sample_c2i
+
+KILLS = 10  # of each
+EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+TINY = [
+    "model.network.params.hidden_size=24", "model.network.params.depth=1", "training.sample_steps=null",
+    "training.lr_scheduler=constant", "data.dataloader.batch_size=4", "training.max_train_steps=30",
+    "training.checkpointing_steps=3",
+]  # fmt: skip
+
+
+def killed(root, target, function, *args) -> None:
+    """Call a function and kill this process at the `target`-th operation of the file system under `root`."""
+    count = 0
+
+    def audit(event, arguments):
+        nonlocal count
+        if event in EVENTS and str(root) in str(arguments[0]):
+            count += 1
+            if count == target:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    function(*args)
+
+
+def kill_often(root, targets, log, function, *args) -> None:
+    """Start and kill KILLS times, then let it end."""
+    for target in targets:
+        assert run(killed, root, target, function, *args, log=log) == [-signal.SIGKILL], log.read_text()[-3000:]
+    assert run(function, *args, log=log) == [0], log.read_text()[-3000:]
+
+
+def draw(*words) -> None:
+    """The sampler's command."""
+    run_command(lambda: sample_c2i([str(word) for word in words]))
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Overrides for twelve stored latents."""
+    root = tmp_path_factory.mktemp("latents")
+    for k in range(12):
+        (root / f"c{k % 2}").mkdir(exist_ok=True)
+        tensors = {"latent": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(k)), "label": torch.tensor(k % 2)}
+        save_file(tensors, root / f"c{k % 2}" / f"{k}.safetensors")
+    return [*TINY, "data.data_type=latent", f"data.dataset={{latent_dir: {root}}}"]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(train, ROOT / "configs/c2i/digits.yaml", folder / "run", options, log=folder / "log") == [0]
+    return folder / "run"
+
+
+@pytest.mark.dist
+def test_a_trainer_ends_with_the_bits_of_an_undisturbed_run(options, whole, tmp_path):
+    targets = random.Random(1).sample(range(5, 120), KILLS)
+    kill_often(tmp_path / "run", targets, tmp_path / "log", train, ROOT / "configs/c2i/digits.yaml", tmp_path / "run", options)
+    assert state_of(tmp_path / "run", 30) == state_of(whole, 30)
+    steps = [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert steps == ["step-0000027", "step-0000030"], "nothing half-written is left"
+
+
+@pytest.mark.dist
+def test_a_sampler_ends_with_the_images_of_an_undisturbed_run(whole, tmp_path):
+    words = ["--config", whole / "config.yaml", "--ckpt", whole, "--num-fid-samples", 40, "--num-steps", 1]
+    words += ["--per-proc-batch-size", 2, "--sample-dir"]
+    log = tmp_path / "log"
+    targets = random.Random(2).sample(range(5, 60), KILLS)
+    kill_often(tmp_path / "cut", targets, log, draw, *words, tmp_path / "cut")
+    assert run(draw, *words, tmp_path / "whole", log=log) == [0]
+    images = [
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
+        for name in ("cut", "whole")
+    ]
+    assert images[0] == images[1] and len(images[0]) == 41 and not list((tmp_path / "cut").rglob(".*.part"))
