@@ -1,9 +1,12 @@
-"""Twenty kills -9 at random places of a trainer and of a sampler: nothing is lost, whatever was being written."""
+"""Twenty kills -9 at random places of a trainer and of a sampler, and two trainers at once: nothing is lost or mixed."""
 
 import os
 import random
 import signal
+import socket
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ from helpers.processes import run, state_of, train
 from safetensors.torch import save_file
 
 from tim.cli import run_command
+from tim.files import read_json_lines
 from tim.generation.commands import sample_c2i
+from tim.training import resume
+from tim.training.logging import RunLogger
 
 KILLS = 10  # of each
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
@@ -45,6 +51,26 @@ def kill_often(root, targets, log, function, *args) -> None:
     assert run(function, *args, log=log) == [0], log.read_text()[-3000:]
 
 
+def train_tiny(project, options) -> None:
+    """A training without its curves, which take most of its time."""
+    resume.plot_curves = lambda *_: None
+    train(ROOT / "configs/c2i/digits.yaml", project, options)
+
+
+def train_beside(project, options, log) -> None:
+    """The trainer's command; having begun, it goes on once another one has been turned away."""
+    real = RunLogger.log
+
+    def wait(self, step, values):
+        real(self, step, values)
+        deadline = time.monotonic() + 60
+        while step == 3 and "another run" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    RunLogger.log = wait
+    run_command(lambda: train_tiny(project, options))
+
+
 def draw(*words) -> None:
     """The sampler's command."""
     run_command(lambda: sample_c2i([str(word) for word in words]))
@@ -65,17 +91,29 @@ def options(tmp_path_factory):
 def whole(options, tmp_path_factory):
     """A run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    assert run(train, ROOT / "configs/c2i/digits.yaml", folder / "run", options, log=folder / "log") == [0]
+    assert run(train_tiny, folder / "run", options, log=folder / "log") == [0]
     return folder / "run"
 
 
 @pytest.mark.dist
 def test_a_trainer_ends_with_the_bits_of_an_undisturbed_run(options, whole, tmp_path):
     targets = random.Random(1).sample(range(5, 120), KILLS)
-    kill_often(tmp_path / "run", targets, tmp_path / "log", train, ROOT / "configs/c2i/digits.yaml", tmp_path / "run", options)
+    kill_often(tmp_path / "run", targets, tmp_path / "log", train_tiny, tmp_path / "run", options)
     assert state_of(tmp_path / "run", 30) == state_of(whole, 30)
     steps = [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
     assert steps == ["step-0000027", "step-0000030"], "nothing half-written is left"
+
+
+@pytest.mark.dist
+def test_of_two_trainers_at_once_one_trains_as_if_alone_and_the_other_leaves(options, whole, tmp_path):
+    log, names = tmp_path / "log", [tmp_path / "run"] * 2
+    with ThreadPoolExecutor() as pool:
+        codes = list(pool.map(lambda project: run(train_beside, project, options, log, log=log), names))
+    assert sorted(codes) == [[0], [2]], log.read_text()
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert f"another run is at work in {tmp_path / 'run'} (process " in error and f" on {socket.gethostname()} since " in error
+    assert state_of(tmp_path / "run", 30) == state_of(whole, 30)
+    assert len(read_json_lines(tmp_path / "run" / "log.jsonl")) == 30
 
 
 @pytest.mark.dist
