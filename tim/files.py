@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -59,7 +60,7 @@ def naming(path: Path) -> Iterator[None]:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     except (SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's writer of zip files
+        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):  # torch.save's writer
             raise
         raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
 

@@ -1,7 +1,9 @@
-"""Twenty kills -9 at random places of a trainer and of a sampler, and two trainers at once: nothing is lost or mixed."""
+"""Twenty kills -9 at random places of trainer and sampler, two trainers at once, full disks: nothing is lost or mixed."""
 
 import os
 import random
+import resource
+import shutil
 import signal
 import socket
 import sys
@@ -14,6 +16,7 @@ from helpers.paths import ROOT
 from helpers.processes import run, state_of, train
 from safetensors.torch import save_file
 
+from tim.checkpoint.store import find_corruption
 from tim.cli import run_command
 from tim.files import read_json_lines
 from tim.generation.commands import sample_c2i
@@ -71,6 +74,12 @@ def train_beside(project, options, log) -> None:
     run_command(lambda: train_tiny(project, options))
 
 
+def train_on_a_small_disk(project, options, limit) -> None:
+    """The trainer's command where no file may grow beyond `limit` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run_command(lambda: train_tiny(project, options))
+
+
 def draw(*words) -> None:
     """The sampler's command."""
     run_command(lambda: sample_c2i([str(word) for word in words]))
@@ -114,6 +123,49 @@ def test_of_two_trainers_at_once_one_trains_as_if_alone_and_the_other_leaves(opt
     assert f"another run is at work in {tmp_path / 'run'} (process " in error and f" on {socket.gethostname()} since " in error
     assert state_of(tmp_path / "run", 30) == state_of(whole, 30)
     assert len(read_json_lines(tmp_path / "run" / "log.jsonl")) == 30
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "limit,extra",
+    [
+        (30_000, []),  # model.safetensors
+        (200_000, []),  # optimizer.pt, which has twice its size
+        (30_000, ["training.checkpoint_format=sharded", "training.async_checkpoint=true"]),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(options, whole, tmp_path, limit, extra):
+    log, longer = tmp_path / "log", [*options, *extra, "training.max_train_steps=33"]
+    shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}
+    assert run(train_on_a_small_disk, tmp_path / "run", longer, limit, log=log) == [2]
+    (error,) = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert str(tmp_path / "run" / "checkpoints" / "step-0000033") in error and "Traceback" not in log.read_text()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")} == before
+    assert run(train_tiny, tmp_path / "run", longer, log=log) == [0]
+    assert find_corruption(tmp_path / "run" / "checkpoints" / "step-0000033") is None
+
+
+@pytest.mark.parametrize(
+    "name,cause",
+    [("", "File exists"), ("log.jsonl", "Is a directory"), ("n" * 300, "File name too long")],
+    ids=["file", "folder", "long"],
+)
+def test_what_cannot_be_written_is_named(options, whole, tmp_path, capsys, name, cause):
+    """A folder that is a file, a file that is a folder, a name that no disk takes."""
+    project, place = tmp_path / "run", tmp_path / "run" / name
+    if name == "":
+        project.touch()
+    elif name == "log.jsonl":
+        shutil.copytree(whole / "checkpoints", project / "checkpoints")
+        place.mkdir()
+    else:
+        project = place
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: train(ROOT / "configs/c2i/digits.yaml", project, [*options, "training.max_train_steps=33"]))
+    assert stop.value.code == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert error == f"error: {place.resolve() if name else place}: {cause}"
 
 
 @pytest.mark.dist
