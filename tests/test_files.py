@@ -92,14 +92,18 @@ def test_errors_of_writers_name_the_file(tmp_path):
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
-@pytest.mark.parametrize(
-    "torn", [b"", b"{", b'{"step": 2', b"\x00\x00\xff", b"[1]\n", b"2\n", b'{"step": 2}\n', b"[" * 100_000]
-)
+TORN = {
+    "nothing": b"", "brace": b"{", "half": b'{"step": 2', "zeros": b"\x00\x00\xff", "list": b"[1]\n", "number": b"2\n",
+    "keyless": b'{"step": 2}\n', "deep": b"[" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("torn", TORN)
 def test_a_torn_line_is_lost_alone(tmp_path, torn):
     path = tmp_path / "log.jsonl"
     append_json_lines(path, [{"step": 1, "cause": "é\u2028"}])
     with open(path, "ab") as f:
-        f.write(torn)
+        f.write(TORN[torn])
     append_json_lines(path, [{"step": 3, "cause": ""}, {"step": 4, "cause": ""}])
     assert [record["step"] for record in read_json_lines(path, "step", "cause")] == [1, 3, 4]
     assert read_json_lines(path)[0]["cause"] == "é\u2028" and read_json_lines(tmp_path / "absent.jsonl") == []
