@@ -150,6 +150,15 @@ def test_another_dataset_transport_or_network_needs_a_word(train, project, laten
     assert words in caplog.text and len(log_of(project)) == 4
 
 
+@pytest.mark.parametrize("form", ["full", "sharded"])
+def test_moments_of_another_kind_are_refused(train, project, form):
+    words = r"has other moments than training\.optimizer keeps .*now .*max_exp_avg_sq.*start a new project .* model\.ckpt="
+    if form == "sharded":
+        train(project, 4, "training.checkpoint_format=sharded")
+    with pytest.raises(ValueError, match=words):
+        train(project, 5, "training.optimizer.params.amsgrad=true", allow_changes=True)
+
+
 def test_what_computes_the_same_needs_none(train, project, latents, tmp_path):
     """Gradient checkpointing, a default that is written down, and a dataset that has moved."""
     moved = shutil.copytree(latents, tmp_path / "moved")

@@ -108,9 +108,10 @@ def read_into(
     parts: dict[str, dict[str, Any]] = {name: read_weights(path, name, shapes_only=sharded) for name in modules}
     for name, module in modules.items():
         check_state(module, parts[name], path if sharded else path / f"{name}.safetensors")
+    fresh = dcp_state.get_optimizer_state_dict(network, optimizer)
     if sharded:
         parts = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
-        parts["optimizer"] = _stored_moments(path, dcp_state.get_optimizer_state_dict(network, optimizer))
+        parts["optimizer"] = _stored_part(fresh, _entries(path))
         with _causes():
             dcp.load(parts, checkpoint_id=path, process_group=group)
     else:
@@ -119,11 +120,9 @@ def read_into(
             raise ValueError(
                 f"{path / 'optimizer.pt'} is of an older layout; start a new project from its weights: model.ckpt={path}"
             )
+    _keep_settings(parts["optimizer"], fresh, optimizer, path)
     for name, module in modules.items():
         dcp_state.set_model_state_dict(module, parts[name], options=dcp_state.StateDictOptions(full_state_dict=not sharded))
-    settings = inspect.signature(type(optimizer)).parameters.keys() - {"params", "lr"}
-    for stored, today in zip(parts["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
-        stored.update({key: today[key] for key in settings & today.keys()})
     # Parameters that never had a gradient have no moments: none are asked for, and those that torch makes up go again.
     moments = parts["optimizer"]["state"].keys()
     options = dcp_state.StateDictOptions(full_state_dict=not sharded, strict=False)
@@ -197,15 +196,34 @@ def _entries(path: Path) -> dict[str, Any]:
     return _metadata(path).state_dict_metadata
 
 
-def _stored_moments(path: Path, optimizer_state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict of an optimiser without the moments that a sharded checkpoint does not have."""
-    stored = _entries(path)
-    moments = {}
-    for name, values in optimizer_state["state"].items():
-        there = {key for key in values if f"optimizer.state.{name}.{key}" in stored}
-        if there == values.keys():
-            moments[name] = values
-        elif there:
-            absent = ", ".join(sorted(values.keys() - there))
-            raise ValueError(f"{path} has no {absent} of {name}, which training.optimizer keeps; set it back to what it was")
-    return {**optimizer_state, "state": moments}
+def _stored_part(state: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """What of the state dict of an optimiser a sharded checkpoint has: not every parameter has moments."""
+    moments = {
+        name: {key: value for key, value in values.items() if f"optimizer.state.{name}.{key}" in stored}
+        for name, values in state["state"].items()
+    }
+    groups = [
+        {key: value for key, value in group.items() if f"optimizer.param_groups.{number}.{key}" in stored}
+        for number, group in enumerate(state["param_groups"])
+    ]
+    return {"state": {name: values for name, values in moments.items() if values}, "param_groups": groups}
+
+
+def _keep_settings(stored: dict[str, Any], fresh: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Put today's settings into the state dict of an optimiser, all that its constructor takes but the learning rate.
+
+    Raises:
+        ValueError: when today's optimiser has other moments.
+    """
+    for name, moments in stored["state"].items():
+        today = fresh["state"].get(name, {}).keys()
+        if moments.keys() != today:
+            raise ValueError(
+                f"{path} has other moments than training.optimizer keeps ({name}: {', '.join(moments)}, now "
+                f"{', '.join(today) or 'none'}); start a new project from its weights: model.ckpt={path}"
+            )
+    settings = inspect.signature(type(optimizer)).parameters.keys() - {"lr"}
+    for group, today in zip(stored["param_groups"], fresh["param_groups"], strict=True):
+        kept = {key: group[key] for key in group.keys() & today.keys() - settings}  # such as the rate and its schedule's base
+        group.clear()
+        group.update(today | kept)
