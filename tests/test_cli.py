@@ -11,6 +11,7 @@ import sys
 import psutil
 import pytest
 from helpers.paths import ROOT
+from torch import OutOfMemoryError
 from torch.utils.data import DataLoader, Dataset
 
 from tim import cli
@@ -45,6 +46,9 @@ run_command(main)
     assert done.stdout == "left\n"
 
 
+PEER = "another process of this run has ended; its own message says why"
+
+
 @pytest.mark.parametrize(
     "error,code,words",
     [
@@ -53,6 +57,12 @@ run_command(main)
         (PermissionError(13, "Permission denied", b"a"), 2, "error: a: Permission denied\n"),
         (ValueError(), 2, "error: ValueError\n"),
         (MemoryError(), 2, "error: MemoryError; take smaller batches\n"),
+        (OutOfMemoryError("CUDA out of memory.\nlater"), 2, "error: CUDA out of memory.; take smaller batches\n"),
+        (
+            RuntimeError("[pair.cc:547] Connection closed by peer [::1]:9"),
+            2,
+            "error: another process of this run has ended; its own message says why\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue\n"),
     ],
 )

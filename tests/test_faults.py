@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.commands import small_disk
 from helpers.paths import ROOT
 from helpers.processes import run, state_of, train
 from safetensors.torch import save_file
@@ -76,8 +76,8 @@ def train_beside(project, options, log) -> None:
 
 def train_on_a_small_disk(project, options, limit) -> None:
     """The trainer's command where no file may grow beyond `limit` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    run_command(lambda: train_tiny(project, options))
+    with small_disk(limit):
+        run_command(lambda: train_tiny(project, options))
 
 
 def draw(*words) -> None:

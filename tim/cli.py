@@ -87,21 +87,26 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        out_of_memory = type(error).__name__ in OUT_OF_MEMORY
-        if os.environ.get("TIM_DEBUG") == "1" or not (isinstance(error, ValueError | OSError) or out_of_memory):
+        words = _words_of(error)
+        if words is None or os.environ.get("TIM_DEBUG") == "1":
             raise
-        remedy = "; take smaller batches" if out_of_memory else ""
-        print(f"error: {_words_of(error)}{remedy}", file=sys.stderr)
+        print(f"error: {words}", file=sys.stderr)
         sys.exit(2)
     finally:
         _leave_process_group(failed)
 
 
-def _words_of(error: Exception) -> str:
-    """What an exception says: the path and the cause of a system error, the error itself of one from a worker process."""
+def _words_of(error: Exception) -> str | None:
+    """What to tell a user of an exception; None when it is a fault of the program."""
+    text = str(error) or type(error).__name__
+    if type(error).__name__ in OUT_OF_MEMORY:
+        return f"{text.splitlines()[0]}; take smaller batches"
+    if isinstance(error, RuntimeError) and "Connection closed by peer" in text:  # gloo
+        return "another process of this run has ended; its own message says why"
+    if not isinstance(error, ValueError | OSError):
+        return None
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    text = str(error) or type(error).__name__
     if text.startswith("Caught ") and "Original Traceback" in text:  # a DataLoader hands tracebacks on as text
         text = text.strip().splitlines()[-1].partition(": ")[2]
     return text

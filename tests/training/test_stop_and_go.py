@@ -85,8 +85,11 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(request, tmp_path
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_any_number_of_processes_goes_on(tmp_path):
-    """Nothing is computed twice or left out, and the global batch stays, from two processes to two and to one."""
-    log, pair = tmp_path / "log", [*DOUBLE, "data.dataloader.batch_size=8"]
+    """Nothing is computed twice or left out, and the global batch stays, from two processes to two and to one.
+
+    The processes that read data, which leave signals to the trainers, end with them.
+    """
+    log, pair = tmp_path / "log", [*DOUBLE, "data.dataloader.batch_size=8", "data.dataloader.num_workers=1"]
     assert run(train, DIGITS, tmp_path / "whole", [*DOUBLE, "data.dataloader.batch_size=16"], log=log) == [0]
     at = (3, 1, [signal.SIGTERM])
     assert run(train, DIGITS, tmp_path / "two", pair, "ClassTask", at, ranks=2, log=log) == [EXIT_AGAIN, EXIT_AGAIN]
