@@ -70,6 +70,14 @@ class ClassTask:
         """
         return StepBatchSampler(len(self.dataset), config.data.dataloader.batch_size, **place)
 
+    def batch_sizes(self, configured: int) -> list[int]:
+        """How many samples micro-batches have, of those that differ a number each.
+
+        Args:
+            configured: data.dataloader.batch_size.
+        """
+        return [configured]
+
     def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
         """Network keywords of a micro-batch, and those of its null condition: labels (B,).
 
@@ -124,6 +132,10 @@ class CaptionTask:
         """The batches of packed_json."""
         return BucketBatchSampler(self.dataset.batches, **place)
 
+    def batch_sizes(self, configured: int) -> list[int]:
+        """Those of packed_json, whatever is configured."""
+        return [len(batch) for batch in self.dataset.batches]
+
     def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
         """Text features (B, M, width) and mask (B, M), those of the empty caption where dropped."""
         captions = ["" if gone else caption for caption, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
@@ -142,12 +154,8 @@ class CaptionTask:
 
     def summary(self) -> str:
         """Images, and the packed batches that they come in."""
-        lengths = [len(batch) for batch in self.dataset.batches]
         sizes = {self.dataset.size(int(batch[0])) for batch in self.dataset.batches}
-        return (
-            f"{len(self.dataset)} captioned images, {len(lengths)} packed batches of {min(lengths)} to {max(lengths)} "
-            f"(mean {np.mean(lengths):.1f}) in {len(sizes)} sizes"
-        )
+        return f"{len(self.dataset)} captioned images in {len(self.dataset.batches)} packed batches of {len(sizes)} sizes"
 
 
 Task: TypeAlias = ClassTask | CaptionTask
