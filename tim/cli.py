@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch's class would have to be imported
+LAUNCHERS = {b"torchrun", b"torch.distributed.run", b"accelerate", b"accelerate-launch", b"accelerate.commands.launch"}
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 
 # {command: (function, what it does)}; functions are imported when they are called, so that help and mistakes answer at once
@@ -127,7 +128,7 @@ def _end_with_launcher() -> None:
         above = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]  # python -u -m torch.distributed.run
     except OSError:  # no Linux
         return
-    if re.search(rb"torchrun|torch\.distributed|accelerate", b" ".join(map(os.path.basename, above))):
+    if LAUNCHERS & set(map(os.path.basename, above)):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

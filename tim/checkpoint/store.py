@@ -150,8 +150,11 @@ def find_corruption(path: Path) -> str | None:
         return problem
     if "state.json" not in files:
         return f"{MANIFEST} does not name state.json"
-    state = read_state(path)
-    unlisted = tensor_files(path, state.get("modules", ["model"])) - files.keys()  # version 0.1 did not say
+    try:
+        modules = read_state(path).get("modules", ["model"])  # version 0.1 did not say
+        unlisted = tensor_files(path, modules) - files.keys()
+    except Exception as error:  # of the kinds that unpickling knows: whole files that are not from here
+        return f"it is not from here: {error}"
     return f"{MANIFEST} does not name {min(unlisted)}" if unlisted else None
 
 

@@ -91,7 +91,7 @@ def _run_steps(
     run: Run,
     checkpoints: CheckpointManager,
     run_log: RunLogger,
-    batches: Iterator[Batch],
+    batches: Prefetcher,
     start_step: int,
     samples_seen: int,
     samples_per_step: int,
@@ -133,8 +133,8 @@ def _run_steps(
         if too_many:
             raise ValueError(
                 f"{bad_samples:.0f} samples could not be read, more than data.max_bad_samples="
-                f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend or leave out the files of "
-                f"{ALL_FILES}, delete these, and start again with --allow-changes"
+                f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend the files of {ALL_FILES} "
+                "or leave them out, delete these, and start again (with --allow-changes when samples were left out)"
             )
         if reason and not done:
             checkpoints.close()
