@@ -211,24 +211,31 @@ def lock(folder: Path, file: Path | None = None) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except Timeout:
-        words = _holder_words(holder, file)
+        words = _holder_words(holder, file, folder)
         raise ValueError(f"another run is at work in {folder}{words}; wait for it, or choose another folder") from None
     try:
         for partial in folder.rglob(".*.????????.part"):  # the names of `replacing`; nobody else is at work here
             partial.unlink(missing_ok=True)
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        with suppress(OSError):  # on a full disk there may yet be nothing to write
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": _clock(time.time())})
         yield
     finally:
         holder.unlink(missing_ok=True)
         held.release()
 
 
-def _holder_words(holder: Path, lock_file: Path) -> str:
-    """Who holds a lock, for a message; nothing when that is unknown."""
+def _holder_words(holder: Path, lock_file: Path, folder: Path) -> str:
+    """Who holds the lock of a folder, for a message; nothing when that is unknown."""
     try:
         pid, host, since = (json.loads(holder.read_text(encoding="utf-8"))[key] for key in ("pid", "host", "since"))
+        wrote = _clock(max(path.stat().st_mtime for path in folder.iterdir() if path != lock_file))
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     # Of a machine that is gone a network file system may keep the lock: nobody but the user can know.
-    remedy = "" if host == socket.gethostname() else f"; if {host} is down, delete {lock_file}"
+    remedy = "" if host == socket.gethostname() else f", last wrote {wrote}; if {host} is down, delete {lock_file}"
     return f" (process {pid} on {host} since {since}{remedy})"
+
+
+def _clock(seconds: float) -> str:
+    """Date and time of day, as people here read them."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
