@@ -228,12 +228,17 @@ def _holder_words(holder: Path, lock_file: Path, folder: Path) -> str:
     """Who holds the lock of a folder, for a message; nothing when that is unknown."""
     try:
         pid, host, since = (json.loads(holder.read_text(encoding="utf-8"))[key] for key in ("pid", "host", "since"))
-        wrote = _clock(max(path.stat().st_mtime for path in folder.iterdir() if path != lock_file))
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+    if host == socket.gethostname():
+        return f" (process {pid} on {host} since {since})"
     # Of a machine that is gone a network file system may keep the lock: nobody but the user can know.
-    remedy = "" if host == socket.gethostname() else f", last wrote {wrote}; if {host} is down, delete {lock_file}"
-    return f" (process {pid} on {host} since {since}{remedy})"
+    written = [folder.stat().st_mtime]
+    for path in folder.iterdir():
+        with suppress(OSError):  # temporary files come and go
+            written.append(path.stat().st_mtime)
+    last = _clock(max(written))
+    return f" (process {pid} on {host} since {since}, last wrote {last}; if {host} is down, delete {lock_file})"
 
 
 def _clock(seconds: float) -> str:
