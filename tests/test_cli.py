@@ -46,6 +46,7 @@ run_command(main)
     assert done.stdout == "left\n"
 
 
+KILLED = "a process that reads data was killed: too little memory, or /dev/shm is too small; take fewer num_workers"
 PEER = "another process of this run has ended; its own message says why"
 
 
@@ -63,6 +64,7 @@ PEER = "another process of this run has ended; its own message says why"
             2,
             "error: another process of this run has ended; its own message says why\n",
         ),
+        (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."), 2, f"error: {KILLED}\n"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue\n"),
     ],
 )

@@ -77,10 +77,15 @@ def test_long_names_can_be_written(tmp_path):
 
 def test_errors_of_writers_name_the_file(tmp_path):
     """A full disk names nothing, and torch and safetensors have errors of their own."""
+
+    def fail(error):
+        raise error
+
     writers = {
         "python": lambda partial: Path("/dev/full").write_text("x"),
         "torch": lambda partial: torch.save({"x": torch.zeros(9)}, "/dev/full"),
         "safetensors": lambda partial: save_file({"x": torch.zeros(9)}, partial / "no folder"),
+        "picture": lambda partial: fail(OSError("encoder error -2 when writing image file")),
     }
     for name, write in writers.items():
         with pytest.raises(OSError, match=str(tmp_path / f"{name}.out")), replacing(tmp_path / f"{name}.out") as partial:

@@ -18,6 +18,11 @@ from tqdm import tqdm
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch's class would have to be imported
+FROM_OUTSIDE = {  # what RuntimeErrors say that the program cannot help -> what to tell
+    "Connection closed by peer": "another process of this run has ended; its own message says why",
+    "DataLoader worker (pid": "a process that reads data was killed: too little memory, or /dev/shm is too small; take fewer "
+    "num_workers",
+}
 LAUNCHERS = {b"torchrun", b"torch.distributed.run", b"accelerate", b"accelerate-launch", b"accelerate.commands.launch"}
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 
@@ -108,8 +113,10 @@ def _words_of(error: Exception) -> str | None:
     text = str(error) or type(error).__name__
     if type(error).__name__ in OUT_OF_MEMORY:
         return f"{text.splitlines()[0]}; take smaller batches"
-    if isinstance(error, RuntimeError) and "Connection closed by peer" in text:  # gloo
-        return "another process of this run has ended; its own message says why"
+    if isinstance(error, RuntimeError) and (
+        known := next((words for part, words in FROM_OUTSIDE.items() if part in text), None)
+    ):
+        return known
     if not isinstance(error, ValueError | OSError):
         return None
     if isinstance(error, OSError) and error.filename and error.strerror:

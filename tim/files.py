@@ -56,6 +56,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if type(error) is OSError and error.errno is None and path.name not in str(error):  # such as an encoder's of pictures
+            raise OSError(f"{path} cannot be written: {error}") from error
         if error.errno is None or not str(error.filename or ".part").endswith(".part"):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -186,6 +186,18 @@ def test_a_checkpoint_that_does_not_say_resumes(train, project, caplog):
         train(project, 5, f"training.resume_from_checkpoint={folder}")
 
 
+def test_going_back_asks_to_move_the_newer_checkpoints_away(train, project):
+    """Else the next start would go on from them, and the new ones would be the first to be retired."""
+    train(project, 4)
+    before, back = files_of(project), f"training.resume_from_checkpoint={project}/checkpoints/step-0000003"
+    with pytest.raises(ValueError, match=r"holds newer checkpoints than .*step-0000003 \(step-0000004\)"):
+        train(project, 5, back)
+    assert files_of(project) == before
+    (project / "checkpoints" / "step-0000004").rename(project / "checkpoints" / "step-0000004-before")
+    train(project, 5, back)
+    assert [record["step"] for record in log_of(project)] == [1, 2, 3, 4, 5]
+
+
 def test_nothing_starts_afresh_over_checkpoints_that_are_all_damaged(train, project, caplog):
     file = project / "checkpoints" / "step-0000003" / "optimizer.pt"
     content = file.read_bytes()

@@ -77,6 +77,12 @@ class CheckpointManager:
             raise ValueError(f"{path / 'state.json'} has no {', '.join(sorted(absent))}: it is no trainer's checkpoint")
         if state["seed"] != run.seed:
             raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
+        newer = [p.name for p in store.list_checkpoints(self.root) if store.step_of(p) > state["step"]]
+        if newer and run.config.training.resume_from_checkpoint != "latest":
+            raise ValueError(
+                f"{self.root} holds newer checkpoints than {path} ({', '.join(newer)}), from which a later start would go on; "
+                "continue with training.resume_from_checkpoint=latest, move them away, or choose another --project_dir"
+            )
         check_unchanged(state.get("settings", {}), what_must_stay(run), path, self.allow_changes)  # version 0.1 has none
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
