@@ -113,10 +113,8 @@ def _words_of(error: Exception) -> str | None:
     text = str(error) or type(error).__name__
     if type(error).__name__ in OUT_OF_MEMORY:
         return f"{text.splitlines()[0]}; take smaller batches"
-    if isinstance(error, RuntimeError) and (
-        known := next((words for part, words in FROM_OUTSIDE.items() if part in text), None)
-    ):
-        return known
+    if isinstance(error, RuntimeError):
+        return next((words for part, words in FROM_OUTSIDE.items() if part in text), None)
     if not isinstance(error, ValueError | OSError):
         return None
     if isinstance(error, OSError) and error.filename and error.strerror:
