@@ -1,9 +1,13 @@
 """Pixels: files to arrays, arrays to files, arrays to grids."""
 
+import logging
 import struct
 import textwrap
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +21,9 @@ from tim.files import replacing
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # What Pillow raises for files that are missing, cut short, not images or too large to be honest.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
+PAD, LABEL_WIDTH, LABEL_CHARACTERS, WIDE_CHARACTERS, FONT_SIZE = 4, 150, 17, 10, 13
+Fonts = dict[str, ImageFont.FreeTypeFont]  # by character
+logger = logging.getLogger(__name__)
 
 
 def open_rgb(source: str | Path | BinaryIO, name: str | None = None, upright: bool = False) -> Image.Image:
@@ -70,9 +76,14 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1] to uint8 (B, H, W, 3): round(clamp(127.5 x + 127.5)); one channel becomes grey."""
-    x = (127.5 * x.detach().float().cpu() + 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(x: Tensor, truncate: bool = False) -> np.ndarray:
+    """Images (B, C, H, W) in [-1, 1] to uint8 (B, H, W, 3): round(clamp(127.5 x + 127.5)); one channel becomes grey.
+
+    Args:
+        truncate: cut the fraction instead of rounding, as the published code does; half a level darker on average.
+    """
+    x = 127.5 * x.detach().float().cpu() + 127.5
+    x = (x if truncate else x.round()).clamp(0, 255).to(torch.uint8)
     return (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x).permute(0, 2, 3, 1).numpy()
 
 
@@ -87,12 +98,23 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
-    """`save_png` in the format of the suffix; .jpg is written at quality 95."""
+    """`save_png` in the format of the suffix; .jpg is written at Pillow's default quality, 75, as published scores are."""
     with replacing(path) as partial:
-        if path.suffix == ".jpg":
-            Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
-        else:
-            Image.fromarray(pixels).save(partial, format="PNG")
+        Image.fromarray(pixels).save(partial, format="JPEG" if path.suffix == ".jpg" else "PNG")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an image is there to its end and, of a .png, its checksums hold; several times faster than decoding it."""
+    if not path.is_file():  # opening a pipe would wait for its other end
+        return False
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG":  # knows no checksums, only a mark at its end
+                return path.read_bytes()[-2:] == b"\xff\xd9"
+            image.verify()
+    except Exception:  # whatever a decoder raises
+        return False
+    return True
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
@@ -123,6 +145,8 @@ def labelled_grid(
 ) -> np.ndarray:
     """Draw images row by row, each row with its label to the left and each column with its label above.
 
+    Characters that no installed font has are drawn as boxes and warned of.
+
     Args:
         rows: uint8 images (H, W, 3) of any size; they are scaled to fit a cell, small ones by whole factors.
         cell: side of a cell in pixels.
@@ -130,20 +154,20 @@ def labelled_grid(
     Returns:
         uint8 (H, W, 3).
     """
-    font, line = _label_font(), FONT_SIZE + 3
-    wrapped = [textwrap.wrap(label, LABEL_CHARACTERS, max_lines=max(1, cell // line), placeholder="…") for label in row_labels]
+    fonts, line = _label_fonts("".join(row_labels)), FONT_SIZE + 3
+    wrapped = [_wrap(label, max(1, cell // line)) for label in row_labels]
     top = PAD + line
     canvas = Image.new(
         "RGB", (LABEL_WIDTH + len(column_labels) * (cell + PAD) + PAD, top + len(rows) * (cell + PAD) + PAD), "white"
     )
     draw = ImageDraw.Draw(canvas)
     for column, label in enumerate(column_labels):
-        draw.text((LABEL_WIDTH + column * (cell + PAD) + cell / 2, PAD), label, fill="black", font=font, anchor="ma")
+        draw.text((LABEL_WIDTH + column * (cell + PAD) + cell / 2, PAD), label, fill="black", font=_label_font(), anchor="ma")
     for k, (images, lines) in enumerate(zip(rows, wrapped, strict=True)):
         y = top + k * (cell + PAD)
         middle = y + (cell - line * len(lines)) / 2
         for number, text in enumerate(lines):
-            draw.text((LABEL_WIDTH - 2 * PAD, middle + number * line), text, fill="black", font=font, anchor="ra")
+            _draw_to_the_left(draw, (LABEL_WIDTH - 2 * PAD, middle + number * line), text, fonts)
         for column, pixels in enumerate(images):
             image = _fit_cell(pixels, cell)
             x = LABEL_WIDTH + column * (cell + PAD)
@@ -160,12 +184,46 @@ def _fit_cell(pixels: np.ndarray, cell: int) -> Image.Image:
     return scale_to(image, cell)
 
 
+def _wrap(label: str, lines: int) -> list[str]:
+    """Lines of a label; characters of East Asia are twice as wide as others."""
+    is_wide = any(unicodedata.east_asian_width(c) in "WF" for c in label)
+    return textwrap.wrap(label, WIDE_CHARACTERS if is_wide else LABEL_CHARACTERS, max_lines=lines, placeholder="…")
+
+
+def _draw_to_the_left(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, fonts: Fonts) -> None:
+    """Draw a line of text that ends at its upper right corner, each run of characters in its font."""
+    (x, y), own = corner, _label_font()
+    runs = [(font, "".join(run)) for font, run in groupby(text, lambda c: fonts.get(c, own))]
+    for font, run in reversed(runs):
+        draw.text((x, y + own.getmetrics()[0]), run, fill="black", font=font, anchor="rs")
+        x -= font.getlength(run)
+
+
 @lru_cache(maxsize=1)
 def _label_font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which ships with matplotlib and knows most scripts."""
+    """DejaVu Sans, which ships with matplotlib and knows most alphabets."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)
+
+
+def _label_fonts(text: str) -> Fonts:
+    """Installed fonts of the characters that DejaVu Sans lacks; those without any are warned of."""
+    from matplotlib.font_manager import findSystemFonts
+    from matplotlib.ft2font import FT2Font
+
+    # Format characters and selectors draw nothing of their own.
+    seen = {c for c in text if unicodedata.category(c)[0] not in "CZ" and not "\ufe00" <= c <= "\ufe0f"}
+    missing = seen - set(map(chr, FT2Font(_label_font().path).get_charmap()))
+    fonts: Fonts = {}
+    for path in sorted(findSystemFonts()) if missing else []:
+        with suppress(OSError, RuntimeError):  # bitmap fonts come in other sizes
+            if found := missing & set(map(chr, FT2Font(path).get_charmap())):
+                fonts |= dict.fromkeys(found, ImageFont.truetype(path, FONT_SIZE))
+                missing -= found
+    if missing:
+        logger.warning("no installed font has %s; labels show boxes (fonts-noto has all)", " ".join(sorted(missing)[:30]))
+    return fonts
 
 
 def list_images(folder: Path) -> Sequence[Path]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
+from tim.files import run_record
 from tim.generation.sampler import load_sampler
 from tim.generation.settings import SampleSettings
 from tim.models.t2i.tim_model import TiM
@@ -71,9 +72,8 @@ def arguments(models, prompts, name, out, *flags) -> list:
 
 
 def files(folder) -> dict[str, bytes]:
-    """Content of every file but the record and the lock of the run."""
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {k: v for k, v in found.items() if k not in ("run.json", ".lock")}
+    """Content of every file."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 LAYOUTS = {
@@ -93,7 +93,7 @@ def test_benchmarks_write_their_layout_alike_on_one_and_two_processes(models, pr
     folder = tmp_path / "one" / f"{name}-{SETTING}"
     assert files(folder).keys() == LAYOUTS[name]
     assert files(folder) == files(tmp_path / "two" / folder.name)
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads(run_record(folder).read_text())
     images = 7 if name == "mjhq30k" else 28
     assert record["complete"] and record["nfe"] == 5 and record["speed"]["images_drawn"] >= images
     image = np.asarray(Image.open(folder / next(k for k in LAYOUTS[name] if k.endswith(".png") and "grid" not in k)))
