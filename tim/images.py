@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -193,10 +192,21 @@ def _wrap(label: str, lines: int) -> list[str]:
 def _draw_to_the_left(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, fonts: Fonts) -> None:
     """Draw a line of text that ends at its upper right corner, each run of characters in its font."""
     (x, y), own = corner, _label_font()
-    runs = [(font, "".join(run)) for font, run in groupby(text, lambda c: fonts.get(c, own))]
+    runs: list[tuple[ImageFont.FreeTypeFont, str]] = []
+    for c in text:
+        font = fonts.get(c, own)
+        if runs and (font is runs[-1][0] or _is_mark(c)):
+            font, before = runs.pop()
+            c = before + c
+        runs.append((font, c))
     for font, run in reversed(runs):
         draw.text((x, y + own.getmetrics()[0]), run, fill="black", font=font, anchor="rs")
         x -= font.getlength(run)
+
+
+def _is_mark(character: str) -> bool:
+    """Whether a character has no place of its own: accents and vowel signs, joiners, selectors."""
+    return unicodedata.category(character)[0] == "M" or unicodedata.category(character) in ("Cc", "Cf")
 
 
 @lru_cache(maxsize=1)
@@ -212,9 +222,9 @@ def _label_fonts(text: str) -> Fonts:
     from matplotlib.font_manager import findSystemFonts
     from matplotlib.ft2font import FT2Font
 
-    # Format characters and selectors draw nothing of their own.
-    seen = {c for c in text if unicodedata.category(c)[0] not in "CZ" and not "\ufe00" <= c <= "\ufe0f"}
-    missing = seen - set(map(chr, FT2Font(_label_font().path).get_charmap()))
+    missing = {c for c in text if not c.isspace() and not _is_mark(c)} - set(
+        map(chr, FT2Font(_label_font().path).get_charmap())
+    )
     fonts: Fonts = {}
     for path in sorted(findSystemFonts()) if missing else []:
         with suppress(OSError, RuntimeError):  # bitmap fonts come in other sizes

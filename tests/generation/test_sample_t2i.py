@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
 from tim.files import run_record
+from tim.generation.prompt_sets import DPGPrompts, read_prompts
 from tim.generation.sampler import load_sampler
 from tim.generation.settings import SampleSettings
 from tim.models.t2i.tim_model import TiM
@@ -245,6 +246,26 @@ def test_broken_prompt_sets_are_named(models, prompts, tmp_path):
     refused("mjhq30k", tmp_path / "m.json", "category")
     (tmp_path / "evil.json").write_text('{"k": {"prompt": "a", "category": "../up"}}')
     refused("mjhq30k", tmp_path / "evil.json", "no usable")
+    (tmp_path / "long.json").write_text(json.dumps({"k" * 300: {"prompt": "a", "category": "art"}}))
+    refused("mjhq30k", tmp_path / "long.json", "no usable")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    refused("mjhq30k", tmp_path / "deep.json", "not in the form")
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud83e"}\n')
+    refused("geneval", tmp_path / "half.jsonl", "half a character")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "a"}\n{"prompt": "café"}\n'.encode("latin-1"))
+    refused("geneval", tmp_path / "latin.jsonl", "latin.jsonl line 2 is not UTF-8")
+    refused("geneval", prompts["dpgbench"], "sample_t2i_dpgbench_ddp.py reads folders")
+
+
+def test_prompts_of_other_editors_and_machines(tmp_path):
+    """Byte order marks and line ends of Windows are no part of a prompt, hidden files none at all."""
+    (tmp_path / "own.txt").write_bytes("\ufeffa café\r\n\r\ntwo dogs\r\n".encode())
+    assert read_prompts(str(tmp_path / "own.txt")) == ["a café", "two dogs"]
+    (tmp_path / "1.txt").write_bytes("\ufeffa cow".encode())
+    (tmp_path / "._1.txt").write_bytes(b"\xff\x00")
+    (tmp_path / "own.txt").unlink()
+    found = DPGPrompts(tmp_path)
+    assert (found.names, found.prompts) == (["1"], ["a cow"])
 
 
 def test_other_prompts_do_not_continue_a_folder(models, prompts, tmp_path):

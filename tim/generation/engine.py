@@ -105,9 +105,8 @@ def _find_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: 
     missing = total_over_processes(n * sum(len(block.missing) for block in blocks))
     if state.is_main_process:
         steps = f"{s.num_steps} step{'s' * (s.num_steps > 1)} (NFE {sampler.nfe}) each"
-        where = f"{s.per_proc_batch_size} at once on {state.num_processes} x {sampler.device.type}"
-        total = prompt_set.groups * n
-        logger.info("drawing %d of %d images %dx%d, %s, %s, into %s", missing, total, *s.size, steps, where, folder)
+        where = f"{s.per_proc_batch_size} at once on {state.num_processes} x {sampler.device.type}, into {folder}"
+        logger.info("drawing %d of %d images %dx%d, %s, %s", missing, prompt_set.groups * n, *s.size, steps, where)
     return blocks, missing
 
 
