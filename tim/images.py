@@ -211,10 +211,14 @@ def _is_mark(character: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _label_font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which ships with matplotlib and knows most alphabets."""
+    return ImageFont.truetype(_dejavu(), FONT_SIZE)
+
+
+def _dejavu() -> str:
+    """File of DejaVu Sans, which ships with matplotlib and knows most alphabets."""
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
 
 
 def _label_fonts(text: str) -> Fonts:
@@ -222,9 +226,7 @@ def _label_fonts(text: str) -> Fonts:
     from matplotlib.font_manager import findSystemFonts
     from matplotlib.ft2font import FT2Font
 
-    missing = {c for c in text if not c.isspace() and not _is_mark(c)} - set(
-        map(chr, FT2Font(_label_font().path).get_charmap())
-    )
+    missing = {c for c in text if not (c.isspace() or _is_mark(c))} - set(map(chr, FT2Font(_dejavu()).get_charmap()))
     fonts: Fonts = {}
     for path in sorted(findSystemFonts()) if missing else []:
         with suppress(OSError, RuntimeError):  # bitmap fonts come in other sizes
@@ -232,7 +234,8 @@ def _label_fonts(text: str) -> Fonts:
                 fonts |= dict.fromkeys(found, ImageFont.truetype(path, FONT_SIZE))
                 missing -= found
     if missing:
-        logger.warning("no installed font has %s; labels show boxes (fonts-noto has all)", " ".join(sorted(missing)[:30]))
+        shown = " ".join(sorted(missing)[:30])
+        logger.warning("no installed font has %s; labels show boxes (fonts-noto has all)", shown)
     return fonts
 
 
