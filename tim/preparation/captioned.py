@@ -1,6 +1,5 @@
 """Images with captions as people have them: a folder with a text file beside each, a jsonl, webdataset tar shards."""
 
-import json
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,14 +7,13 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
-from tim.data.shards import read_member
-from tim.files import replacing
-from tim.images import IMAGE_SUFFIXES, UNREADABLE
+from tim.data.shards import plain_members, read_member
+from tim.files import parse_json, replacing
+from tim.images import IMAGE_SUFFIXES, image_size
+from tim.listing import check_inside, is_data, list_files
 
-EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
 Captioned = tuple[str, list[str]]  # an image file relative to the root folder, its captions
 
 
@@ -45,7 +43,7 @@ def read(sources: Sequence[Path], root: Path | None, out: Path) -> tuple[list[Re
         if not source.exists():
             raise FileNotFoundError(f"no folder or file {source}")
     first = sources[0]
-    shards = sorted(first.glob("*.tar")) if first.is_dir() else [s for s in sources if s.is_file() and tarfile.is_tarfile(s)]
+    shards = list_files(first, (".tar",)) if first.is_dir() else [s for s in sources if s.is_file() and tarfile.is_tarfile(s)]
     if shards and (first.is_dir() or len(shards) == len(sources)):
         root = root or out / "images"
         captioned = read_tars(shards, root)
@@ -68,7 +66,7 @@ def read_folder(folder: Path, root: Path) -> list[Captioned]:
         raise ValueError(f"{folder} does not lie in the root folder {root}")
     inside = folder.resolve().relative_to(root.resolve())
     captioned = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()):
+    for path in list_files(folder, IMAGE_SUFFIXES, deep=True):
         text = path.with_suffix(".txt")
         captions = _captions_of_text(text.read_bytes()) if text.is_file() else []
         captioned.append(((inside / path.relative_to(folder)).as_posix(), captions))
@@ -85,9 +83,10 @@ def read_jsonl(path: Path) -> list[Captioned]:
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if not isinstance(entry, dict) or not isinstance(entry.get("image_file"), str):
                     raise ValueError("expected a JSON object with image_file")
+                check_inside(entry["image_file"])
                 captioned.append((entry["image_file"], _captions_of_entry(entry)))
             except ValueError as error:
                 raise ValueError(f"{path} line {number}: {error}") from error
@@ -109,7 +108,9 @@ def read_tars(shards: Sequence[Path], root: Path) -> list[Captioned]:
     for shard in shards:
         try:
             captioned += _unpack(shard, root)
-        except (tarfile.TarError, EOFError) as error:
+        except ValueError as error:
+            raise ValueError(f"{shard}: {error}") from error
+        except Exception as error:  # whatever tarfile and decompression stumble over
             raise ValueError(f"{shard} cannot be read as a tar file: {error}") from error
     return captioned
 
@@ -119,12 +120,11 @@ def _unpack(shard: Path, root: Path) -> list[Captioned]:
     keys: dict[str, str] = {}
     captions: dict[str, list[str]] = defaultdict(list)
     with tarfile.open(shard) as tar:
-        for member in tqdm(tar, desc=shard.name, unit=" files", disable=None):
+        for member in tqdm(plain_members(tar), desc=shard.name, unit=" files", disable=None):
+            check_inside(member.name)
             name = PurePosixPath(member.name)
-            if member.isdir():
+            if not all(map(is_data, name.parts)):
                 continue
-            if not member.isfile() or name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"{shard}: member {member.name!r} is a link or leads outside the folder")
             key, suffix = str(name.with_suffix("")), name.suffix.lower()
             if suffix in IMAGE_SUFFIXES:
                 keys[str(shard.stem / name)] = key
@@ -137,7 +137,7 @@ def _unpack(shard: Path, root: Path) -> list[Captioned]:
                 captions[key] += _captions_of_text(read_member(tar, member))
             elif suffix == ".json":
                 with suppress(ValueError):  # an image with a malformed JSON has no caption, which is said later
-                    captions[key] += _captions_of_entry(json.loads(read_member(tar, member)))
+                    captions[key] += _captions_of_entry(parse_json(read_member(tar, member)))
     return [(file, list(dict.fromkeys(captions[key]))) for file, key in sorted(keys.items())]
 
 
@@ -172,15 +172,11 @@ def _measure(captioned: Sequence[Captioned], root: Path) -> tuple[list[Record], 
             continue
         try:
             "".join([file, *captions]).encode()  # lone surrogates cannot be written
-            with Image.open(root / file) as image:
-                width, height = image.size
-                # Pillow decodes a whole PNG in search of a late EXIF block; it comes early if at all.
-                exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-                turned = exif.get(EXIF_ORIENTATION) in QUARTER_TURNS
-        except UNREADABLE as error:
-            skipped.append(f"{file}: {error}")
+            width, height = image_size(root / file, name=file, upright=True)
+        except ValueError as error:
+            skipped.append(str(error))
             continue
-        records.append(Record(file, *((width, height) if turned else (height, width)), captions))
+        records.append(Record(file, height, width, captions))
     if not records:
         raise ValueError(f"no usable image in {root}" + (f"; {len(skipped)} skipped, as {skipped[0]}" if skipped else ""))
     return records, skipped
