@@ -70,10 +70,12 @@ def check_plain(path: str | Path) -> None:
 
 
 def check_inside(name: str) -> None:
-    """ValueError when a path that data name leads out of their folder; links of the folder's owner may."""
+    """ValueError when a path that data name leads out of their folder, which links of its owner may, or is no path."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{name!r} leads outside the folder; name files relative to it, without '..'")
+    if "\0" in name or any(len(part.encode(errors="replace")) > NAME_BYTES for part in path.parts):
+        raise ValueError(f"{name[:80]!r} is no name that a file can have: at most {NAME_BYTES} bytes, and no zeros")
 
 
 def fit_name(stem: str, suffix: str) -> str:

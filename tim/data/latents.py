@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from tqdm import tqdm
@@ -46,7 +47,7 @@ def opened(path: Path) -> Iterator[Any]:
         check_plain(path)
         with safe_open(path, framework="pt") as f:
             yield f
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # whatever a damaged header leads to
         raise ValueError(str(error)) from error
 
 
@@ -81,7 +82,7 @@ def parse_latent(data: bytes) -> tuple[Tensor, int]:
     """
     try:
         tensors = load_safetensors(data)
-    except Exception as error:  # whatever a damaged header leads to
+    except Exception as error:  # as above
         raise ValueError(str(error)) from error
     _check_tensors({name: (tuple(t.shape), WORDS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()})
     latent, label = tensors["latent"], int(tensors["label"])
@@ -110,7 +111,7 @@ def _check_tensors(found: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
 
 def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
     """What tells lists of class folders, whose order gives the labels, apart; part of `RECORD`."""
-    return {"classes": len(classes), "classes_sha256": hashlib.sha256("\n".join(classes).encode()).hexdigest()}
+    return {"classes": len(classes), "classes_sha256": hashlib.sha256(os.fsencode("\n".join(classes))).hexdigest()}
 
 
 def check_classes(latent_dir: str | Path) -> bool:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tim.data.shards import plain_members, read_member
 from tim.files import parse_json, replacing
 from tim.images import IMAGE_SUFFIXES, image_size
-from tim.listing import check_inside, is_data, list_files
+from tim.listing import check_inside, check_plain, is_data, list_files
 
 Captioned = tuple[str, list[str]]  # an image file relative to the root folder, its captions
 
@@ -119,6 +119,7 @@ def _unpack(shard: Path, root: Path) -> list[Captioned]:
     """Unpack the images of a shard; (file relative to root, captions) of each."""
     keys: dict[str, str] = {}
     captions: dict[str, list[str]] = defaultdict(list)
+    check_plain(shard)
     with tarfile.open(shard) as tar:
         for member in tqdm(plain_members(tar), desc=shard.name, unit=" files", disable=None):
             check_inside(member.name)
@@ -173,6 +174,9 @@ def _measure(captioned: Sequence[Captioned], root: Path) -> tuple[list[Record], 
         try:
             "".join([file, *captions]).encode()  # lone surrogates cannot be written
             width, height = image_size(root / file, name=file, upright=True)
+        except UnicodeEncodeError as error:
+            skipped.append(f"{file}: {error}")
+            continue
         except ValueError as error:
             skipped.append(str(error))
             continue

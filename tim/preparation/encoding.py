@@ -144,17 +144,21 @@ class FolderEncoder(ABC):
         with progress_bar(blocks, self.state, share) as bar:
             for items in loader:
                 pixels = {index: image for index, image, _ in items if image is not None}
-                for index, image, cause in items:
-                    if image is None:
-                        file = str(self.sources[index].image)
-                        bad.append({"index": index, "file": file, "cause": cause})
-                        tqdm.write(f"no {self.what} for {file}: {cause}", file=sys.stderr)
+                failed = {index: cause for index, image, cause in items if image is None}
                 for indices, batch in self._batches(pixels):
                     pairs = torch.stack([batch, batch.flip(-1)], dim=1).flatten(0, 1)
                     results = self.encode(indices, pairs).cpu().unflatten(0, (-1, 2))
                     for index, result in zip(indices, results, strict=True):
-                        if index in pixels:
+                        if index not in pixels:
+                            continue
+                        if torch.isfinite(result).all():  # float16 ends at 65504
                             self.write(self.sources[index], result)
+                        else:
+                            failed[index] = f"its {self.what} would not be finite in {result.dtype}; choose a wider dtype"
+                for index, cause in failed.items():
+                    file = str(self.sources[index].image)
+                    bad.append({"index": index, "file": file, "cause": cause})
+                    tqdm.write(f"no {self.what} for {file}: {cause}", file=sys.stderr)
                 bar.update(len(items))
                 bar.set_postfix(unreadable=len(bad), refresh=False)
         return bad
