@@ -2,6 +2,7 @@
 
 import math
 import re
+import struct
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ TURNS = {  # by EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 QUARTER_TURNS = (5, 6, 7, 8)
+SHORT = 3  # EXIF's word for a number of 16 bits
 SAMPLE_FORMAT = 339  # TIFF's tag: 1 for unsigned, 2 for signed numbers
 LARGE = 1 << 24  # pixels; no larger image is made on the way to a crop
 PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
@@ -76,15 +78,27 @@ def image_size(path: str | Path, name: str | None = None, upright: bool = False)
     """(width, height) in pixels; reads the header alone. Arguments and errors are those of `open_rgb`."""
     with _opened(path, name) as image:
         width, height = image.size
-        # Pillow decodes a whole PNG in search of a late EXIF block; it comes early if at all.
-        turned = upright and (image.format != "PNG" or "exif" in image.info) and _orientation(image) in QUARTER_TURNS
+        # Pillow decodes a whole PNG in search of a late EXIF block, which comes early if at all, and turns TIFF by itself.
+        asked = upright and image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        turned = asked and _orientation(image) in QUARTER_TURNS
         return (height, width) if turned else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, whatever else is wrong in the block; 1, upright, when it cannot be read."""
+    """The EXIF orientation; 1, upright, when there is none that can be read.
+
+    Pillow reads the tags in their order up to the first broken one, so this one is looked up before.
+    """
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        if order := {b"II": "<", b"MM": ">"}.get(block[:2]):
+            (start,) = struct.unpack_from(f"{order}I", block, 4)
+            (count,) = struct.unpack_from(f"{order}H", block, start)
+            for place in range(start + 2, start + 2 + 12 * count, 12):
+                tag, kind, _, value = struct.unpack_from(f"{order}HHIH", block, place)
+                if (tag, kind) == (ExifTags.Base.Orientation, SHORT):
+                    return value
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))  # in XMP or TIFF
     except Exception:  # as for pixels
         return 1
 

@@ -66,12 +66,12 @@ def find_corruption(path: Path, check: Callable[[Any], Any] | None = None) -> st
 
 
 def read_latent(path: Path) -> tuple[Tensor, int]:
-    """`parse_latent` of a file."""
+    """`parse_latent` of a file; ValueError, which names it, when it is missing too."""
     try:
         check_plain(path)
         return parse_latent(path.read_bytes())
-    except OSError as error:
-        raise ValueError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_latent(data: bytes) -> tuple[Tensor, int]:
@@ -215,7 +215,7 @@ def _check_class(report: LatentReport, folder: Path, pool: ThreadPoolExecutor) -
     report.labels[folder.name] = labels
     for path, content in zip(paths, pool.map(_read, paths), strict=True):
         if isinstance(content, str):
-            report.problems.append(f"{path}: {content}")
+            report.problems.append(content)
             continue
         latent, label = content
         labels[label] += 1
