@@ -252,7 +252,7 @@ def block(data):
         (header("x", 1 << 60, type=tarfile.XHDTYPE), "cut short, damaged"),
         (b"".join(header("x", 2, type=tarfile.GNUTYPE_LONGNAME) + block(b"a") for _ in range(3000)), "cut short, damaged"),
     ],
-    ids="negative label large cut digits overflow minus device pipe pax names".split(),
+    ids=["negative", "label", "large", "cut", "digits", "overflow", "minus", "device", "pipe", "pax", "names"],
 )
 def test_hostile_shards_end_in_one_error(tmp_path, content, match):
     """Sizes, labels and kinds of members that no honest archive has; buckets are built from such files too."""

@@ -1,7 +1,6 @@
 """Files of preprocessed latents: `<class>/<name>.safetensors` with `latent` (2, C, h, w), image and mirror, and `label`."""
 
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tim.data.folders import SUFFIXES, class_folders
-from tim.files import read_text, write_tensors
+from tim.files import parse_json, read_text, write_tensors
 from tim.listing import check_plain, list_files
 
 RECORD = "preprocess.json"  # beside the class folders: what the files depend on
@@ -84,7 +83,8 @@ def parse_latent(data: bytes) -> tuple[Tensor, int]:
         tensors = load_safetensors(data)
     except Exception as error:  # as above
         raise ValueError(str(error)) from error
-    _check_tensors({name: (tuple(t.shape), WORDS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()})
+    dtypes = {name: WORDS.get(t.dtype, str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    _check_tensors({name: (tuple(t.shape), dtypes[name]) for name, t in tensors.items()})
     latent, label = tensors["latent"], int(tensors["label"])
     if label < 0:
         raise ValueError(f"label {label} is negative")
@@ -123,10 +123,13 @@ def check_classes(latent_dir: str | Path) -> bool:
     record = Path(latent_dir) / RECORD
     if not record.is_file():
         return False
-    said = json.loads(read_text(record))
-    names = [folder.name for folder in class_folders(latent_dir)]
-    if "classes_sha256" not in said:
+    try:
+        said = parse_json(read_text(record))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged: {error}") from error
+    if not isinstance(said, dict) or "classes_sha256" not in said:
         return False
+    names = [folder.name for folder in class_folders(latent_dir)]
     if said["classes_sha256"] != classes_identity(names)["classes_sha256"]:
         raise ValueError(
             f"the labels in {latent_dir} are those of {said.get('classes')} other class folders ({RECORD}) than the "
