@@ -35,7 +35,7 @@ def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) 
         deep: look into subfolders too.
     """
     found: list[Path] = []
-    stack = [(Path(folder), (_identity(os.stat(folder)),))]
+    stack: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(Path(folder), (_identity(os.stat(folder)),))]
     while stack:
         here, above = stack.pop()
         for entry in _entries(here):

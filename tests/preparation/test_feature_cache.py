@@ -181,6 +181,18 @@ def test_unreadable_images_are_named_and_the_others_are_made(source, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_features_that_the_precision_does_not_hold_are_named_and_the_others_are_made(source, tmp_path, monkeypatch):
+    tokens = Radio.tokens
+
+    def large(self, images, *args):
+        return tokens(self, images, *args) * torch.tensor([1.0, 1e9] + [1.0] * (len(images) - 2)).view(-1, 1, 1)
+
+    monkeypatch.setattr(Radio, "tokens", large)
+    done = cache(source, tmp_path / "features")
+    assert "5 files written now, 5 of 6 are there" in done.stdout
+    assert "c0/0.png: its features would not be finite in torch.float16; choose a wider dtype" in done.stdout
+
+
 def test_a_file_damaged_later_is_replaced_like_any_unreadable_sample(source, half, tmp_path):
     shutil.copytree(half, tmp_path / "features")
     (tmp_path / "features/c0/1.safetensors").write_bytes(b"")

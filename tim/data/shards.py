@@ -172,9 +172,11 @@ def index_of(shard: Path, stamp: Stamp, index_dir: Path) -> np.ndarray:
     """
     path = index_dir / fit_name(shard.name, ".index.npz")
     # Whatever a damaged index leads to, it is made again.
-    with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as f:
-        if f["version"] == VERSION and tuple(f["stamp"].tolist()) == stamp and _lies_within(f["samples"], stamp[0]):
-            return f["samples"]
+    with contextlib.suppress(Exception):
+        check_plain(path)
+        with np.load(path, allow_pickle=False) as f:
+            if f["version"] == VERSION and tuple(f["stamp"].tolist()) == stamp and _lies_within(f["samples"], stamp[0]):
+                return f["samples"]
     index = scan_shard(shard)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,8 +193,13 @@ def _lies_within(index: np.ndarray, size: int) -> bool:
     """Whether an array is an index of a shard of this size in bytes."""
     if index.ndim != 1 or index.dtype.descr[1:] != np.dtype(FIELDS).descr or not len(index):
         return False
-    places = [index[kind].astype(object) for kind in KINDS]  # Python's numbers do not overflow
-    return all(((p == -1).all(1) | ((p >= 0).all(1) & (p.sum(1) <= size))).all() for p in places)
+    for kind in KINDS:
+        offset, length = index[kind].T
+        absent = (offset == -1) & (length == -1)
+        inside = (offset >= 0) & (length >= 0) & (length <= size - offset)
+        if not (absent | inside).all():
+            return False
+    return True
 
 
 def scan_shard(path: Path) -> np.ndarray:
