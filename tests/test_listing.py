@@ -11,7 +11,7 @@ from tim.data.folders import Folder, stored_name
 from tim.data.latents import check_latents, write_latent
 from tim.data.shards import Shards
 from tim.evaluation.inputs import find_images
-from tim.generation.prompt_sets import DPGPrompts
+from tim.generation.prompt_sets import DPGPrompts, read_mjhq
 from tim.images import open_rgb, save_png
 from tim.listing import check_inside, fit_name, list_files
 from tim.preparation.captioned import read
@@ -74,9 +74,18 @@ def test_what_is_no_file_is_named_and_never_waited_for(untidy):
         with pytest.raises(ValueError, match="a folder, a pipe or a device instead of a file"):
             open_rgb(path)
     folder = Folder("latent", untidy)
-    with pytest.raises(ValueError, match=r"pipe\.safetensors cannot be read: it is a folder, a pipe"):
+    with pytest.raises(ValueError, match=r"pipe\.safetensors cannot be read: .*a folder, a pipe"):
         folder.read(1, "latent")
-    assert "pipe.safetensors: it is a folder, a pipe" in check_latents(untidy).text()
+    assert "pipe.safetensors: [Errno 22] a folder, a pipe" in check_latents(untidy).text()
+    os.mkfifo(untidy / "a" / "pipe.txt")
+    os.mkfifo(untidy / "a" / "pipe.json")
+    for read_prompts in (DPGPrompts, lambda folder: read_mjhq(f"{folder}/pipe.json")):
+        with pytest.raises(OSError, match="a folder, a pipe or a device instead of a file"):
+            read_prompts(str(untidy / "a"))
+    os.mkfifo(untidy / "a" / "pipe.tar")
+    for read_tars in (lambda: Shards(untidy / "a"), lambda: read([untidy / "a"], None, untidy)):
+        with pytest.raises(ValueError, match=r"pipe\.tar.* a folder, a pipe or a device"):
+            read_tars()
 
 
 def test_names_as_long_as_the_system_takes_them(tmp_path):

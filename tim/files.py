@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tim.listing import check_plain
+
 _UMASK = os.umask(0)  # the only portable way to read it is to set it
 os.umask(_UMASK)
 
@@ -84,8 +86,10 @@ def read_text(path: str | Path) -> str:
     """UTF-8 text whatever the locale, without the byte order mark that some editors write.
 
     Raises:
+        OSError: when it is missing, or no plain file.
         ValueError: when it is of another encoding; names file and line.
     """
+    check_plain(path)
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -3,6 +3,7 @@
 Names that begin with a dot and what systems leave behind are nobody's data. Links to folders are followed, but not in circles.
 """
 
+import errno
 import hashlib
 import os
 import stat
@@ -66,7 +67,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 def check_plain(path: str | Path) -> None:
     """OSError when a path leads to no plain file: opening a pipe would wait for ever, and a device has no end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("it is a folder, a pipe or a device instead of a file")
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device instead of a file", str(path))
 
 
 def check_inside(name: str) -> None:
