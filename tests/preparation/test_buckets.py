@@ -166,6 +166,7 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(folder, tmp_path):
     assert len(info(tmp_path / "out")) == 2 + len(SHAPES) - 4 and "12 images are not used" in printed
     assert (
         printed.count("no caption") == 9
+        and "2.txt line 1 is not UTF-8 text" in printed
         and "drawn/3.png cannot be read as an image: cannot identify" in printed
         and "z5.png" in printed
     )

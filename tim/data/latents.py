@@ -21,7 +21,7 @@ from tim.files import parse_json, read_text, write_tensors
 from tim.listing import check_plain, list_files
 
 RECORD = "preprocess.json"  # beside the class folders: what the files depend on
-# The dtypes that latents and labels may have, in safetensors' words; 8 bits do not hold the number of any class.
+# The dtypes that latents and labels may have, in safetensors' words; 8 bits are too few to number classes.
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16"}
 WORDS = {**FLOATS, **INTEGERS}

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from tim.data.shards import plain_members, read_member
-from tim.files import parse_json, replacing
+from tim.files import parse_json, read_text, replacing
 from tim.images import IMAGE_SUFFIXES, image_size
 from tim.listing import check_inside, check_plain, is_data, list_files
 
-Captioned = tuple[str, list[str]]  # an image file relative to the root folder, its captions
+Captioned = tuple[str, list[str] | str]  # an image file relative to the root folder, its captions or why there are none
 
 
 class Record(NamedTuple):
@@ -67,10 +67,16 @@ def read_folder(folder: Path, root: Path) -> list[Captioned]:
     inside = folder.resolve().relative_to(root.resolve())
     captioned = []
     for path in list_files(folder, IMAGE_SUFFIXES, deep=True):
-        text = path.with_suffix(".txt")
-        captions = _captions_of_text(text.read_bytes()) if text.is_file() else []
-        captioned.append(((inside / path.relative_to(folder)).as_posix(), captions))
+        captioned.append(((inside / path.relative_to(folder)).as_posix(), _captions_beside(path.with_suffix(".txt"))))
     return captioned
+
+
+def _captions_beside(path: Path) -> list[str] | str:
+    """The captions in a text file, or why it holds none."""
+    try:
+        return _non_empty_lines(read_text(path)) if path.is_file() else "no text file"
+    except ValueError as error:
+        return str(error)
 
 
 def read_jsonl(path: Path) -> list[Captioned]:
@@ -145,10 +151,13 @@ def _unpack(shard: Path, root: Path) -> list[Captioned]:
 def _captions_of_text(text: bytes) -> list[str]:
     """The non-empty lines; none when the text is not UTF-8."""
     try:
-        lines = text.decode("utf-8-sig").replace("\r", "\n").split("\n")
+        return _non_empty_lines(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return []
-    return [line.strip() for line in lines if line.strip()]
+
+
+def _non_empty_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
 
 
 def _captions_of_entry(entry: Any) -> list[str]:
@@ -168,8 +177,8 @@ def _measure(captioned: Sequence[Captioned], root: Path) -> tuple[list[Record], 
     """Read the headers; records, and why other images are skipped. ValueError when all are."""
     records, skipped = [], []
     for file, captions in tqdm(captioned, desc="headers", unit=" images", disable=None):
-        if not captions:
-            skipped.append(f"{file}: no caption (UTF-8 text)")
+        if not captions or isinstance(captions, str):
+            skipped.append(f"{file}: no caption ({captions or 'UTF-8 text'})")
             continue
         try:
             "".join([file, *captions]).encode()  # lone surrogates cannot be written
