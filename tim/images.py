@@ -77,11 +77,13 @@ def open_rgb(source: str | Path | BinaryIO, name: str | None = None, upright: bo
 def image_size(path: str | Path, name: str | None = None, upright: bool = False) -> tuple[int, int]:
     """(width, height) in pixels; reads the header alone. Arguments and errors are those of `open_rgb`."""
     with _opened(path, name) as image:
-        width, height = image.size
-        # Pillow decodes a whole PNG in search of a late EXIF block, which comes early if at all, and turns TIFF by itself.
-        asked = upright and image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        # Pillow decodes a whole PNG in search of a late EXIF block; it comes early if at all.
+        asked = upright and (image.format != "PNG" or "exif" in image.info)
         turned = asked and _orientation(image) in QUARTER_TURNS
-        return (height, width) if turned else (width, height)
+        if turned and image.format == "TIFF":  # which Pillow turns by itself, some versions not before they decode it
+            image.load()
+            return image.size
+        return image.size[::-1] if turned else image.size
 
 
 def _orientation(image: Image.Image) -> int:

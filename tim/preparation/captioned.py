@@ -65,7 +65,7 @@ def read_folder(folder: Path, root: Path) -> list[Captioned]:
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{folder} does not lie in the root folder {root}")
     inside = folder.resolve().relative_to(root.resolve())
-    captioned = []
+    captioned: list[Captioned] = []
     for path in list_files(folder, IMAGE_SUFFIXES, deep=True):
         captioned.append(((inside / path.relative_to(folder)).as_posix(), _captions_beside(path.with_suffix(".txt"))))
     return captioned
@@ -85,7 +85,7 @@ def read_jsonl(path: Path) -> list[Captioned]:
     Raises:
         ValueError: for a malformed line; the message has its number, counted from 1.
     """
-    captioned = []
+    captioned: list[Captioned] = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             try:
@@ -110,7 +110,7 @@ def read_tars(shards: Sequence[Path], root: Path) -> list[Captioned]:
     repeated = [stem for stem, count in Counter(s.stem for s in shards).items() if count > 1]
     if repeated:
         raise ValueError(f"several shards are named {repeated[0]}; their images would share a folder")
-    captioned = []
+    captioned: list[Captioned] = []
     for shard in shards:
         try:
             captioned += _unpack(shard, root)
