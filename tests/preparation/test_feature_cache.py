@@ -174,6 +174,7 @@ def test_two_processes_write_the_same_files(source, half, tmp_path):
 def test_unreadable_images_are_named_and_the_others_are_made(source, tmp_path):
     shutil.copytree(source, tmp_path / "data")
     (tmp_path / "data/images/c0/1.png").write_bytes(b"no image")
+    (tmp_path / "data/latents/c0/0.safetensors").write_bytes(b"no latent, but the others say how many tokens there are")
     done = cache(tmp_path / "data", tmp_path / "features")
     assert "5 files written now, 5 of 6 are there" in done.stdout and "1.png cannot be read" in done.stdout
     with pytest.raises(FileNotFoundError, match=r"1 of 6 samples have no file in .*c0/1\.safetensors"):
