@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import io
 import logging
 import os
 import pkgutil
@@ -71,6 +72,9 @@ def run_command(main: Callable[[], None]) -> None:
     In the end the process group is left, if `main` started one.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # captions and names of files are printed whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     failed = True
     try:
         with log_to_stderr():

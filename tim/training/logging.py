@@ -59,7 +59,7 @@ def rank_file(folder: Path, name: str, rank: int) -> Path:
 
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Add a line for each record to a .jsonl; they have left the process when this returns."""
-    with open(path, "a", encoding="utf-8") as f:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:  # names of files may be in any
         f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 

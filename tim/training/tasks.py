@@ -37,11 +37,11 @@ class ClassTask:
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
         enc_dir, cached = config.model.enc_dir, has_features(config)
-        self.dataset = build_c2i_dataset(config.data, with_image=enc_dir is not None and not cached)
+        traits = traits_of(config.model.network)
+        self.dataset = build_c2i_dataset(config.data, enc_dir is not None and not cached, traits.num_classes)
         if enc_dir is not None and cached:
             self.dataset = CachedFeatures(self.dataset, config.data.dataset, enc_dir)
         self.vae, self.device = vae, device
-        traits = traits_of(config.model.network)
         self.num_classes, self.drop_prob = traits.num_classes or self.dataset.num_labels, traits.class_dropout_prob
 
     def check(self, network: Network) -> None:
