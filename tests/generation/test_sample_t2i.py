@@ -277,7 +277,7 @@ def test_other_prompts_do_not_continue_a_folder(models, prompts, tmp_path):
 
 
 def test_visible_padding_ties_a_folder_to_its_batch_size(models, prompts, tmp_path):
-    flags = ["--num-fid-samples", 2, "--num-steps", 1, "--text-padding", "batch"]
+    flags = ["--num-fid-samples", 2, "--num-steps", 1, "--cfg-scale", 1, "--text-padding", "batch"]
     command(*arguments(models, prompts, "mjhq30k", tmp_path, *flags))
     done = command(*arguments(models, prompts, "mjhq30k", tmp_path, *flags, "--per-proc-batch-size", 2), check=False)
     assert done.returncode == 2 and "per_proc_batch_size: 6 there, 2 now" in done.stderr

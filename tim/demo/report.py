@@ -61,7 +61,7 @@ def report(judge: str, samples: Path, real: dict[str, np.ndarray], out: Path, ba
     runs = read_runs(samples)
     metrics = evaluate(judge, runs, real)
     if baseline:
-        metrics["flow_matching"] = json.loads(baseline.read_text())["nfe"]
+        metrics["flow_matching"] = json.loads(baseline.read_text(encoding="utf-8"))["nfe"]
     write_report(metrics, runs, real, out)
     print(table(metrics))
     print(f"wrote {out}/metrics.json, samples.png, quality.png")

@@ -182,7 +182,7 @@ def _claim(folder: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weigh
 def _read_record(path: Path) -> dict[str, Any]:
     """A run's record; one without settings when there is none, or it is damaged."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_bytes())
         return record if isinstance(record["settings"], dict) else {"settings": {}}
     except (OSError, ValueError, KeyError, TypeError):
         return {"settings": {}}

@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from tim import rng
-from tim.files import published, read_json_lines, replacing, write_json_lines
+from tim.files import parse_json, published, read_json_lines, read_text, replacing, write_json_lines
 from tim.images import is_whole, make_grid, read_png, save_image
+from tim.listing import check_inside, list_files
 
 IMAGENET_CLASSES = 1000
-MAX_NAME = 240  # bytes of a file's name, which file systems limit to 255
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: of another encoding, or of careless JSON
 FETCH = "bash tools/download_benchmarks.sh --only {} fetches it"
 Images = Sequence[np.ndarray | None]  # of a group, (H, W, 3) uint8; None for one that is not finite
@@ -142,11 +142,11 @@ class GenEvalPrompts(PromptSet):
                 f"--caption-dir {path} is a folder, not GenEval's .jsonl; sample_t2i_dpgbench_ddp.py reads folders"
             )
         self.metadata = []
-        lines = read_text(path, "--caption-dir", FETCH.format("geneval")).rstrip("\n").split("\n")
-        for number, line in enumerate(lines, start=1):
+        _check_there(path, "--caption-dir", FETCH.format("geneval"))
+        for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
             try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                entry = parse_json(line)
+            except ValueError as error:
                 raise ValueError(f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError(f"{path} line {number} has no `prompt`; GenEval's evaluation_metadata.jsonl is expected")
@@ -182,7 +182,7 @@ class DPGPrompts(PromptSet):
         if not folder.is_dir():
             remedy = "DPG-Bench's prompts/*.txt are expected" if folder.exists() else FETCH.format("dpg")
             raise FileNotFoundError(f"--caption-dir {folder} is no folder; {remedy}")
-        paths = sorted(path for path in folder.glob("*.txt") if not path.name.startswith(".") and path.is_file())
+        paths = list_files(folder, (".txt",))
         prompts = [read_text(path).strip() for path in paths]
         empty = [path.name for path, prompt in zip(paths, prompts, strict=True) if not prompt]
         if empty or not paths:
@@ -232,24 +232,23 @@ def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
         ValueError: when it is in another form, or a name would leave the folder of the images.
     """
     path = published(str(path))
-    text = read_text(path, "MJHQ-30K's prompts", FETCH.format("mjhq"))
+    _check_there(path, "MJHQ-30K's prompts", FETCH.format("mjhq"))
     try:
-        meta = json.loads(text)
+        meta = parse_json(read_text(path))
         names = [f"{entry['category']}/{key}" for key, entry in meta.items()]
         prompts = [entry["prompt"] for entry in meta.values()]
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not in the form {{key: {{category, prompt}}}} of MJHQ-30K: {error!r}") from error
     for name, prompt in zip(names, prompts, strict=True):
-        if not isinstance(prompt, str) or not all(map(_is_file_name, name.split("/"))):
+        if not isinstance(prompt, str):
             raise ValueError(f"{path}: entry {name!r} has no usable prompt, category or key")
+        try:
+            check_inside(f"{name}.png")
+        except ValueError as error:
+            raise ValueError(f"{path}: entry {name!r} has no usable category or key: {error}") from error
     if not names:
         raise ValueError(f"{path} holds no prompts")
     return names, prompts
-
-
-def _is_file_name(name: str) -> bool:
-    """Whether a file or folder can be called so, in the folder that it is meant for."""
-    return name not in ("", ".", "..") and "\0" not in name and len(name.encode(errors="replace")) <= MAX_NAME
 
 
 def read_prompts(path: str) -> list[str]:
@@ -258,27 +257,14 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: when there is no file, or no prompt in it.
     """
-    prompts = [line for line in read_text(Path(path), "--prompt-file").split("\n") if line.strip()]
+    _check_there(Path(path), "--prompt-file", "check the path")
+    prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
 
 
-def read_text(path: Path, name: str = "", remedy: str = "check the path") -> str:
-    """UTF-8 text of a file, with or without a byte order mark.
-
-    Args:
-        name: of the option that says where, and remedy: what to do when there is no file, for messages.
-
-    Raises:
-        FileNotFoundError: when there is no file.
-        ValueError: names the line that is in another encoding.
-    """
+def _check_there(path: Path, name: str, remedy: str) -> None:
+    """FileNotFoundError unless a file is there; says what to do."""
     if not path.is_file():
         raise FileNotFoundError(f"{name} {path} is not there; {remedy}")
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line} is not UTF-8 ({error.reason}); convert the file") from error
