@@ -183,6 +183,8 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
     if config.model.vae_dir:
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
         vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
+    elif settings.slice_vae or settings.tile_vae or settings.compile_vae:
+        warnings.warn("--slice_vae, --tile-vae and --compile-vae have no effect: the model has no autoencoder", stacklevel=2)
     conditions = build_conditions(config, network, dtype, device)
     return Sampler(settings, transport, network, vae, conditions, device, _identity(config, dtype)).at(settings)
 
