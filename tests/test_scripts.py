@@ -91,9 +91,9 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(("size", "patch"), [(256, 2), (512, 1)])
-def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patch):
-    """From class folders to latents by the published command, then both XL trainers of that size on them."""
+@pytest.mark.parametrize(("size", "patch", "guidance"), [(256, 2, "_mg"), (512, 1, "")])
+def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patch, guidance):
+    """From class folders to latents by the published command, then an XL trainer of that size on them."""
     if size == 512:  # a stand-in of DC-AE divides by 4, not 32
         save_tiny_dc(tmp_path / "vae", scaling_factor=0.5)
     vae = stand_in / "vae" if size == 256 else tmp_path / "vae"
@@ -110,15 +110,14 @@ def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patc
         "training.sample_steps=2",
         *TWO_STEPS,
     ]
-    for guidance in ("", "_mg"):
-        project = tmp_path / f"project{guidance}"
-        script = f"scripts/train/c2i/train_tim_c2i_xl_{size}{guidance}.sh"
-        bash(script, PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
-        records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
-        assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
-        assert f"patch_size: {patch}" in (project / "config.yaml").read_text()
-        assert (project / "samples" / "step-0000002.png").is_file()
-        assert (project / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
+    project = tmp_path / "project"
+    script = f"scripts/train/c2i/train_tim_c2i_xl_{size}{guidance}.sh"
+    bash(script, PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
+    records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
+    assert f"patch_size: {patch}" in (project / "config.yaml").read_text()
+    assert (project / "samples" / "step-0000002.png").is_file()
+    assert (project / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
 
 
 @pytest.mark.slow
