@@ -74,6 +74,14 @@ def test_a_folder_belongs_to_network_and_transport(draw, tmp_path):
     assert "0 drawn now" in draw("--dtype", "float32", config=stated).stdout, "saying a default changes nothing"
 
 
+def test_images_without_their_record_are_not_adopted(draw, tmp_path):
+    """Such as of a folder that was moved without what lies beside it."""
+    draw()
+    run_record(tmp_path / "run").unlink()
+    done = draw(check=False)
+    assert done.returncode == 2 and "run holds images of an unknown run (no run.run.json); choose another" in done.stderr
+
+
 def test_an_autoencoder_is_told_by_what_it_computes(tmp_path):
     for name, seed in (("a", 0), ("same", 0), ("other", 1)):
         torch.manual_seed(seed)
@@ -137,7 +145,7 @@ def test_a_folder_of_the_old_layout_is_continued(draw, tmp_path):
     (folder / "000001.png").unlink()
     refused = draw("--global-seed", 1, check=False)
     assert refused.returncode == 2 and "global_seed: 0 there, 1 now" in refused.stderr and (folder / "run.json").is_file()
-    draw("--save-latent")
+    assert "drawing 1 of 6 images" in draw("--save-latent").stderr
     assert contents(folder) == before and len(contents(tmp_path / "run.latents")) == 6
     assert record(folder)["settings"]["network.rope_grid"] == "row_major"
 

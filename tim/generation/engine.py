@@ -59,8 +59,8 @@ def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights:
         record = first_process(state, lambda: _claim(folder, sampler, prompt_set, weights))
         was_complete = record["complete"]
         blocks, missing = _find_missing(sampler, prompt_set, folder, state)
-        record["complete"] = was_complete and not missing
-        first_process(state, lambda: _write_record(folder, record))
+        if missing:
+            first_process(state, lambda: write_json(path, record | {"complete": False}))
         drawn, seconds, broken = _draw_missing(sampler, prompt_set, folder, blocks, state)
         if state.is_main_process:
             asked_for_all = record["settings"]["num_fid_samples"] == sampler.settings.num_fid_samples
@@ -157,26 +157,30 @@ def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: B
 
 
 def _claim(folder: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weights) -> dict[str, Any]:
-    """Make sure that a folder holds the same run, or none; returns its record, which is yet to be written."""
+    """Make sure that a folder holds the same run, or none, and write the record beside it; returns the record."""
     settings = asdict(sampler.settings)
     neutral = {key: settings.pop(key) for key in NEUTRAL}
     known = settings | prompt_set.identity | sampler.conditions.identity | {"weights_sha256": weights.digest()}
     if known.get("text_padding") == "batch":  # an image depends on its batch
         known["per_proc_batch_size"] = neutral.pop("per_proc_batch_size")
     identity = known | sampler.identity | {"autoencoder": sampler.vae and sampler.vae.identity}
-    path = run_record(folder) if run_record(folder).is_file() else folder / "run.json"  # where it was once
-    before = _read_record(path)
-    if path.parent == folder:  # what an old record does not know of is taken to be as it is now
-        claim(path, {k: v for k, v in identity.items() if k in before["settings"]}, "images", REMEDY, "settings", write=False)
+    path, inside = run_record(folder), folder / "run.json"  # where it was once
+    if inside.is_file() and not path.is_file():  # what an old record does not know of is taken to be as it is now
+        before = _read_record(inside)
+        claim(inside, {k: v for k, v in identity.items() if k in before["settings"]}, "images", REMEDY, "settings", write=False)
     else:
-        claim(path, identity, "images", REMEDY, "settings", write=False, folder=folder)
+        before = _read_record(path)
+        claim(path, identity, "images", REMEDY, "settings", files="[!.]*", write=False, folder=folder)
     there, asked = before["settings"].get("num_fid_samples", 0), neutral["num_fid_samples"]
     if asked < there:
         state = "all" if before.get("complete") else "not all"
         logger.info("%s is of %d images, %s of them there; this run looks after the first %d", folder, there, state, asked)
     settings = identity | neutral | {"num_fid_samples": max(asked, there)}
     is_complete = bool(before.get("complete")) and asked <= there
-    return before | {"settings": settings, "weights": str(weights.source), "complete": is_complete}
+    record = before | {"settings": settings, "weights": str(weights.source), "complete": is_complete}
+    write_json(path, record)
+    _tidy(folder, sampler.settings.save_latent)
+    return record
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -188,15 +192,14 @@ def _read_record(path: Path) -> dict[str, Any]:
         return {"settings": {}}
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write a run's record beside its folder, and tidy away what killed and older runs have left there."""
-    write_json(run_record(folder), record)
+def _tidy(folder: Path, save_latent: bool) -> None:
+    """Clear away what killed and older runs have left in and beside a folder whose record is written; make that of latents."""
     latents = folder.parent / f"{folder.name}.latents"
     if (folder / "latents").is_dir() and not latents.exists():  # where they, the record and the lock were once
         (folder / "latents").rename(latents)
     for name in ("run.json", ".lock"):
         (folder / name).unlink(missing_ok=True)
-    if record["settings"]["save_latent"]:
+    if save_latent:
         latents.mkdir(exist_ok=True)
     own = (glob.escape(f".{(folder.name + suffix)[:200]}.") for suffix in BESIDE)
     partials = chain(*(folder.parent.glob(f"{name}????????.part") for name in own), latents.glob(".*.????????.part"))
