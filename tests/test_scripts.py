@@ -15,6 +15,8 @@ from helpers.paths import GOLDENS, ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from tim.files import run_record
+
 SHRINK = [
     "depth=1",
     "hidden_size=48",
@@ -83,15 +85,15 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
     ):
         images = np.load(tmp_path / "out" / f"{name}.npz")["arr_0"]
         assert images.shape == (3, 256, 256, 3) and images.std() > 0
-        record = json.loads((tmp_path / "out" / name / "run.json").read_text())
+        record = json.loads(run_record(tmp_path / "out" / name).read_text())
         assert record["complete"] and record["processes"] == processes
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(("size", "patch"), [(256, 2), (512, 1)])
-def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patch):
-    """From class folders to latents by the published command, then both XL trainers of that size on them."""
+@pytest.mark.parametrize(("size", "patch", "guidance"), [(256, 2, "_mg"), (512, 1, "")])
+def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patch, guidance):
+    """From class folders to latents by the published command, then an XL trainer of that size on them."""
     if size == 512:  # a stand-in of DC-AE divides by 4, not 32
         save_tiny_dc(tmp_path / "vae", scaling_factor=0.5)
     vae = stand_in / "vae" if size == 256 else tmp_path / "vae"
@@ -108,15 +110,14 @@ def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patc
         "training.sample_steps=2",
         *TWO_STEPS,
     ]
-    for guidance in ("", "_mg"):
-        project = tmp_path / f"project{guidance}"
-        script = f"scripts/train/c2i/train_tim_c2i_xl_{size}{guidance}.sh"
-        bash(script, PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
-        records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
-        assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
-        assert f"patch_size: {patch}" in (project / "config.yaml").read_text()
-        assert (project / "samples" / "step-0000002.png").is_file()
-        assert (project / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
+    project = tmp_path / "project"
+    script = f"scripts/train/c2i/train_tim_c2i_xl_{size}{guidance}.sh"
+    bash(script, PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
+    records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
+    assert f"patch_size: {patch}" in (project / "config.yaml").read_text()
+    assert (project / "samples" / "step-0000002.png").is_file()
+    assert (project / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -147,7 +148,7 @@ def test_train_and_sample_t2i_on_two_processes(tmp_path):
     bash("scripts/sample/t2i/sample_t2i_geneval.sh", **env, CAPTION_DIR=tmp_path / "geneval.jsonl")
     for name in ("16x16-T0.0-1.0-Step-4", "24x24-T0.0-1.0-Step-1"):
         (folder,) = (p for p in (tmp_path / "out").glob(f"geneval-step-0000002-{name}-*-cfg-2.5-0.0-1.0") if p.is_dir())
-        assert len(list(folder.rglob("samples/*.png"))) == 4 and json.loads((folder / "run.json").read_text())["complete"]
+        assert len(list(folder.rglob("samples/*.png"))) == 4 and json.loads(run_record(folder).read_text())["complete"]
 
 
 def test_t2i_launchers_use_the_published_settings(tmp_path):

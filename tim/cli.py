@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import inspect
+import io
 import logging
 import os
 import pkgutil
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -58,9 +60,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return text if action.required or empty or switch or "default:" in text else f"{text} (default: %(default)s)"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as `run_command` does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of a command, whose help keeps the description's lines and shows defaults."""
-    return argparse.ArgumentParser(description=inspect.cleandoc(description or ""), formatter_class=HelpFormatter)
+    return Parser(description=inspect.cleandoc(description or ""), formatter_class=HelpFormatter)
 
 
 def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = "YAML file") -> None:
@@ -84,6 +94,9 @@ def run_command(main: Callable[[], None]) -> None:
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     _end_with_launcher()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # captions and names of files are printed whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     failed = True
     try:
         with log_to_stderr():

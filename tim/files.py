@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tim.listing import check_plain
+
 _UMASK = os.umask(0)  # the only portable way to read it is to set it
 os.umask(_UMASK)
 
@@ -33,7 +35,8 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: when it cannot be written, of whatever class the writer's error was; see `naming`.
     """
     with naming(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=".part", dir=path.parent)
+        beginning = os.fsencode(path.name)[:200].decode(errors="ignore")  # bytes are what the length of a name is counted in
+        descriptor, name = tempfile.mkstemp(prefix=f".{beginning}.", suffix=".part", dir=path.parent)
         os.close(descriptor)
         partial = Path(name)
         try:
@@ -99,10 +102,36 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], find_corruption: Calla
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all, in a folder that is made when it is missing."""
+    """Write UTF-8 text, whole or not at all, in a folder that is made when it is missing.
+
+    What UTF-8 cannot hold, such as the name of a file in another encoding, is escaped as JSON does it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_text(path: str | Path) -> str:
+    """UTF-8 text whatever the locale, without the byte order mark that some editors write.
+
+    Raises:
+        OSError: when it is missing, or no plain file.
+        ValueError: when it is of another encoding; names file and line.
+    """
+    check_plain(path)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON holds; ValueError for any that cannot be read, nested too deeply for one."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -125,7 +154,8 @@ def append_json_lines(path: Path, records: list[Any]) -> None:
             f.seek(-1, os.SEEK_END)
             if f.read(1) != b"\n":
                 f.write(b"\n")
-        f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode("utf-8"))
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        f.write(lines.encode("utf-8", errors="backslashreplace"))  # names of files may be in any encoding
 
 
 def read_json_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
@@ -142,6 +172,30 @@ def read_json_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
             if isinstance(record, dict) and all(key in record for key in keys):
                 records.append(record)
     return records
+
+
+def run_record(folder: Path) -> Path:
+    """Where the record of the sampling run that filled `folder` is: beside it, since scorers may take every file inside."""
+    return folder.parent / f"{folder.name}.run.json"
+
+
+PUBLISHED_PROMPTS = {  # where the published commands look, and where tools/downloads.yaml puts it
+    "projects/evaluate/geneval/prompts/evaluation_metadata.jsonl": "datasets/geneval/evaluation_metadata.jsonl",
+    "projects/evaluate/dpg_bench/prompts": "datasets/dpg_bench/prompts",
+    "projects/evaluate/dpg_bench/dpg_bench.csv": "datasets/dpg_bench/dpg_bench.csv",
+    "projects/evaluate/mjhq30k/meta_data.json": "datasets/mjhq30k/meta_data.json",
+}
+
+
+def published(path: str) -> Path:
+    """A path of the published commands: itself if it is there, else where our download tool puts that file, else itself."""
+    wanted = Path(path)
+    if not wanted.exists():
+        for theirs, ours in PUBLISHED_PROMPTS.items():
+            root = Path(path.rstrip("/").removesuffix(theirs))
+            if path.rstrip("/").endswith(theirs) and (root / ours).exists():
+                return root / ours
+    return wanted
 
 
 def sha256(path: str | Path) -> str:
@@ -161,6 +215,7 @@ def claim(
     key: str | None = None,
     files: str | None = None,
     write: bool = True,
+    folder: Path | None = None,
 ) -> None:
     """Make a folder belong to these settings, or make sure that it does.
 
@@ -172,12 +227,13 @@ def claim(
         key: of the record under which the settings stand; None when they are the record.
         files: pattern of files that must not be there without a record.
         write: leave the record there when there is none. False only compares.
+        folder: what belongs to the settings; the one that the record is in when None.
 
     Raises:
         ValueError: when the folder belongs to other settings; names the first that differs, both values and the remedy.
     """
     identity = json.loads(json.dumps(identity))
-    folder = record.parent
+    folder = folder or record.parent
     if record.is_file():
         try:
             before = json.loads(record.read_text(encoding="utf-8"))

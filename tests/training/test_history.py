@@ -134,7 +134,7 @@ def test_every_changed_key_is_said_and_the_configurations_are_kept(train, projec
         ("model.transport={target: tim.schedulers.transports.TrigFlow, params: {}}", "transport.target"),
         ("training.optimizer.target=torch.optim.Adam", "optimizer 'torch.optim.AdamW', now 'torch.optim.Adam'"),
         ("fewer", "dataset.samples 12, now 11"),
-        ("renamed", "dataset.class_names_sha256"),
+        ("renamed", "dataset.classes_sha256"),
     ],
 )
 def test_another_dataset_transport_or_network_needs_a_word(train, project, latents, tmp_path, caplog, override, words):

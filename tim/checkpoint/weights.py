@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from tim.files import replacing, sha256
 from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
 
+OTHER_FORMAT = {".bin": ".safetensors", ".safetensors": ".bin"}
 PARTS = {"ema": "ema", "raw": "model"}  # kinds of weights, and what a checkpoint calls them
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Weights:
         """
         if self.source.is_file():
             return sha256(self.source)
-        manifest = json.loads((self.source / MANIFEST).read_text())
+        manifest = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
         lines = [self.kind, *(f"{entry['sha256']}  {name}" for name, entry in sorted(manifest.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -66,7 +70,7 @@ class Weights:
         """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
         if self.checkpoint is None:
             return {"weights": self.kind, "source": self.source.name}
-        step = json.loads((self.checkpoint / "state.json").read_text())["step"]
+        step = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
         known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(step)}
         config = self.checkpoint.parent.parent / "config.yaml"
         return {**known, "config_sha256": sha256(config)} if config.is_file() else known
@@ -83,7 +87,7 @@ def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckp
         FileNotFoundError: when there are none.
         ValueError: when the checkpoint is damaged, or has none of this kind.
     """
-    path, folder = Path(source), None
+    path, folder = _there(Path(source), name), None
     if path.is_file():
         return Weights(path, kind or "file")
     if (path / "checkpoints").is_dir():
@@ -98,6 +102,15 @@ def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckp
         raise ValueError(f"checkpoint {folder} has no EMA weights; ask for the raw ones (--weights raw)")
     kind = kind or ("ema" if has_weights(folder, "ema") else "raw")
     return Weights(folder if is_sharded(folder) else folder / f"{PARTS[kind]}.safetensors", kind, folder)
+
+
+def _there(path: Path, name: str) -> Path:
+    """A path, or the same weights in the other format when only those are there."""
+    sibling = path.with_suffix(OTHER_FORMAT[path.suffix]) if path.suffix in OTHER_FORMAT else path
+    if path.exists() or not sibling.is_file():
+        return path
+    logger.info("%s %s is not there, %s beside it is taken", name, path, sibling.name)
+    return sibling
 
 
 def empty_network(config: Config) -> nn.Module:

@@ -19,7 +19,7 @@ def digits() -> None:
     from tim.demo.report import real_digits, report, table
 
     if args.show:
-        print(table(json.loads(args.show.read_text())))
+        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
         return
     if args.out is None:
         raise ValueError("--samples needs --out")

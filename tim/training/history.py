@@ -1,6 +1,5 @@
 """What was trained with which settings: what may not change unnoticed between two starts of a run, and what did."""
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tim.config import Config, Target, to_yaml
+from tim.data.latents import classes_identity
 from tim.files import write_text
 from tim.training.setup import Run
 from tim.typed_yaml import constructor_keywords, read_tree
@@ -24,13 +24,14 @@ def what_must_stay(run: Run) -> dict[str, Any]:
         JSON values by dotted name.
     """
     m, dataset = run.config.model, run.task.dataset
-    files = getattr(getattr(dataset, "samples", dataset), "files", None)  # cached features wrap their samples
-    names = getattr(files, "classes", None)
+    samples = getattr(dataset, "samples", dataset)  # cached features wrap them
+    files = getattr(samples, "files", samples)
+    names = getattr(files, "class_names", None) or getattr(files, "folder_names", None)
     data = {
         "samples": len(dataset),
         "batches": len(dataset.batches) if hasattr(dataset, "batches") else None,
-        "classes": getattr(dataset, "num_labels", None),
-        "class_names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest() if names is not None else None,
+        "labels": getattr(dataset, "num_labels", None),
+        **(classes_identity(names) if names else {}),
     }
     parts = {"network": _keywords(m.network), "transport": _keywords(m.transport), "dataset": data}
     found = {name: value for name, value in _flat(parts).items() if value is not None}
