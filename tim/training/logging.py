@@ -1,5 +1,6 @@
 """What a run records of itself: files of records, progress bar, trackers, loss curves."""
 
+import math
 import time
 from pathlib import Path
 from statistics import median
@@ -65,17 +66,19 @@ def drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def plot_curves(log: Path, image: Path) -> None:
-    """Draw denoising loss and gradient norm over the steps, each value in grey and a running median in blue."""
+    """Draw denoising loss and gradient norm over the steps, each finite value in grey and a running median in blue."""
     from matplotlib.figure import Figure  # takes a while to import, and only rank 0 draws
     from matplotlib.ticker import LogFormatter
 
     records = read_json_lines(log, "step", "denoising_loss", "grad_norm")
     if len(records) < 2:
         return
-    steps = [r["step"] for r in records]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axis, key in zip(figure.subplots(1, 2), ("denoising_loss", "grad_norm"), strict=True):
-        values = [r[key] for r in records]
+        finite = [(r["step"], r[key]) for r in records if math.isfinite(r[key])]
+        if not finite:
+            continue
+        steps, values = zip(*finite, strict=True)
         window = max(1, len(values) // 50)
         smooth = [median(values[max(0, i - window) : i + 1]) for i in range(len(values))]
         axis.plot(steps, values, color="0.8", linewidth=0.6)
