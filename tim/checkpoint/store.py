@@ -168,9 +168,17 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoints, oldest first: folders called `step-` and a number, in the order of the numbers."""
+    """Finished checkpoints, oldest first: folders called `step-` and a number, that of their step, in its order."""
     found = [p for p in root.glob("step-*") if re.fullmatch("step-[0-9]+", p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted(found, key=step_of)
+    return sorted((p for p in found if not _is_renamed(p)), key=step_of)
+
+
+def _is_renamed(checkpoint: Path) -> bool:
+    """Whether a checkpoint is known to be of another step than its name says."""
+    try:
+        return read_state(checkpoint)["step"] != step_of(checkpoint)
+    except (OSError, ValueError):  # damaged
+        return False
 
 
 def step_of(checkpoint: Path) -> int:

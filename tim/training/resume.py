@@ -39,7 +39,7 @@ class CheckpointManager:
             raise FileNotFoundError(f"training.resume_from_checkpoint={wanted!r} is no checkpoint folder")
         self.run, self.root, self.allow_changes = run, run.project_dir / "checkpoints", allow_changes
         # As configured: `fit_global_batch` may change the run's config, and a third start must compare with what was asked for.
-        self.config = run.config
+        self.config, self.settings = run.config, what_must_stay(run)
         self.batch = {"size": run.config.data.dataloader.batch_size, "accumulation": t.gradient_accumulation_steps}
         self.group = cpu_group()  # of whoever writes, possibly a thread; the steps have their own
         self.preemption = Preemption(cpu_group(), parse_walltime(t.walltime))
@@ -83,7 +83,7 @@ class CheckpointManager:
                 f"{self.root} holds newer checkpoints than {path} ({', '.join(newer)}), from which a later start would go on; "
                 "continue with training.resume_from_checkpoint=latest, move them away, or choose another --project_dir"
             )
-        check_unchanged(state.get("settings", {}), what_must_stay(run), path, self.allow_changes)  # version 0.1 has none
+        check_unchanged(state.get("settings", {}), self.settings, path, self.allow_changes)  # version 0.1 has none
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         fit_global_batch(run, state["batch"])
@@ -107,7 +107,7 @@ class CheckpointManager:
             "batch": {**self.batch, "processes": run.accelerator.num_processes, "global": run.global_batch_size},
             "guard": self.guard.state_dict(),
             "modules": list(run.modules),
-            "settings": what_must_stay(run),
+            "settings": self.settings,
         }
         self.saver.submit(partial(self._write, step, snapshot, state, began))
 
