@@ -89,10 +89,11 @@ def test_a_signal_to_one_rank_stops_both_and_any_number_of_processes_goes_on(tmp
 
     The processes that read data, which leave signals to the trainers, end with them.
     """
-    log, pair = tmp_path / "log", [*DOUBLE, "data.dataloader.batch_size=8", "data.dataloader.num_workers=1"]
+    log, pair = tmp_path / "log", [*DOUBLE, "data.dataloader.batch_size=8"]
     assert run(train, DIGITS, tmp_path / "whole", [*DOUBLE, "data.dataloader.batch_size=16"], log=log) == [0]
     at = (3, 1, [signal.SIGTERM])
-    assert run(train, DIGITS, tmp_path / "two", pair, "ClassTask", at, ranks=2, log=log) == [EXIT_AGAIN, EXIT_AGAIN]
+    readers = [*pair, "data.dataloader.num_workers=1"]
+    assert run(train, DIGITS, tmp_path / "two", readers, "ClassTask", at, ranks=2, log=log) == [EXIT_AGAIN, EXIT_AGAIN]
     (stopped,) = list_checkpoints(tmp_path / "two" / "checkpoints")
     step = log_of(tmp_path / "two")[-1]["step"]
     assert stopped.name == f"step-{step:07d}" and 3 <= step <= 4 and find_corruption(stopped) is None
