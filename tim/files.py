@@ -96,6 +96,11 @@ def read_json_lines(path: Path) -> list[Any]:
     return records
 
 
+def run_record(folder: Path) -> Path:
+    """Where the record of the sampling run that filled `folder` is: beside it, since scorers may take every file inside."""
+    return folder.parent / f"{folder.name}.run.json"
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
