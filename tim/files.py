@@ -101,6 +101,25 @@ def run_record(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.run.json"
 
 
+PUBLISHED_PROMPTS = {  # where the published commands look, and where tools/downloads.yaml puts it
+    "projects/evaluate/geneval/prompts/evaluation_metadata.jsonl": "datasets/geneval/evaluation_metadata.jsonl",
+    "projects/evaluate/dpg_bench/prompts": "datasets/dpg_bench/prompts",
+    "projects/evaluate/dpg_bench/dpg_bench.csv": "datasets/dpg_bench/dpg_bench.csv",
+    "projects/evaluate/mjhq30k/meta_data.json": "datasets/mjhq30k/meta_data.json",
+}
+
+
+def published(path: str) -> Path:
+    """A path of the published commands: itself if it is there, else where our download tool puts that file, else itself."""
+    wanted = Path(path)
+    if not wanted.exists():
+        for theirs, ours in PUBLISHED_PROMPTS.items():
+            root = Path(path.rstrip("/").removesuffix(theirs))
+            if path.rstrip("/").endswith(theirs) and (root / ours).exists():
+                return root / ours
+    return wanted
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from tim.evaluation.extract import Extraction
 from tim.evaluation.inception import load_inception
 from tim.evaluation.metrics import frechet_distance, statistics
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")
+pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank", "ignore:inception score")
 EVALUATOR = "projects/evaluate/adm_evaluator.py"
 
 

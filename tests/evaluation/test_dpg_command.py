@@ -15,7 +15,7 @@ from PIL import Image
 from tim.evaluation.commands import start
 from tim.evaluation.dpg import run
 from tim.evaluation.dpg.judges import load_judge
-from tim.evaluation.dpg.run import Settings, cut_grid, evaluate_folder
+from tim.evaluation.dpg.run import Grid, Settings, cut_grid, evaluate_folder
 
 COMPUTE = "projects/evaluate/dpg_bench/compute_dpg_bench.py"
 GOLDEN = GOLDENS / "dpg"
@@ -66,7 +66,7 @@ def test_a_model_of_transformers_judges_under_its_own_name(finished):
     assert record["n"] == 5 and record["prompts_without_image"] == [] and record["images_per_second_and_process"] > 0
     assert text.endswith(f"DPG-Bench score: {record['score']}\n")
     judge = load_judge(str(root / "vilt"), torch.device("cpu"))
-    crops = cut_grid(Image.open(root / "images/p3.png"), 2)
+    crops = cut_grid(Image.open(root / "images/p3.png"), Grid(2, 2))
     expected = [answer for crop in crops for answer in judge(crop, QUESTIONS)]
     rows = [row for row in json.loads((root / "a/r.detail.json").read_text()) if row["image"] == "p3.png"]
     assert [row["answer"] for row in rows] == expected and [row["crop"] for row in rows] == sorted([0, 1, 2, 3] * 4)
@@ -169,8 +169,10 @@ def test_images_and_prompts_without_counterpart_are_named(tmp_path, judge, evalu
     (tmp_path / "b/images/p3.png").rename(tmp_path / "b/images/grid.png")
     (tmp_path / "b/images/p4.png").unlink()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b/images/p4.jpg")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"1 \(p3\) of 5 prompts without .* --allow-partial"):
         evaluate()
+    with pytest.warns(UserWarning) as caught:
+        evaluate(allow_partial=True)
     messages = [str(warning.message) for warning in caught]
     assert any("1 (grid.png) of 5 images without questions do not count" in message for message in messages)
     assert any("1 (p3) of 5 prompts without an image; the score is over the others" in message for message in messages)
@@ -188,7 +190,7 @@ def drop_an_answer(root):
 
 
 BAD = {
-    "pic num": (lambda root: None, ["--pic-num", 3], "--pic-num must be a square (1, 4, 9, ...)"),
+    "pic num": (lambda root: None, ["--pic-num", 5], "--pic-num must be 1 to 4, the first images of a 2x2 grid, or a square"),
     "batch": (lambda root: None, ["--batch-size", 0], "--batch-size must be >= 1, got 0"),
     "resolution": (lambda root: None, ["--resolution", 512], "not 2x2 equal images of 512x512"),
     "no folder": (lambda root: shutil.rmtree(root / "images"), [], "no folder"),

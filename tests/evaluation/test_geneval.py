@@ -174,7 +174,7 @@ def test_colors_are_counted_among_the_best_objects():
     metadata = {"include": [{"class": "cow", "count": 2, "color": "red"}]}
     found = {"cow": [[*A, 0.9], [*B, 0.8], [0, 50, 20, 60, 0.7]]}
     assert reasons(metadata, found, colors=["red", "red"]) == []
-    assert reasons(metadata, found, colors=["blue", "red"]) == ["expected red cow>=2, found 1 red; and 1 blue"]
+    assert reasons(metadata, found, colors=["blue", "red"]) == ["expected red cow>=2, found 1 red; and 1 red, 1 blue"]
     assert reasons(metadata, found, colors=["white", "pink"]) == ["expected red cow>=2, found 0 red; and 1 pink, 1 white"]
 
 

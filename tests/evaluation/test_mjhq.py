@@ -139,8 +139,10 @@ def test_missing_pairs_are_named(benchmark, tmp_path):
     clip(benchmark, benchmark / "meta.json", tmp_path / "t.safetensors", "--save-stats")
     shutil.copytree(benchmark / "drawn", tmp_path / "drawn")
     (tmp_path / "drawn" / "art" / "art02.png").unlink()
+    short = clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn", check=False)
+    assert short.returncode == 2 and "1 (art/art02) of 8 prompts have no image" in short.stderr
     with pytest.warns(UserWarning, match=r"1 \(art/art02\) of 8 prompts have no image"):
-        clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn")
+        clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn", "--allow-partial")
     assert json.loads((tmp_path / "drawn.clip.json").read_text())["missing_images"] == 1
     (tmp_path / "drawn" / "art" / "art03.png").rename(tmp_path / "drawn" / "art" / "stranger.png")
     unknown = clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn", check=False)

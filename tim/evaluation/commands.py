@@ -27,7 +27,7 @@ def adm() -> None:
 
     from tim.evaluation.adm import adm_extractor, evaluate, table
 
-    result = evaluate(args.reference, args.samples, _inception_extraction(args, adm_extractor))
+    result = evaluate(args.reference, args.samples, _inception_extraction(args, adm_extractor), args.allow_partial)
     _publish(args.out or _beside(args.samples, "adm.json"), "adm", result, table)
 
 
@@ -48,9 +48,9 @@ def folder() -> None:
     from tim.evaluation.features import feature_extractor
     from tim.evaluation.folders import compare_folders, table
 
-    state = start()
+    state = start(args.device)
     how = _extraction(args, state, feature_extractor(args.features, state.device, args.inception))
-    result = compare_folders(args.real, args.samples, args.include, how)
+    result = compare_folders(args.real, args.samples, args.include, how, args.allow_partial)
     out = args.out or _beside(args.samples[0], f"folder-{args.features}.json")
     _publish(out, "folder", result, table)
 
@@ -64,10 +64,15 @@ def mjhq_fid() -> None:
     parser.add_argument("--protocol", choices=PROTOCOLS, default="tim", help="how images are resized")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of REF and stop")
     _add_inception_arguments(parser)
+    _add_ignored(parser, data="REF and DIR say it", dims="pool3 has 2048 features")
+    _add_ignored(parser, is_switch=True, use_dinov2="the features are Inception's")
     args = _parse(parser)
+    if args.save_stats:
+        _check_target(args.samples, "DIR with --save-stats", ".npz")
 
     from tim.evaluation import mjhq
     from tim.evaluation.inception import pool3_extractor
+    from tim.evaluation.samples import BY_CATEGORY, sampled_images
 
     how = _inception_extraction(args, lambda network: pool3_extractor(network, *mjhq.RESIZES[args.protocol]))
     reference = mjhq.read_set(args.reference, args.protocol, how, "reference")
@@ -76,7 +81,9 @@ def mjhq_fid() -> None:
             mjhq.save_statistics(args.samples, reference, args.protocol, how.extractor.identity["weights_sha256"])
             print(f"wrote {args.samples}")
         return
-    samples = mjhq.read_set(args.samples, args.protocol, how, "samples")
+    samples = mjhq.read_set(
+        args.samples, args.protocol, how, "samples", lambda path: sampled_images(path, args.allow_partial, (BY_CATEGORY,))
+    )
     result = mjhq.fid_result(reference, samples, how.extractor) if how.state.is_main_process else None
     out = args.out or _beside(args.samples, f"fid-{args.protocol}.json")
     _publish(out, f"mjhq-fid-{args.protocol}", result, lambda found: mjhq.table(found, "FID"))
@@ -94,19 +101,25 @@ def mjhq_clip() -> None:
     model = "transformers folder or hub id, or open_clip:ARCHITECTURE:TAG"
     parser.add_argument("--clip-model", default=CLIP, help=model)
     _add_extract_arguments(parser)
+    _add_ignored(parser, clip_type="--clip-model names the model", data_type="the features say which prompts there are")
     args = _parse(parser)
+    if args.save_stats:
+        _check_target(args.target, "F.safetensors", ".safetensors")
 
     from tim.evaluation import mjhq
     from tim.evaluation.clip import load_clip
+    from tim.files import published
 
-    state = start()
+    state = start(args.device)
     clip = load_clip(args.clip_model, state.device)
     if args.save_stats:
         if state.is_main_process:
-            print(f"{mjhq.write_text_features(args.source, args.target, clip)} text features in {args.target}")
+            count = mjhq.write_text_features(published(str(args.source)), args.target, clip)
+            print(f"{count} text features in {args.target}")
         return
     text = mjhq.read_text_features(args.source, clip)
-    result = mjhq.clip_score(text, args.target, clip, _extraction(args, state, mjhq.clip_extractor(clip)))
+    how = _extraction(args, state, mjhq.clip_extractor(clip))
+    result = mjhq.clip_score(text, args.target, clip, how, args.allow_partial)
     out = args.out or _beside(args.target, "clip.json")
     _publish(out, "mjhq-clip", result, lambda found: mjhq.table(found, "CLIP"))
 
@@ -120,19 +133,19 @@ def geneval() -> None:
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the images")
     parser.add_argument("--outfile", type=Path, help="result file, .jsonl (default: beside DIR)")
     parser.add_argument("--model-path", required=True, help="the detector: a folder, an mmdet checkpoint or a hub id")
-    parser.add_argument("--model-config", help="no effect: the checkpoint says which detector it is")
     keys = "threshold, counting_threshold, max_objects, max_overlap, position_threshold, crop, bgcolor, clip_model"
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help=keys)
+    _add_ignored(parser, model_config="the checkpoint says which detector it is")
+    _add_allow_partial(parser)
     args = _parse(parser)
 
     from tim.evaluation.geneval.rules import parse_options
     from tim.evaluation.geneval.run import evaluate_folder
     from tim.evaluation.geneval.summary import summary_text
 
-    if args.model_config is not None:
-        warnings.warn(f"--model-config {args.model_config} has no effect and is ignored", stacklevel=1)
     outfile = args.outfile or _beside(args.folder, "geneval.jsonl")
-    scores = evaluate_folder(args.folder, outfile, args.model_path, parse_options(args.options), start())
+    options = parse_options(args.options)
+    scores = evaluate_folder(args.folder, outfile, args.model_path, options, start(), args.allow_partial)
     if scores is not None:
         print(summary_text(scores))
         print(f"wrote {outfile} and {outfile.with_suffix('.json')}")
@@ -160,17 +173,20 @@ def dpg() -> None:
     judges = "mplug (the official judge, see requirements_mplug.txt), mplug:FOLDER, or a transformers folder or hub id"
     add("--image-root-path", required=True, type=Path, metavar="DIR", dest="folder", help="folder of the images")
     add("--res-path", required=True, type=Path, metavar="F.txt", help=results)
-    add("--pic-num", type=int, default=4, help="images in a file: 4 are a 2x2 grid")
+    add("--pic-num", type=int, help="how many images of a file, row by row (default: all, 4 where no sampling run tells)")
     add("--resolution", type=int, help="pixels along a side of one image (default: from the file)")
     add("--csv", type=Path, default=Path("datasets/dpg_bench/dpg_bench.csv"), help="the questions")
     add("--vqa-model", default="mplug", help=judges)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of a transformers model")
     add("--batch-size", type=int, default=16, help="questions that a transformers model answers at once")
     add("--answers", type=Path, metavar="F.detail.json", help="score these ready answers, ask no model")
+    _add_allow_partial(parser)
     args = _parse(parser)
 
     from tim.evaluation.dpg.run import DETAILS, Settings, evaluate_folder
+    from tim.files import published
 
+    args.csv = published(str(args.csv))
     settings = Settings(**vars(args))
     text = evaluate_folder(settings, start())
     if text is not None:
@@ -178,18 +194,36 @@ def dpg() -> None:
         print(f"wrote {settings.res_path}, {settings.beside('.json')} and {settings.beside(DETAILS)}")
 
 
-def start() -> "PartialState":
-    """The processes that share the images; TF32 products are off, as published numbers want."""
+def start(device: str | None = None) -> "PartialState":
+    """The processes that share the images; TF32 products are off, as published numbers want. The main one alone warns.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`; None takes a CUDA device where there is one.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    import torch
     from accelerate import PartialState
 
     from tim.distributed import set_tf32, use_cpu
 
+    kind, _, number = (device or "").partition(":")
+    if device and (kind not in ("cpu", "cuda") or (number and not number.isdecimal())):
+        raise ValueError(f"--device {device} is neither cpu, cuda nor cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} is not there; there are {torch.cuda.device_count()} CUDA devices")
     set_tf32(False)
-    return PartialState(cpu=use_cpu())
+    if number and kind == "cuda":
+        torch.cuda.set_device(int(number))
+    state = PartialState(cpu=kind == "cpu" or use_cpu())
+    if not state.is_main_process:
+        warnings.simplefilter("ignore")
+    return state
 
 
 def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments, with sizes in range.
+    """Arguments, with sizes in range, paths that can be, and a warning for each that has no effect.
 
     Raises:
         ValueError: names the flag that is not.
@@ -199,15 +233,60 @@ def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
+    for value in vars(args).values():
+        if isinstance(value, Path):
+            try:
+                value.exists()
+            except OSError as error:  # such as a name that is too long
+                raise ValueError(f"{str(value)[:200]} cannot be a path: {error.strerror}") from error
+    for name in ("out", "outfile", "res_path"):
+        if getattr(args, name, None) is not None:
+            _check_target(getattr(args, name), f"--{name.replace('_', '-')}")
+    if (cache := getattr(args, "cache", None)) and cache.exists() and not cache.is_dir():
+        raise ValueError(f"--cache {cache} is a file; name a folder")
+    for name, why in vars(args).pop("ignored", {}).items():
+        if (value := vars(args).pop(name)) is not None:
+            flag = f"--{name.replace('_', '-')} {value}".rstrip()
+            warnings.warn(f"{flag} has no effect and is ignored: {why}", stacklevel=2)
     return args
+
+
+def _check_target(path: Path, flag: str, suffix: str = "") -> None:
+    """Make sure that a result can be written, before it is computed.
+
+    Raises:
+        ValueError: for a folder, a path through a file, or another suffix.
+    """
+    if not path.name.endswith(suffix):
+        raise ValueError(f"{flag}: {path} must end in {suffix}")
+    if path.is_dir():
+        raise ValueError(f"{flag}: {path} is a folder; name a file to write")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag}: {path} cannot be written, as {there} is a file")
+
+
+def _add_ignored(parser: argparse.ArgumentParser, is_switch: bool = False, **reasons: str) -> None:
+    """Flags of the published commands that have no meaning here, with the reason."""
+    for name, why in reasons.items():
+        how: dict[str, Any] = {"action": "store_const", "const": ""} if is_switch else {}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"no effect: {why}", **how)
+    parser.set_defaults(ignored=(parser.get_default("ignored") or {}) | reasons)
+
+
+def _add_allow_partial(parser: argparse.ArgumentParser) -> None:
+    """The flag of all that measure samples."""
+    parser.add_argument("--allow-partial", action="store_true", help="go on when sampling is not complete")
 
 
 def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of feature extraction."""
     parser.add_argument("--batch-size", type=int, default=BATCH, help="images a batch")
-    parser.add_argument("--workers", type=int, help="processes that read images (default: up to 8)")
+    parser.add_argument("--workers", "--num-workers", type=int, help="processes that read images (default: up to 8)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a CUDA device where there is one)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of kept features")
     parser.add_argument("--out", type=Path, help="result file (default: beside the samples)")
+    _add_allow_partial(parser)
 
 
 def _add_inception_arguments(parser: argparse.ArgumentParser) -> None:
@@ -223,7 +302,7 @@ def _inception_extraction(args: argparse.Namespace, make: Callable[["InceptionV3
     from tim.distributed import set_tf32
     from tim.evaluation.inception import load_inception
 
-    state = start()
+    state = start(args.device)
     set_tf32(args.precision == "tf32")
     return _extraction(args, state, make(load_inception(args.inception, state.device, args.precision)))
 
@@ -235,14 +314,25 @@ def _extraction(args: argparse.Namespace, state: "PartialState", extractor: "Fea
 
 
 def _beside(samples: Path, ending: str) -> Path:
-    return samples.with_name(f"{samples.name}.{ending}")
+    named = samples if samples.name not in ("", "..") else samples.resolve()
+    return named.with_name(f"{named.name}.{ending}")
 
 
 def _publish(path: Path, protocol: str, result: dict[str, Any] | None, table: Callable[[dict[str, Any]], str]) -> None:
-    """Write a result and print its table; other processes than the main have none."""
+    """Write a result and print its table; other processes than the main have none.
+
+    Raises:
+        ValueError: after that, for the parts that could not be computed.
+    """
     from tim.evaluation.results import write_result
 
-    if result is not None:
-        write_result(path, protocol, result)
-        print(table(result))
-        print(f"wrote {path}")
+    if result is None:
+        return
+    failed = "; ".join(f"{what}: {why}" for what, why in result.pop("failed", {}).items())
+    if not result["scores"]:
+        raise ValueError(failed)
+    write_result(path, protocol, result | ({"failed": failed} if failed else {}))
+    print(table(result))
+    print(f"wrote {path}")
+    if failed:
+        raise ValueError(f"{failed} (the other scores are in {path})")

@@ -118,6 +118,10 @@ class ImageFiles(Dataset[Tensor | str]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def name(self, index: int) -> str:
+        """An image, for messages."""
+        return str(self.files[index])
+
     def __getitem__(self, index: int) -> Tensor | str:
         path = self.files[index]
         try:
@@ -127,25 +131,32 @@ class ImageFiles(Dataset[Tensor | str]):
 
 
 class ImageArray(Dataset[Tensor | str]):
-    """Images of an array (N, H, W, 3) uint8, such as a memory map."""
+    """Images of an array (N, H, W, 3) uint8, such as a memory map; `source` names it in messages."""
 
-    def __init__(self, array: np.ndarray, fingerprint: str) -> None:
-        self.array, self.fingerprint = array, fingerprint
+    def __init__(self, array: np.ndarray, fingerprint: str, source: str | Path = "array") -> None:
+        self.array, self.fingerprint, self.source = array, fingerprint, source
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def name(self, index: int) -> str:
+        """An image, for messages."""
+        return f"{self.source}: image {index}"
 
     def __getitem__(self, index: int) -> Tensor:
         return as_uint8_tensor(np.asarray(self.array[index]))
 
 
-def open_images(path: str | Path, scratch: Path, progress: bool = False) -> ImageFiles | ImageArray:
+def open_images(
+    path: str | Path, scratch: Path, progress: bool = False, find: Callable[[Path], list[Path]] = find_images
+) -> ImageFiles | ImageArray:
     """The images of a folder, all of one size, or of an `.npz` in ADM's form, as uint8 tensors.
 
     Args:
         path: folder, or .npz with arr_0 (N, H, W, 3) uint8.
         scratch: folder where a compressed arr_0 is unpacked to.
         progress: show a bar while sizes are checked.
+        find: the images of a folder.
 
     Raises:
         FileNotFoundError: when there is no such file or folder.
@@ -153,7 +164,7 @@ def open_images(path: str | Path, scratch: Path, progress: bool = False) -> Imag
     """
     path = Path(path)
     if path.is_dir():
-        files = find_images(path)
+        files = find(path)
         check_one_size(files, progress)
         return ImageFiles(files)
     if not path.is_file():
@@ -161,7 +172,7 @@ def open_images(path: str | Path, scratch: Path, progress: bool = False) -> Imag
     array = map_member(path, "arr_0", scratch)
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
         raise ValueError(f"{path}: arr_0 must be uint8 images (N, H, W, 3), got {array.dtype} {array.shape}")
-    return ImageArray(array, fingerprint([path]))
+    return ImageArray(array, fingerprint([path]), path)
 
 
 def npz_names(path: Path) -> list[str]:
@@ -220,9 +231,9 @@ def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
             version = np.lib.format.read_magic(f)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read_header(f)
-            if dtype.hasobject or fortran:
+            if dtype.hasobject:
                 raise ValueError(f"{name} is no plain array")
-            return np.memmap(path, dtype=dtype, mode="r", offset=f.tell(), shape=shape)
+            return np.memmap(path, dtype=dtype, mode="r", offset=f.tell(), shape=shape, order="F" if fortran else "C")
 
 
 @contextmanager

@@ -45,7 +45,10 @@ Answers = Mapping[tuple[str, int, int], str]  # by image file's name, crop, prop
 
 
 def read_questions(path: Path) -> dict[str, list[Question]]:
-    """Questions by prompt id, in the file's order. The first data row does not count, as in the official scores.
+    """Questions by prompt id, in the file's order.
+
+    As in the official scores, the first data row does not count, and where the rows of a prompt are in several blocks, the
+    last block alone counts.
 
     Raises:
         FileNotFoundError: when there is no such file; the message says how to get it.
@@ -54,7 +57,7 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
     if not path.is_file():
         raise FileNotFoundError(f"no questions {path}; {DOWNLOAD}")
     found: dict[str, dict[int, Question]] = {}
-    twice = []
+    twice, again, before = [], [], None
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
@@ -63,16 +66,23 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
         next(reader, None)  # the official scorer skips the first row
         for row in reader:
             item, question = _parse(row, f"{path} line {reader.line_num}")
-            own = found.setdefault(item, {})
+            if item != before:  # a new block, which takes the place of an earlier one
+                again += [item] * (item in found)
+                found[item] = {}
+            own, before = found[item], item
             if question.proposition in own:
                 twice.append(f"{item} {question.proposition}")
             own[question.proposition] = question
     if not found:
         raise ValueError(f"{path} holds no questions after its first row; {DOWNLOAD}")
     orphans = [f"{item} {q.proposition}" for item, own in found.items() for q in own.values() if not own.keys() >= {*q.parents}]
-    for names, what in ((twice, "twice; the last one counts"), (orphans, "with a parent that is not asked; it bars nothing")):
+    for names, what in (
+        (again, "prompts are in several blocks of rows; the last one counts"),
+        (twice, "propositions twice; the last one counts"),
+        (orphans, "propositions with a parent that is not asked; it bars nothing"),
+    ):
         if names:
-            warnings.warn(f"{path}: {len(names)} propositions {what}: {shown(names)}", stacklevel=2)
+            warnings.warn(f"{path}: {len(names)} {what}: {shown(names)}", stacklevel=2)
     return {item: list(own.values()) for item, own in found.items()}
 
 
