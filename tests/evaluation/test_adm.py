@@ -164,7 +164,10 @@ def test_bad_input_is_named(folders, inception_file, tmp_path):
     np.savez(folders / "nothing.npz", x=np.zeros(3))
     assert "neither images (arr_0) nor statistics" in error("nothing.npz")
     np.savez(folders / "narrow.npz", mu=np.zeros(768), sigma=np.eye(768), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
-    assert "2048 features against 768" in error("narrow.npz")
+    with pytest.warns(UserWarning, match="no precision and recall"):
+        said = error("narrow.npz")
+    assert f"FID: {folders / 'narrow.npz'} (mu and sigma): " in said and "2048 features against 768" in said
+    assert result(folders)["scores"]["fid"] is None and result(folders)["scores"]["sfid"] > 0, "the others are kept"
     np.savez(folders / "torn.npz", mu=np.zeros(2048), sigma=np.eye(5))
     assert "no mean and covariance: (2048,) and (5, 5)" in error("torn.npz")
     np.savez(folders / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))

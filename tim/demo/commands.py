@@ -1,9 +1,9 @@
 """The command lines that measure the quickstarts' small models. Nothing heavy is imported before the arguments are read."""
 
-import json
 from pathlib import Path
 
 from tim.cli import add_config_arguments, command_parser
+from tim.evaluation.commands import add_allow_partial, check_target
 
 
 def digits() -> None:
@@ -14,16 +14,19 @@ def digits() -> None:
     source.add_argument("--show", type=Path, help="print the table of a metrics.json and stop")
     parser.add_argument("--out", type=Path, help="where metrics.json and the figures go")
     parser.add_argument("--baseline", type=Path, help="metrics.json of flow matching to compare with")
+    add_allow_partial(parser)
     args = parser.parse_args()
+    if args.samples and args.out is None:
+        raise ValueError("--samples needs --out")
+    if args.out:
+        check_target(args.out / "metrics.json", "--out")
 
-    from tim.demo.report import real_digits, report, table
+    from tim.demo.report import read_metrics, real_digits, report, table
 
     if args.show:
-        print(table(json.loads(args.show.read_text())))
+        print(table(read_metrics(args.show)))
         return
-    if args.out is None:
-        raise ValueError("--samples needs --out")
-    report("digits", args.samples, real_digits(), args.out, args.baseline)
+    report("digits", args.samples, real_digits(), args.out, args.baseline, args.allow_partial)
 
 
 def t2i() -> None:
@@ -37,7 +40,9 @@ def t2i() -> None:
     add_config_arguments(parser, "YAML file of the model; its data are the real images")
     parser.add_argument("--samples", type=Path, required=True, help="the --sample-dir of sample_t2i.py")
     parser.add_argument("--out", type=Path, required=True, help="where metrics.json and the figures go")
+    add_allow_partial(parser)
     args = parser.parse_intermixed_args()
+    check_target(args.out / "metrics.json", "--out")
 
     from tim.config import load_config
     from tim.data.registry import build_t2i_dataset
@@ -46,4 +51,4 @@ def t2i() -> None:
 
     config = load_config(args.config, args.overrides)
     real = real_images(build_t2i_dataset(config.data, pixels_per_token(config.model)))
-    report(args.judge, args.samples, real, args.out)
+    report(args.judge, args.samples, real, args.out, allow_partial=args.allow_partial)

@@ -1,7 +1,7 @@
 """The ADM suite: FID, sFID, inception score, precision and recall of Inception-2015 features (Dhariwal & Nichol 2021)."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from tim.evaluation.extract import Extraction, FeatureExtractor, Features
 from tim.evaluation.inception import TENSORFLOW_RESIZE, InceptionV3
-from tim.evaluation.inputs import ImageFiles, as_uint8_tensor, find_images, npz_arrays, npz_names, open_images
+from tim.evaluation.inputs import ImageFiles, as_uint8_tensor, npz_arrays, npz_names, open_images
 from tim.evaluation.metrics import NEIGHBOURS, Statistics, distance, inception_score, precision_recall
 from tim.evaluation.results import columns, describe_samples, keeping
 from tim.evaluation.samples import check_complete, read_run, sampled_images
@@ -60,11 +60,11 @@ def read_statistics(path: Path, pairs: Mapping[str, tuple[str, str]] = STATISTIC
     return found
 
 
-def read_side(path: Path, how: Extraction, desc: str, find: Callable[[Path], list[Path]] = find_images) -> ImageSet:
+def read_side(path: Path, how: Extraction, desc: str, files: Sequence[Path] | None = None) -> ImageSet:
     """Statistics and features of a folder of images or an `.npz` with arr_0 and/or statistics.
 
     Args:
-        find: the images of a folder.
+        files: the images of a folder that count; all when None.
 
     Raises:
         FileNotFoundError, ValueError: when there is neither, or the images cannot be read; the message names them.
@@ -77,7 +77,7 @@ def read_side(path: Path, how: Extraction, desc: str, find: Callable[[Path], lis
             if not ready:
                 raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
             return ImageSet(ready, {"path": str(path), "sha256": sha256(path), "n": None})
-    images = open_images(path, how.cache, progress, find)
+    images = open_images(path, how.cache, progress, files)
     features = how.run(images, desc)
     facts = describe_samples(path, images.files) if isinstance(images, ImageFiles) else {"path": str(path), "n": len(images)}
     if path.is_file() and progress:
@@ -99,13 +99,16 @@ def evaluate(reference: Path, samples: Path, how: Extraction, allow_partial: boo
         FileNotFoundError, ValueError: see `read_side`; also when the samples are statistics without images, or of a
             sampling run that is not finished, unless `allow_partial`.
     """
-    if samples.is_file():
+    files = None
+    if not samples.is_file():
+        files = sampled_images(samples, allow_partial)
+    else:
         if "arr_0" not in npz_names(samples):
             raise ValueError(f"{samples} holds no images (arr_0); samples must be a folder or an .npz of images")
         drawn = len(open_images(samples, how.cache))
         check_complete(samples, read_run(samples.with_name(samples.name.removesuffix(".npz"))), drawn, allow_partial)
     real = read_side(reference, how, "reference")
-    fake = read_side(samples, how, "samples", lambda folder: sampled_images(folder, allow_partial))
+    fake = read_side(samples, how, "samples", files)
     if not how.state.is_main_process or fake.features is None:
         return None
     scores: dict[str, float | None] = dict.fromkeys(ORDER)

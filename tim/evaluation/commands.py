@@ -68,12 +68,14 @@ def mjhq_fid() -> None:
     _add_ignored(parser, is_switch=True, use_dinov2="the features are Inception's")
     args = _parse(parser)
     if args.save_stats:
-        _check_target(args.samples, "DIR with --save-stats", ".npz")
+        check_target(args.samples, "DIR with --save-stats", ".npz")
 
     from tim.evaluation import mjhq
     from tim.evaluation.inception import pool3_extractor
     from tim.evaluation.samples import BY_CATEGORY, sampled_images
 
+    is_folder = not args.save_stats and args.samples.suffix != ".npz"
+    files = sampled_images(args.samples, args.allow_partial, (BY_CATEGORY,)) if is_folder else None
     how = _inception_extraction(args, lambda network: pool3_extractor(network, *mjhq.RESIZES[args.protocol]))
     reference = mjhq.read_set(args.reference, args.protocol, how, "reference")
     if args.save_stats:
@@ -81,9 +83,7 @@ def mjhq_fid() -> None:
             mjhq.save_statistics(args.samples, reference, args.protocol, how.extractor.identity["weights_sha256"])
             print(f"wrote {args.samples}")
         return
-    samples = mjhq.read_set(
-        args.samples, args.protocol, how, "samples", lambda path: sampled_images(path, args.allow_partial, (BY_CATEGORY,))
-    )
+    samples = mjhq.read_set(args.samples, args.protocol, how, "samples", files)
     result = mjhq.fid_result(reference, samples, how.extractor) if how.state.is_main_process else None
     out = args.out or _beside(args.samples, f"fid-{args.protocol}.json")
     _publish(out, f"mjhq-fid-{args.protocol}", result, lambda found: mjhq.table(found, "FID"))
@@ -104,7 +104,7 @@ def mjhq_clip() -> None:
     _add_ignored(parser, clip_type="--clip-model names the model", data_type="the features say which prompts there are")
     args = _parse(parser)
     if args.save_stats:
-        _check_target(args.target, "F.safetensors", ".safetensors")
+        check_target(args.target, "F.safetensors", ".safetensors")
 
     from tim.evaluation import mjhq
     from tim.evaluation.clip import load_clip
@@ -136,7 +136,7 @@ def geneval() -> None:
     keys = "threshold, counting_threshold, max_objects, max_overlap, position_threshold, crop, bgcolor, clip_model"
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help=keys)
     _add_ignored(parser, model_config="the checkpoint says which detector it is")
-    _add_allow_partial(parser)
+    add_allow_partial(parser)
     args = _parse(parser)
 
     from tim.evaluation.geneval.rules import parse_options
@@ -180,7 +180,7 @@ def dpg() -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of a transformers model")
     add("--batch-size", type=int, default=16, help="questions that a transformers model answers at once")
     add("--answers", type=Path, metavar="F.detail.json", help="score these ready answers, ask no model")
-    _add_allow_partial(parser)
+    add_allow_partial(parser)
     args = _parse(parser)
 
     from tim.evaluation.dpg.run import DETAILS, Settings, evaluate_folder
@@ -241,7 +241,7 @@ def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
                 raise ValueError(f"{str(value)[:200]} cannot be a path: {error.strerror}") from error
     for name in ("out", "outfile", "res_path"):
         if getattr(args, name, None) is not None:
-            _check_target(getattr(args, name), f"--{name.replace('_', '-')}")
+            check_target(getattr(args, name), f"--{name.replace('_', '-')}")
     if (cache := getattr(args, "cache", None)) and cache.exists() and not cache.is_dir():
         raise ValueError(f"--cache {cache} is a file; name a folder")
     for name, why in vars(args).pop("ignored", {}).items():
@@ -251,7 +251,7 @@ def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def _check_target(path: Path, flag: str, suffix: str = "") -> None:
+def check_target(path: Path, flag: str, suffix: str = "") -> None:
     """Make sure that a result can be written, before it is computed.
 
     Raises:
@@ -274,7 +274,7 @@ def _add_ignored(parser: argparse.ArgumentParser, is_switch: bool = False, **rea
     parser.set_defaults(ignored=(parser.get_default("ignored") or {}) | reasons)
 
 
-def _add_allow_partial(parser: argparse.ArgumentParser) -> None:
+def add_allow_partial(parser: argparse.ArgumentParser) -> None:
     """The flag of all that measure samples."""
     parser.add_argument("--allow-partial", action="store_true", help="go on when sampling is not complete")
 
@@ -286,7 +286,7 @@ def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a CUDA device where there is one)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of kept features")
     parser.add_argument("--out", type=Path, help="result file (default: beside the samples)")
-    _add_allow_partial(parser)
+    add_allow_partial(parser)
 
 
 def _add_inception_arguments(parser: argparse.ArgumentParser) -> None:

@@ -148,7 +148,7 @@ class ImageArray(Dataset[Tensor | str]):
 
 
 def open_images(
-    path: str | Path, scratch: Path, progress: bool = False, find: Callable[[Path], list[Path]] = find_images
+    path: str | Path, scratch: Path, progress: bool = False, files: Sequence[Path] | None = None
 ) -> ImageFiles | ImageArray:
     """The images of a folder, all of one size, or of an `.npz` in ADM's form, as uint8 tensors.
 
@@ -156,7 +156,7 @@ def open_images(
         path: folder, or .npz with arr_0 (N, H, W, 3) uint8.
         scratch: folder where a compressed arr_0 is unpacked to.
         progress: show a bar while sizes are checked.
-        find: the images of a folder.
+        files: the images of a folder that count; all when None.
 
     Raises:
         FileNotFoundError: when there is no such file or folder.
@@ -164,7 +164,7 @@ def open_images(
     """
     path = Path(path)
     if path.is_dir():
-        files = find(path)
+        files = find_images(path) if files is None else files
         check_one_size(files, progress)
         return ImageFiles(files)
     if not path.is_file():

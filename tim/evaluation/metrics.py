@@ -49,12 +49,14 @@ class Statistics:
         mean, cov = mean.astype(np.float64), cov.astype(np.float64)
         if np.abs(cov - cov.T).max() > SKEW * np.abs(cov).max():
             raise ValueError(f"{path}: {names[1]} is no covariance: it is not symmetric; compute it again")
-        variances = np.linalg.eigvalsh((cov + cov.T) / 2)
-        if variances[0] < -SKEW * np.abs(variances).max():
+        try:  # Cholesky's factor tells in a tenth of the time that eigenvalues take
+            np.linalg.cholesky((cov + cov.T) / 2 + SKEW * (np.abs(cov).max() or 1.0) * np.eye(len(cov)))
+        except np.linalg.LinAlgError:
+            variances = np.linalg.eigvalsh((cov + cov.T) / 2)
             raise ValueError(
                 f"{path}: {names[1]} is no covariance: it has the negative eigenvalue {variances[0]:.3g} "
                 f"(the largest is {variances[-1]:.3g}); compute it again, in float64"
-            )
+            ) from None
         return cls(mean, cov, source=f"{path} ({' and '.join(names)})")
 
 

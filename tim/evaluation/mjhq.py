@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +60,11 @@ def places_of(folder: Path, files: list[Path]) -> dict[str, np.ndarray]:
     return {OVERALL: np.arange(len(files))} | {name: np.array(places) for name, places in sorted(found.items())}
 
 
-def read_set(
-    path: Path, protocol: str, how: Extraction, desc: str, find: Callable[[Path], list[Path]] = find_images
-) -> ImageSet:
+def read_set(path: Path, protocol: str, how: Extraction, desc: str, files: list[Path] | None = None) -> ImageSet:
     """Statistics of a folder of images, or those that `save_statistics` wrote.
 
     Args:
-        find: the images of a folder.
+        files: the images of a folder that count; all when None.
 
     Raises:
         FileNotFoundError, ValueError: for a missing or empty folder, unreadable images (named), or statistics of
@@ -75,7 +72,7 @@ def read_set(
     """
     if path.suffix == ".npz":
         return load_statistics(path, protocol, how.extractor.identity["weights_sha256"])
-    files = find(path)
+    files = find_images(path) if files is None else files
     if len(files) < 2:
         raise ValueError(f"{path} holds a single image; a Fréchet distance needs two at least")
     features = how.run_files(files, desc)

@@ -42,7 +42,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     return record if is_run else None
 
 
-def read_runs(folder: Path) -> dict[Path, dict[str, Any]]:
+def find_runs(folder: Path) -> dict[Path, dict[str, Any]]:
     """Records of sampling runs by the folder they filled: of this folder, else of those below it."""
     if own := read_run(folder):
         return {folder: own}
@@ -68,7 +68,7 @@ def sampled_images(folder: Path, allow_partial: bool = False, layouts: Sequence[
         ValueError: when it holds no image, or fewer than were to be drawn.
     """
     files = find_images(folder)
-    runs = read_runs(folder)
+    runs = find_runs(folder)
     images: list[Path] = []
     for filled, record in (runs or {folder: None}).items():
         inside = [path for path in files if filled in path.parents]
