@@ -99,10 +99,10 @@ def evaluate(reference: Path, samples: Path, how: Extraction, allow_partial: boo
         FileNotFoundError, ValueError: see `read_side`; also when the samples are statistics without images, or of a
             sampling run that is not finished, unless `allow_partial`.
     """
-    files = None
-    if not samples.is_file():
-        files = sampled_images(samples, allow_partial)
-    else:
+    if not samples.exists():
+        raise FileNotFoundError(f"{samples} is neither a folder of images nor an .npz")
+    files = sampled_images(samples, allow_partial) if samples.is_dir() else None
+    if files is None:
         if "arr_0" not in npz_names(samples):
             raise ValueError(f"{samples} holds no images (arr_0); samples must be a folder or an .npz of images")
         drawn = len(open_images(samples, how.cache))

@@ -107,7 +107,7 @@ def check_numbers(folder: Path, numbers: Collection[tuple[int, ...]], allow_part
     every = itertools.product(*(range(max(column) + 1) for column in zip(*there, strict=True)))
     gaps = ["-".join(map(str, number)) for number in every if number not in there]
     if gaps:
-        refuse_partial(f"{folder}: sampling has gaps, {what} {some(gaps)} are missing", allow_partial)
+        refuse_partial(f"{folder}: sampling has gaps, {some(gaps)} {what} are missing", allow_partial)
 
 
 def check_complete(

@@ -97,10 +97,10 @@ def evaluate_folder(settings: Settings, state: PartialState) -> str | None:
     Raises:
         FileNotFoundError, ValueError: for images, questions, answers, a judge or a result file that cannot be used.
     """
-    crops, grid = _crops(settings)
     questions = read_questions(settings.csv)
     images, missing = match_images(settings.folder, questions, settings.allow_partial)
     names = [path.name for path in images]
+    crops, grid = _crops(settings)
     if settings.answers is None:
         if crops == 1 and settings.resolution and image_size(images[0]) == (settings.resolution,) * 2:
             grid = Grid(1, 1)  # a file is a single image
