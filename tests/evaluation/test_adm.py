@@ -10,9 +10,11 @@ from helpers.commands import command
 from helpers.images import save_photographs
 from PIL import Image
 
+from tim.evaluation import adm
 from tim.evaluation.adm import STATISTICS, adm_extractor, read_side
-from tim.evaluation.extract import Extraction
+from tim.evaluation.extract import Extraction, FeatureExtractor
 from tim.evaluation.inception import load_inception
+from tim.evaluation.inputs import as_uint8_tensor
 from tim.evaluation.metrics import frechet_distance, statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank", "ignore:inception score")
@@ -140,6 +142,40 @@ def test_what_the_reference_cannot_give_is_left_out_with_a_warning(folders, ince
     assert scores["inception_score"] == pytest.approx(whole["inception_score"], rel=1e-6)
     said = " ".join(str(w.message) for w in said)
     assert "no sFID" in said and "no precision and recall" in said and "n/a" in done.stdout
+
+
+def test_what_few_images_cannot_give_is_left_out(folders, tmp_path, monkeypatch):
+    """Three images have no third neighbour, one has no covariance; whatever fails, the other scores stand."""
+
+    def network(x):
+        pool3 = x.float().flatten(1)[:, :6]
+        return {"pool3": pool3, "spatial": pool3[:, :4], "probs": pool3.softmax(1)}
+
+    identity = dict.fromkeys(("weights_sha256", "resize", "precision"), "")
+    how = Extraction(
+        FeatureExtractor("tiny", identity, as_uint8_tensor, network), PartialState(), tmp_path / "cache", workers=0
+    )
+
+    def scores(name):
+        with pytest.warns(UserWarning) as caught:
+            found = adm.evaluate(folders / "real", name, how)
+        missing = {key for key, value in found["scores"].items() if value is None}
+        return missing, " ".join(str(w.message) for w in caught), found
+
+    three = save_photographs(tmp_path / "three", 3, seed=1)
+    missing, said, found = scores(three)
+    assert missing == {"precision", "recall"} and found["failed"] == {} and "n/a" in adm.table(found)
+    assert "no precision and recall: a side has 3 images, 3 neighbours need more" in said
+    one = save_photographs(tmp_path / "one", 1, seed=1)
+    missing, said, found = scores(one)
+    assert missing == {"fid", "sfid", "precision", "recall"} and "no FID: " in said and "one holds a single image" in said
+
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(adm, "precision_recall", exhausted)
+    missing, _, found = scores(folders / "fake")
+    assert missing == {"precision", "recall"} and found["failed"] == {"precision and recall": "CUDA out of memory"}
 
 
 @pytest.mark.slow

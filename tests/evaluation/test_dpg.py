@@ -69,6 +69,13 @@ def test_odd_propositions_are_named(tmp_path):
         assert questions_of("a,1,0,a (x),Is it?\na,1,0,a (x),Was it?\n", tmp_path)["a"][0].text == "Was it?"
 
 
+def test_of_several_blocks_of_a_prompt_the_last_counts(tmp_path):
+    """The official scorer starts a prompt's questions afresh whenever the id changes."""
+    with pytest.warns(UserWarning, match=r"1 prompts are in several blocks of rows; the last one counts: a"):
+        found = questions_of("a,1,0,a (x),Is it?\na,2,1,a (x),Was it?\nb,1,0,a (x),Is it?\na,3,0,a (x),Will it?\n", tmp_path)
+    assert {item: [q.proposition for q in own] for item, own in found.items()} == {"a": [3], "b": [1]}
+
+
 def test_a_question_fails_with_its_parent():
     chain = [asked(1), asked(2, 1), asked(3, 2), asked(4)]
     assert score_crop(chain, {1: False, 2: True, 3: True, 4: True}) == 1 / 4
