@@ -1,19 +1,17 @@
 """The command lines that measure the quickstarts' small models. Nothing heavy is imported before the arguments are read."""
 
-from pathlib import Path
-
 from tim.cli import add_config_arguments, command_parser
-from tim.evaluation.commands import add_allow_partial, check_target
+from tim.evaluation.flags import add_allow_partial, check_target, usable_path
 
 
 def digits() -> None:
     """Measure digits drawn by sample_c2i_ddp.py: Fréchet distance and accuracy by number of steps, table, figures, JSON."""
     parser = command_parser(digits.__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--samples", type=Path, help="the --sample-dir of one or more sampling runs")
-    source.add_argument("--show", type=Path, help="print the table of a metrics.json and stop")
-    parser.add_argument("--out", type=Path, help="where metrics.json and the figures go")
-    parser.add_argument("--baseline", type=Path, help="metrics.json of flow matching to compare with")
+    source.add_argument("--samples", type=usable_path, help="the --sample-dir of one or more sampling runs")
+    source.add_argument("--show", type=usable_path, help="print the table of a metrics.json and stop")
+    parser.add_argument("--out", type=usable_path, help="where metrics.json and the figures go")
+    parser.add_argument("--baseline", type=usable_path, help="metrics.json of flow matching to compare with")
     add_allow_partial(parser)
     args = parser.parse_args()
     if args.samples and args.out is None:
@@ -38,8 +36,8 @@ def t2i() -> None:
     parser = command_parser(t2i.__doc__)
     parser.add_argument("judge", choices=("shapes", "retrieval"))
     add_config_arguments(parser, "YAML file of the model; its data are the real images")
-    parser.add_argument("--samples", type=Path, required=True, help="the --sample-dir of sample_t2i.py")
-    parser.add_argument("--out", type=Path, required=True, help="where metrics.json and the figures go")
+    parser.add_argument("--samples", type=usable_path, required=True, help="the --sample-dir of sample_t2i.py")
+    parser.add_argument("--out", type=usable_path, required=True, help="where metrics.json and the figures go")
     add_allow_partial(parser)
     args = parser.parse_intermixed_args()
     check_target(args.out / "metrics.json", "--out")

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tim.cli import command_parser
-from tim.evaluation import BATCH, CACHE, CLIP, FEATURES, PROTOCOLS
+from tim.evaluation import CLIP, FEATURES, PROTOCOLS
+from tim.evaluation.flags import (
+    add_allow_partial,
+    add_extract_arguments,
+    add_ignored,
+    add_inception_arguments,
+    check_target,
+    parse_arguments,
+    usable_path,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -20,10 +29,10 @@ def adm() -> None:
     """FID, sFID, inception score, precision and recall as ADM measures them."""
     parser = command_parser(adm.__doc__)
     real = "an .npz of ADM (images and/or statistics) or a folder of real images"
-    parser.add_argument("reference", metavar="REF", type=Path, help=real)
-    parser.add_argument("samples", metavar="SAMPLES", type=Path, help="a folder of generated images or an .npz of them")
-    _add_inception_arguments(parser)
-    args = _parse(parser)
+    parser.add_argument("reference", metavar="REF", type=usable_path, help=real)
+    parser.add_argument("samples", metavar="SAMPLES", type=usable_path, help="a folder of generated images or an .npz of them")
+    add_inception_arguments(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.adm import adm_extractor, evaluate, table
 
@@ -37,13 +46,13 @@ def folder() -> None:
     Fréchet distance, kernel distance (KID), precision and recall. Numbers of different features do not compare.
     """
     parser = command_parser(folder.__doc__)
-    parser.add_argument("real", metavar="REAL", type=Path, help="folder of real images")
-    parser.add_argument("samples", metavar="SAMPLES", type=Path, nargs="+", help="folders of generated images")
+    parser.add_argument("real", metavar="REAL", type=usable_path, help="folder of real images")
+    parser.add_argument("samples", metavar="SAMPLES", type=usable_path, nargs="+", help="folders of generated images")
     parser.add_argument("--features", required=True, choices=FEATURES, help="the network that looks at the images")
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="a row for each pattern of relative paths")
-    parser.add_argument("--inception", type=Path, help="weights for --features inception")
-    _add_extract_arguments(parser)
-    args = _parse(parser)
+    parser.add_argument("--inception", type=usable_path, help="weights for --features inception")
+    add_extract_arguments(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.features import feature_extractor
     from tim.evaluation.folders import compare_folders, table
@@ -59,14 +68,14 @@ def mjhq_fid() -> None:
     """FID of MJHQ-30K, overall and by category: REF DIR, or REF OUT.npz --save-stats"""
     parser = command_parser(mjhq_fid.__doc__)
     real = "real images, a subfolder a category, or statistics written with --save-stats"
-    parser.add_argument("reference", metavar="REF", type=Path, help=real)
-    parser.add_argument("samples", metavar="DIR", type=Path, help="generated images alike, or the file to write")
+    parser.add_argument("reference", metavar="REF", type=usable_path, help=real)
+    parser.add_argument("samples", metavar="DIR", type=usable_path, help="generated images alike, or the file to write")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="tim", help="how images are resized")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of REF and stop")
-    _add_inception_arguments(parser)
-    _add_ignored(parser, data="REF and DIR say it", dims="pool3 has 2048 features")
-    _add_ignored(parser, is_switch=True, use_dinov2="the features are Inception's")
-    args = _parse(parser)
+    add_inception_arguments(parser)
+    add_ignored(parser, data="REF and DIR say it", dims="pool3 has 2048 features")
+    add_ignored(parser, is_switch=True, use_dinov2="the features are Inception's")
+    args = parse_arguments(parser)
     if args.save_stats:
         check_target(args.samples, "DIR with --save-stats", ".npz")
 
@@ -95,14 +104,16 @@ def mjhq_clip() -> None:
     The first form writes the text features of all prompts, the second compares the images of DIR (category/key.*) with them.
     """
     parser = command_parser(mjhq_clip.__doc__)
-    parser.add_argument("source", type=Path, metavar="META.json|F.safetensors", help="the prompts, or their text features")
-    parser.add_argument("target", type=Path, metavar="F.safetensors|DIR", help="the file to write, or generated images")
+    parser.add_argument(
+        "source", type=usable_path, metavar="META.json|F.safetensors", help="the prompts, or their text features"
+    )
+    parser.add_argument("target", type=usable_path, metavar="F.safetensors|DIR", help="the file to write, or generated images")
     parser.add_argument("--save-stats", action="store_true", help="write text features and stop")
     model = "transformers folder or hub id, or open_clip:ARCHITECTURE:TAG"
     parser.add_argument("--clip-model", default=CLIP, help=model)
-    _add_extract_arguments(parser)
-    _add_ignored(parser, clip_type="--clip-model names the model", data_type="the features say which prompts there are")
-    args = _parse(parser)
+    add_extract_arguments(parser)
+    add_ignored(parser, clip_type="--clip-model names the model", data_type="the features say which prompts there are")
+    args = parse_arguments(parser)
     if args.save_stats:
         check_target(args.target, "F.safetensors", ".safetensors")
 
@@ -130,14 +141,14 @@ def geneval() -> None:
     DIR holds {prompt:05d}/metadata.jsonl and {prompt:05d}/samples/*.png, as sample_t2i_geneval_ddp.py writes them.
     """
     parser = command_parser(geneval.__doc__)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the images")
-    parser.add_argument("--outfile", type=Path, help="result file, .jsonl (default: beside DIR)")
+    parser.add_argument("folder", metavar="DIR", type=usable_path, help="folder of the images")
+    parser.add_argument("--outfile", type=usable_path, help="result file, .jsonl (default: beside DIR)")
     parser.add_argument("--model-path", required=True, help="the detector: a folder, an mmdet checkpoint or a hub id")
     keys = "threshold, counting_threshold, max_objects, max_overlap, position_threshold, crop, bgcolor, clip_model"
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help=keys)
-    _add_ignored(parser, model_config="the checkpoint says which detector it is")
+    add_ignored(parser, model_config="the checkpoint says which detector it is")
     add_allow_partial(parser)
-    args = _parse(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.geneval.rules import parse_options
     from tim.evaluation.geneval.run import evaluate_folder
@@ -154,8 +165,10 @@ def geneval() -> None:
 def geneval_summary() -> None:
     """Print the scores of a result file of evaluate_images.py."""
     parser = command_parser(geneval_summary.__doc__)
-    parser.add_argument("results", metavar="F.jsonl", type=Path, help="a result file, ours or the published evaluation's")
-    args = _parse(parser)
+    parser.add_argument(
+        "results", metavar="F.jsonl", type=usable_path, help="a result file, ours or the published evaluation's"
+    )
+    args = parse_arguments(parser)
 
     from tim.evaluation.geneval.summary import read_results, summarize, summary_text
 
@@ -171,17 +184,17 @@ def dpg() -> None:
     add = parser.add_argument
     results = "result file; F.json (scores, provenance) and F.detail.json (all answers) go beside it"
     judges = "mplug (the official judge, see requirements_mplug.txt), mplug:FOLDER, or a transformers folder or hub id"
-    add("--image-root-path", required=True, type=Path, metavar="DIR", dest="folder", help="folder of the images")
-    add("--res-path", required=True, type=Path, metavar="F.txt", help=results)
+    add("--image-root-path", required=True, type=usable_path, metavar="DIR", dest="folder", help="folder of the images")
+    add("--res-path", required=True, type=usable_path, metavar="F.txt", help=results)
     add("--pic-num", type=int, help="how many images of a file, row by row (default: all, 4 where no sampling run tells)")
     add("--resolution", type=int, help="pixels along a side of one image (default: from the file)")
-    add("--csv", type=Path, default=Path("datasets/dpg_bench/dpg_bench.csv"), help="the questions")
+    add("--csv", type=usable_path, default=Path("datasets/dpg_bench/dpg_bench.csv"), help="the questions")
     add("--vqa-model", default="mplug", help=judges)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of a transformers model")
     add("--batch-size", type=int, default=16, help="questions that a transformers model answers at once")
-    add("--answers", type=Path, metavar="F.detail.json", help="score these ready answers, ask no model")
+    add("--answers", type=usable_path, metavar="F.detail.json", help="score these ready answers, ask no model")
     add_allow_partial(parser)
-    args = _parse(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.dpg.run import DETAILS, Settings, evaluate_folder
     from tim.files import published
@@ -209,7 +222,7 @@ def start(device: str | None = None) -> "PartialState":
     from tim.distributed import set_tf32, use_cpu
 
     kind, _, number = (device or "").partition(":")
-    if device and (kind not in ("cpu", "cuda") or (number and not number.isdecimal())):
+    if device and (kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal()))):
         raise ValueError(f"--device {device} is neither cpu, cuda nor cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device} is not there; there are {torch.cuda.device_count()} CUDA devices")
@@ -220,81 +233,6 @@ def start(device: str | None = None) -> "PartialState":
     if not state.is_main_process:
         warnings.simplefilter("ignore")
     return state
-
-
-def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments, with sizes in range, paths that can be, and a warning for each that has no effect.
-
-    Raises:
-        ValueError: names the flag that is not.
-    """
-    args = parser.parse_args()
-    for name, least in (("batch_size", 1), ("resolution", 1), ("workers", 0)):
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
-    for value in vars(args).values():
-        if isinstance(value, Path):
-            try:
-                value.exists()
-            except OSError as error:  # such as a name that is too long
-                raise ValueError(f"{str(value)[:200]} cannot be a path: {error.strerror}") from error
-    for name in ("out", "outfile", "res_path"):
-        if getattr(args, name, None) is not None:
-            check_target(getattr(args, name), f"--{name.replace('_', '-')}")
-    if (cache := getattr(args, "cache", None)) and cache.exists() and not cache.is_dir():
-        raise ValueError(f"--cache {cache} is a file; name a folder")
-    for name, why in vars(args).pop("ignored", {}).items():
-        if (value := vars(args).pop(name)) is not None:
-            flag = f"--{name.replace('_', '-')} {value}".rstrip()
-            warnings.warn(f"{flag} has no effect and is ignored: {why}", stacklevel=2)
-    return args
-
-
-def check_target(path: Path, flag: str, suffix: str = "") -> None:
-    """Make sure that a result can be written, before it is computed.
-
-    Raises:
-        ValueError: for a folder, a path through a file, or another suffix.
-    """
-    if not path.name.endswith(suffix):
-        raise ValueError(f"{flag}: {path} must end in {suffix}")
-    if path.is_dir():
-        raise ValueError(f"{flag}: {path} is a folder; name a file to write")
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    if not there.is_dir():
-        raise ValueError(f"{flag}: {path} cannot be written, as {there} is a file")
-
-
-def _add_ignored(parser: argparse.ArgumentParser, is_switch: bool = False, **reasons: str) -> None:
-    """Flags of the published commands that have no meaning here, with the reason."""
-    for name, why in reasons.items():
-        how: dict[str, Any] = {"action": "store_const", "const": ""} if is_switch else {}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"no effect: {why}", **how)
-    parser.set_defaults(ignored=(parser.get_default("ignored") or {}) | reasons)
-
-
-def add_allow_partial(parser: argparse.ArgumentParser) -> None:
-    """The flag of all that measure samples."""
-    parser.add_argument("--allow-partial", action="store_true", help="go on when sampling is not complete")
-
-
-def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of feature extraction."""
-    parser.add_argument("--batch-size", type=int, default=BATCH, help="images a batch")
-    parser.add_argument("--workers", "--num-workers", type=int, help="processes that read images (default: up to 8)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a CUDA device where there is one)")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of kept features")
-    parser.add_argument("--out", type=Path, help="result file (default: beside the samples)")
-    add_allow_partial(parser)
-
-
-def _add_inception_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of evaluations with Inception features."""
-    _add_extract_arguments(parser)
-    parser.add_argument("--inception", type=Path, help=".pth of torch-fidelity or classify_image_graph_def.pb")
-    rough = "of products; tf32 and bfloat16 are faster and move scores a little"
-    parser.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="float32", help=rough)
 
 
 def _inception_extraction(args: argparse.Namespace, make: Callable[["InceptionV3"], "FeatureExtractor"]) -> "Extraction":
