@@ -54,6 +54,12 @@ def test_a_damaged_questions_file_is_refused(text, message, tmp_path):
         questions_of(text, tmp_path)
 
 
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "q.csv").write_bytes(HEAD.encode() + b"a,1,0,a (x),Is it \xff?\n")
+    with pytest.raises(ValueError, match=r"q\.csv is no CSV in UTF-8 after line \d: .*0xff"):
+        read_questions(tmp_path / "q.csv")
+
+
 def test_a_file_of_other_columns_or_none_says_where_the_questions_are(tmp_path):
     (tmp_path / "other.csv").write_text("item_id,question\na,b\n")
     with pytest.raises(ValueError, match=r"no column proposition_id, .*download_benchmarks.sh"):

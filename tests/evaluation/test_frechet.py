@@ -74,9 +74,9 @@ NAN, SKEW, NEGATIVE = COV + np.diag([0, 0, 0, np.nan]), COV + np.eye(4, k=1), CO
 @pytest.mark.parametrize(
     ("mean", "cov", "message"),
     [
-        (MEAN.astype(np.float16), COV, "mu is float16, too coarse for a distance; save it as float32 or float64"),
-        (MEAN, COV.astype(np.float16), "sigma is float16, too coarse"),
-        (MEAN, COV.astype(int), "sigma is int64, too coarse"),
+        (MEAN.astype(np.float16), COV, "mu is float16; a distance needs float32 or float64"),
+        (MEAN, COV.astype(np.float16), "sigma is float16; a distance needs"),
+        (MEAN, COV.astype(int), "sigma is int64; a distance needs"),
         (MEAN + np.inf, COV, r"mu is not finite \(NaN or infinity\)"),
         (MEAN, NAN, "sigma is not finite"),
         (MEAN, SKEW, "sigma is no covariance: it is not symmetric"),

@@ -86,7 +86,13 @@ def test_result_lines_escape_what_is_not_ascii_and_slashes():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no result"), ('{"tag": "a"}\n', "line 1 .*filename|line 1 .*metadata"), ("\n\n{oops\n", "line 3")],
+    [
+        ("", "holds no result"),
+        ('{"tag": "a"}\n', "line 1 .*filename|line 1 .*metadata"),
+        ("\n\n{oops\n", "line 3"),
+        ('{"tag": "a", "correct": "yes", "metadata": "{}", "details": "{}"}', "line 1 .*`correct` must be true or false"),
+        ("[" * 99999, "line 1 is no result of GenEval"),
+    ],
 )
 def test_files_that_are_no_results_are_refused(tmp_path, text, message):
     path = tmp_path / "r.jsonl"

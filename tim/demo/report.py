@@ -1,6 +1,5 @@
 """Does a small model draw what it is asked for? From folders of samples to a table, a JSON and two figures."""
 
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from tim.data.t2i import CaptionedImages
 from tim.demo.digits import DigitJudge
 from tim.demo.retrieval import RetrievalJudge
 from tim.demo.shapes import score
-from tim.evaluation.inputs import image_size
+from tim.evaluation.inputs import image_size, read_json
 from tim.evaluation.results import columns
 from tim.evaluation.samples import check_complete, find_runs
 from tim.files import replacing, write_json
@@ -88,8 +87,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; a metrics.json of this command is expected")
+    metrics = read_json(path)
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
         table(metrics)
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path} is no metrics.json of this command: {error!r}") from error
@@ -151,7 +150,7 @@ def _captioned(folder: Path) -> list[tuple[Path, str]]:
     if not path.is_file():
         return []
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = read_json(path)
         files = [file for file in sorted(folder.glob("*.png")) if re.fullmatch(r"\d{5}-\d{2}", file.stem)]
         return [(file, prompts[int(file.stem[:5])]) for file in files]
     except (ValueError, TypeError, LookupError) as error:

@@ -44,6 +44,18 @@ def find_images(folder: str | Path) -> list[Path]:
     return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
 
 
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        ValueError: names one that is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
 def shown(names: Sequence[str], most: int = SHOWN) -> str:
     """The first of some names, for a message."""
     return ", ".join([*names[:most], *["..."] * (len(names) > most)])
@@ -75,7 +87,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except OSError as error:
+    except Exception as error:  # the decoders raise whatever a damaged header makes them stumble over
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -43,7 +43,7 @@ class Statistics:
             raise ValueError(f"{path}: {' and '.join(names)} are no mean and covariance: {mean.shape} and {cov.shape}")
         for name, values in zip(names, (mean, cov), strict=True):
             if values.dtype.kind != "f" or values.dtype.itemsize < 4:
-                raise ValueError(f"{path}: {name} is {values.dtype}, too coarse for a distance; save it as float32 or float64")
+                raise ValueError(f"{path}: {name} is {values.dtype}; a distance needs float32 or float64")
             if not np.isfinite(values).all():
                 raise ValueError(f"{path}: {name} is not finite (NaN or infinity); compute it again")
         mean, cov = mean.astype(np.float64), cov.astype(np.float64)

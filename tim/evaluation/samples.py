@@ -1,14 +1,13 @@
 """What a sampling run has left: the images that are its own, and whether they are all there."""
 
 import itertools
-import json
 import re
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tim.evaluation.inputs import find_images, some
+from tim.evaluation.inputs import find_images, read_json, some
 from tim.files import run_record
 
 # Paths of images without their suffix, as the samplers number them: of classes, of own prompts, of GenEval.
@@ -34,9 +33,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 def _read_record(path: Path) -> dict[str, Any] | None:
     """A sampling run's record, None for other JSON."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {REMEDY.split(',')[0]}, or delete it") from error
+        raise ValueError(f"{error}; {REMEDY.split(',')[0]}, or delete it") from error
     settings = record.get("settings") if isinstance(record, dict) and "complete" in record else None
     is_run = isinstance(settings, dict) and all(isinstance(settings.get(key, 1), int) for key in COUNTS)
     return record if is_run else None
@@ -78,10 +77,16 @@ def sampled_images(folder: Path, allow_partial: bool = False, layouts: Sequence[
             check_numbers(filled, numbers, allow_partial)
         check_complete(filled, record, len(own), allow_partial, alone=numbers is not None)
     kept = set(images)
-    stray = [path.relative_to(folder).as_posix() for path in files if path not in kept]
+    stray = [path.relative_to(folder).as_posix() for path in files if path not in kept and not _is_overview(path, runs)]
     if stray:
         warnings.warn(f"{folder}: {some(stray)} of {len(files)} images are no samples and do not count", stacklevel=2)
     return [path for path in files if path in kept]
+
+
+def _is_overview(path: Path, runs: Collection[Path]) -> bool:
+    """Whether an image is one that the samplers put together of others: of a run, of prompts by steps, of GenEval's prompt."""
+    grid = re.fullmatch(r"grid-\d+x\d+", path.stem) or (path.stem == "grid" and path.parent.name.isdecimal())
+    return path.with_suffix("") in runs or bool(grid)
 
 
 def _in_layout(

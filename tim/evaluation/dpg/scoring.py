@@ -1,16 +1,15 @@
 """DPG-Bench without images and models: its questions, the answers to them, and the scores of these."""
 
 import csv
-import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tim.evaluation.inputs import shown
+from tim.evaluation.inputs import read_json, shown
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 DOWNLOAD = "bash tools/download_benchmarks.sh --only dpg fetches it"
@@ -57,22 +56,16 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
     if not path.is_file():
         raise FileNotFoundError(f"no questions {path}; {DOWNLOAD}")
     found: dict[str, dict[int, Question]] = {}
-    twice, again, before = [], [], None
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; DPG-Bench's dpg_bench.csv is expected, {DOWNLOAD}")
-        next(reader, None)  # the official scorer skips the first row
-        for row in reader:
-            item, question = _parse(row, f"{path} line {reader.line_num}")
-            if item != before:  # a new block, which takes the place of an earlier one
-                again += [item] * (item in found)
-                found[item] = {}
-            own, before = found[item], item
-            if question.proposition in own:
-                twice.append(f"{item} {question.proposition}")
-            own[question.proposition] = question
+    twice, again, before = [], [], ""
+    for row, where in _rows(path):
+        item, question = _parse(row, where)
+        if item != before:  # a new block, which takes the place of an earlier one
+            again += [item] * (item in found)
+            found[item] = {}
+        own, before = found[item], item
+        if question.proposition in own:
+            twice.append(f"{item} {question.proposition}")
+        own[question.proposition] = question
     if not found:
         raise ValueError(f"{path} holds no questions after its first row; {DOWNLOAD}")
     orphans = [f"{item} {q.proposition}" for item, own in found.items() for q in own.values() if not own.keys() >= {*q.parents}]
@@ -84,6 +77,23 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
         if names:
             warnings.warn(f"{path}: {len(names)} {what}: {shown(names)}", stacklevel=2)
     return {item: list(own.values()) for item, own in found.items()}
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, str | None], str]]:
+    """Rows of the questions but the first, which the official scorer skips, and where each is, for messages."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(
+                    f"{path} has no column {', '.join(missing)}; DPG-Bench's dpg_bench.csv is expected, {DOWNLOAD}"
+                )
+            next(reader, None)
+            for row in reader:
+                yield row, f"{path} line {reader.line_num}"
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no CSV in UTF-8 after line {reader.line_num}: {error}; {DOWNLOAD}") from error
 
 
 def _parse(row: dict[str, str | None], where: str) -> tuple[str, Question]:
@@ -129,10 +139,7 @@ def read_answers(path: Path) -> Answers:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file of answers {path}")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} is no list of answers")
     answers: dict[tuple[str, int, int], str] = {}

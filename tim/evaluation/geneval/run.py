@@ -1,6 +1,5 @@
 """GenEval on a folder of images: detect objects, read their colours, apply the rules with all processes, write the results."""
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from tim.evaluation.geneval.detection import Detector
 from tim.evaluation.geneval.detectors import load_detector
 from tim.evaluation.geneval.rules import COLORS, ORIGINAL, Instance, Options, check_metadata, details, judge, keep_objects
 from tim.evaluation.geneval.summary import summarize, write_results
-from tim.evaluation.inputs import some
+from tim.evaluation.inputs import read_json, some
 from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
 from tim.evaluation.samples import check_complete, check_numbers, read_run, refuse_partial
 from tim.images import open_rgb
@@ -71,7 +70,7 @@ def find_samples(folder: Path, allow_partial: bool = False) -> dict[str, dict[st
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not one line of JSON: {error}") from error
     check_metadata(metadata, str(path))

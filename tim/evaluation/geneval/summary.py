@@ -34,14 +34,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no result file {path}; evaluate_images.py writes it")
     judgements = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    # bytes that are no UTF-8 make a line that is no JSON
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             flat = json.loads(line)
             metadata, details = json.loads(flat["metadata"]), json.loads(flat["details"])
+            if not (isinstance(flat["correct"], bool) and isinstance(flat["tag"], str)):
+                raise TypeError("`correct` must be true or false, `tag` a text")
             judgements.append({**{key: flat[key] for key in FIELDS}, "metadata": metadata, "details": details})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
             raise ValueError(f"{path} line {number} is no result of GenEval: {error!r}") from error
     if not judgements:
         raise ValueError(f"{path} holds no result")
