@@ -69,13 +69,13 @@ def sampled_images(folder: Path, allow_partial: bool = False, layouts: Sequence[
     files = find_images(folder)
     runs = find_runs(folder)
     images: list[Path] = []
-    for filled, record in (runs or {folder: None}).items():
-        inside = [path for path in files if filled in path.parents]
+    for filled in runs or [folder]:
+        inside = files if filled == folder else [path for path in files if path.is_relative_to(filled)]
         own, numbers = _in_layout(filled, inside, layouts)
         images += own
         if numbers is not None:
             check_numbers(filled, numbers, allow_partial)
-        check_complete(filled, record, len(own), allow_partial, alone=numbers is not None)
+        check_complete(filled, runs.get(filled), len(own), allow_partial, alone=numbers is not None)
     kept = set(images)
     stray = [path.relative_to(folder).as_posix() for path in files if path not in kept and not _is_overview(path, runs)]
     if stray:
