@@ -1,6 +1,6 @@
 """The command lines that measure the quickstarts' small models. Nothing heavy is imported before the arguments are read."""
 
-from tim.cli import add_config_arguments, command_parser
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides
 from tim.evaluation.flags import add_allow_partial, check_target, usable_path
 
 
@@ -39,7 +39,7 @@ def t2i() -> None:
     parser.add_argument("--samples", type=usable_path, required=True, help="the --sample-dir of sample_t2i.py")
     parser.add_argument("--out", type=usable_path, required=True, help="where metrics.json and the figures go")
     add_allow_partial(parser)
-    args = parser.parse_intermixed_args()
+    args = parse_with_overrides(parser)
     check_target(args.out / "metrics.json", "--out")
 
     from tim.config import load_config

@@ -252,8 +252,10 @@ def _extraction(args: argparse.Namespace, state: "PartialState", extractor: "Fea
 
 
 def _beside(samples: Path, ending: str) -> Path:
+    from tim.listing import fit_name
+
     named = samples if samples.name not in ("", "..") else samples.resolve()
-    return named.with_name(f"{named.name}.{ending}")
+    return named.with_name(fit_name(named.name, f".{ending}"))
 
 
 def _publish(path: Path, protocol: str, result: dict[str, Any] | None, table: Callable[[dict[str, Any]], str]) -> None:

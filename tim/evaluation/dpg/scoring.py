@@ -1,6 +1,7 @@
 """DPG-Bench without images and models: its questions, the answers to them, and the scores of these."""
 
 import csv
+import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tim.evaluation.inputs import read_json, shown
+from tim.files import read_text
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 DOWNLOAD = "bash tools/download_benchmarks.sh --only dpg fetches it"
@@ -81,7 +83,7 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, str | None], str]]:
     """Rows of the questions but the first, which the official scorer skips, and where each is, for messages."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with io.StringIO(read_text(path)) as file:
         reader = csv.DictReader(file)
         try:
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
@@ -92,8 +94,8 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, str | None], str]]:
             next(reader, None)
             for row in reader:
                 yield row, f"{path} line {reader.line_num}"
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no CSV in UTF-8 after line {reader.line_num}: {error}; {DOWNLOAD}") from error
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV after line {reader.line_num}: {error}; {DOWNLOAD}") from error
 
 
 def _parse(row: dict[str, str | None], where: str) -> tuple[str, Question]:
