@@ -23,7 +23,8 @@ from tim.evaluation.geneval.summary import summarize, write_results
 from tim.evaluation.inputs import read_json, some
 from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
 from tim.evaluation.samples import check_complete, check_numbers, read_run, refuse_partial
-from tim.images import open_rgb
+from tim.images import IMAGE_SUFFIXES, open_rgb
+from tim.listing import list_files, list_folders
 
 METADATA = "metadata.jsonl"
 NUMBER = re.compile("[0-9]+")  # the name of a prompt's folder, and of an image without its suffix
@@ -42,14 +43,14 @@ def find_samples(folder: Path, allow_partial: bool = False) -> dict[str, dict[st
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = list_folders(folder)
     prompts = [p for p in folders if NUMBER.fullmatch(p.name)]
     if not prompts:
         raise ValueError(f"{folder} holds no folders 00000, 00001, ...; give the one that sample_t2i_geneval_ddp.py has filled")
     missing = [p.name for p in prompts if not (p / METADATA).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: {some(missing)} of {len(prompts)} prompts without {METADATA}; sample them again")
-    images = {p: sorted(f for f in p.glob("samples/*") if f.is_file() and not f.name.startswith(".")) for p in prompts}
+    images = {p: list_files(p / "samples", IMAGE_SUFFIXES) if (p / "samples").is_dir() else [] for p in prompts}
     files = {p: [f for f in own if f.suffix == ".png" and NUMBER.fullmatch(f.stem)] for p, own in images.items()}
     stray = [p.name for p in folders if p not in files]
     stray += [f.relative_to(folder).as_posix() for p in prompts for f in images[p] if f not in files[p]]
