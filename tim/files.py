@@ -166,6 +166,7 @@ def claim(
     key: str | None = None,
     files: str | None = None,
     write: bool = True,
+    folder: Path | None = None,
 ) -> None:
     """Make a folder belong to these settings, or make sure that it does.
 
@@ -177,12 +178,13 @@ def claim(
         key: of the record under which the settings stand; None when they are the record.
         files: pattern of files that must not be there without a record.
         write: leave the record there when there is none. False only compares.
+        folder: what belongs to the settings; the one that the record is in when None.
 
     Raises:
         ValueError: when the folder belongs to other settings; names the first that differs, both values and the remedy.
     """
     identity = json.loads(json.dumps(identity))
-    folder = record.parent
+    folder = folder or record.parent
     if record.is_file():
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
@@ -200,16 +202,19 @@ def claim(
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, file: Path | None = None) -> Iterator[None]:
     """Keep other runs out of a folder while the block lasts; the system lets go of the lock however a process ends.
 
     What a killed run has left half-written goes.
+
+    Args:
+        file: the lock; `.lock` in the folder when None.
 
     Raises:
         ValueError: when another run is at work in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
+    held = FileLock(file or folder / ".lock")
     try:
         held.acquire(timeout=0)
     except Timeout:
