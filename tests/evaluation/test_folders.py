@@ -95,12 +95,18 @@ def test_inception_features_are_those_of_the_network(tmp_path, inception_file):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_give_the_numbers_of_one(digits, one_thread):
-    words = (digits / "run", "--features", "digits", "--include", "weak/*")
-    command(EVALUATOR, digits / "real", *words, "--cache", digits / "one", "--out", digits / "one.json")
-    one = json.loads((digits / "one.json").read_text())
-    command(EVALUATOR, digits / "real", *words, "--cache", digits / "two", "--out", digits / "two.json", processes=2)
-    two = json.loads((digits / "two.json").read_text())
+def test_two_processes_give_the_numbers_of_one(digits, tmp_path, one_thread):
+    """Also where one of them comes upon a picture that cannot be read: the other folders are finished together."""
+    for k in range(200):
+        save_png(tmp_path / f"{k:03d}.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    (tmp_path / "199.png").write_bytes(b"")
+    words = (tmp_path, digits / "run/weak", "--features", "digits")
+    for name, processes in (("one", 1), ("two", 2)):
+        flags = ("--cache", digits / name, "--out", digits / f"{name}.json")
+        done = command(EVALUATOR, digits / "real", *words, *flags, processes=processes, check=False)
+        assert done.returncode and "199.png cannot be read as an image: " in done.stderr
+    one, two = (json.loads((digits / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert list(one["scores"]) == list(two["scores"]) == ["weak"]
     for name, row in one["scores"].items():
         for key in ("frechet_distance", "kernel_distance", "precision", "recall", "n"):
             assert two["scores"][name][key] == pytest.approx(row[key], rel=1e-12)
