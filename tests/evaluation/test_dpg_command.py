@@ -171,6 +171,8 @@ def test_the_first_crops_are_taken_in_row_order(pic_num, score, tmp_path, judge,
 def test_files_with_a_single_image_are_taken_whole(tmp_path, judge, evaluate):
     quarters(tmp_path)
     evaluate(pic_num=1, resolution=16)
+    with pytest.raises(ValueError, match=r"r\.parts holds records of another run \(grid: None there, \[2, 2\] now\)"):
+        evaluate(pic_num=1, resolution=8)
     shutil.rmtree(tmp_path / "r.parts")
     for result in tmp_path.glob("r.*"):
         result.unlink()

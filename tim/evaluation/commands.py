@@ -115,7 +115,7 @@ def mjhq_clip() -> None:
     add_ignored(parser, clip_type="--clip-model names the model", data_type="the features say which prompts there are")
     args = parse_arguments(parser)
     if args.save_stats:
-        check_target(args.target, "F.safetensors", ".safetensors")
+        check_target(args.target, "F.safetensors")
 
     from tim.evaluation import mjhq
     from tim.evaluation.clip import load_clip

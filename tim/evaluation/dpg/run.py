@@ -208,9 +208,8 @@ def ask_judge(
         texts = [question.text for question in asked]
         return {"answers": [judge(crop, texts) for crop in cut_grid(open_rgb(settings.folder / name), grid)[:crops]]}
 
-    identity = {"judge": judge.identity, "csv": sha256(settings.csv), "pic_num": crops}
-    if crops != grid.columns * grid.rows:
-        identity["grid"] = grid
+    cut = grid if crops != grid.columns * grid.rows else None  # all images of a grid are told by their number
+    identity = {"judge": judge.identity, "csv": sha256(settings.csv), "pic_num": crops, "grid": cut}
     asked = {name: questions[Path(name).stem] for name in names}
     found = judge_images(settings.folder, asked, ask, parts, identity, state, "dpg")
     if found is None:
