@@ -11,6 +11,7 @@ from helpers.commands import command
 from helpers.dpg_models import save_benchmark
 from helpers.geneval_models import save_samples
 from helpers.images import save_photographs
+from safetensors.torch import load_file
 
 from tim.evaluation.extract import FeatureExtractor
 from tim.evaluation.geneval.detection import Detections
@@ -192,3 +193,16 @@ def test_the_published_paths_of_prompts_find_what_was_downloaded(root, tmp_path)
     (tmp_path / "datasets/dpg_bench/dpg_bench.csv").write_bytes((root / "dpg/questions.csv").read_bytes())
     done, _ = run(words, root)
     assert done.returncode == 0 and (tmp_path / "r.txt").is_file()
+
+
+def test_the_published_path_of_mjhqs_prompts_finds_what_was_downloaded(root, tmp_path, monkeypatch):
+    clip = SimpleNamespace(identity={"name": "small"}, encode_texts=lambda texts: torch.ones(len(texts), 2))
+    monkeypatch.setattr("tim.evaluation.clip.load_clip", lambda *_: clip)
+    meta, out = tmp_path / "projects/evaluate/mjhq30k/meta_data.json", tmp_path / "text.safetensors"
+    words = [f"{EVALUATE}/mjhq30k/calculate_clip.py", str(meta), str(out), "--save-stats"]
+    done, _ = run(words, root)
+    assert done.returncode == 2 and "tools/download_benchmarks.sh --only mjhq" in done.stderr and not out.exists()
+    (tmp_path / "datasets/mjhq30k").mkdir(parents=True)
+    (tmp_path / "datasets/mjhq30k/meta_data.json").write_text('{"key": {"category": "art", "prompt": "a cat"}}')
+    done, _ = run(words, root)
+    assert "1 text features in" in done.stdout and list(load_file(out)) == ["art/key"]
