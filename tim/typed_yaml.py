@@ -1,79 +1,41 @@
 """YAML files with a schema: inherit, override, and turn into dataclasses whose annotations are checked.
 
 Every key is a field of a dataclass; anything else is an error that names the key's path and the nearest valid one.
-Annotations beyond plain types: `Literal[...]` for choices, `Annotated[int, "> 0"]` for bounds.
+Annotations beyond plain types: `Literal[...]` for choices, `Annotated[int, "> 0", "<= 9"]` for bounds. Files may come from
+anywhere: they run no code, read no environment, and what would grow without end when it is read is refused.
 """
 
 import dataclasses
 import difflib
-import importlib
-import inspect
 import itertools
+import math
 import operator
 import os
-import sys
+import re
 import types
 import typing
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
+from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 REQUIRED = dataclasses.MISSING
-BOUNDS = {">": operator.gt, ">=": operator.ge}
+BOUNDS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_LETTERS = 1 << 18, 20_000, 40, 4096  # of a file, a file, a file, a word
+LARGEST = 2**63 - 1
+REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
 T = TypeVar("T", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key's path, the value and the fix."""
-
-
-@dataclasses.dataclass
-class Target:
-    """A class by its import path and its constructor keywords."""
-
-    target: str
-    params: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def resolve(self) -> type:
-        """Import the class; modules of the current folder are found too, after the installed ones."""
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        module, _, name = self.target.rpartition(".")
-        return getattr(importlib.import_module(module), name)
-
-    def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Construct the class with params."""
-        return self.resolve()(*args, **self.params, **kwargs)
-
-    def argument(self, name: str) -> Any:
-        """A keyword as `build` would pass it, or its default; None when the constructor has no such keyword."""
-        if name in self.params:
-            return self.params[name]
-        keyword = constructor_keywords(self.resolve()).get(name)
-        return None if keyword is None or keyword.default is keyword.empty else keyword.default
-
-    def check(self, path: str, given: Collection[str] = (), keys: str = ".params") -> None:
-        """ConfigError unless the class can be imported and its constructor takes params.
-
-        Args:
-            path: of the target in its file, for messages.
-            given: keywords that come from elsewhere, and therefore not from the file.
-            keys: where params stand in the file, after path.
-        """
-        try:
-            cls = self.resolve()
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{path}.target={self.target!r} cannot be imported: {error}") from error
-        if not isinstance(cls, type):
-            raise ConfigError(f"{path}.target={self.target!r} is no class")
-        check_keywords(cls, self.params, path + keys, given)
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -90,39 +52,125 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     bad = [o for o in overrides if "=" not in o or o.startswith("=")]
     if bad:
         raise ConfigError(f"override {bad[0]!r} is not of the form a.b=c")
-    trees = _load_with_bases(Path(path))
+    tree = reduce(_merge, _load_with_bases(Path(path)))
+    for override in overrides:
+        key, _, text = override.partition("=")
+        value = _parse(text, f"override {shown(override)}")
+        tree = _merge(tree, reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value), forget=False)
+    _check_references(tree, str(path))
     try:
-        for lower, upper in itertools.combinations(trees, 2):
-            _forget_params(lower, upper)
-        merged = OmegaConf.merge(*trees, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except Exception as error:  # OmegaConf's errors share no base class
+        raise ConfigError(f"{path}: {first_line(error)}") from error
 
 
-def _load_with_bases(path: Path, heirs: Sequence[Path] = ()) -> list[DictConfig | ListConfig]:
+def _load_with_bases(path: Path, heirs: Sequence[Path] = ()) -> list[Any]:
     """The chain of a file, its last base first; `heirs` are the files that led here."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # false, too, for what is no possible path
         raise FileNotFoundError(f"no config file {path}" + (f", which is the base of {heirs[-1]}" if heirs else ""))
     chain = [*heirs, path.resolve()]
-    if chain[-1] in heirs:
+    if chain[-1] in heirs or len(chain) > MAX_DEPTH:
         raise ConfigError(f"{path}: base leads back to it: {' -> '.join(map(str, chain))}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path} has {path.stat().st_size} bytes, more than the {MAX_BYTES} of any configuration")
     try:
-        tree = OmegaConf.load(path)
-    except Exception as error:  # the errors of the YAML parser and of OmegaConf share no base class
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    base = tree.pop("base", None) if isinstance(tree, DictConfig) else None
+    tree = _parse(text, str(path))
+    base = tree.pop("base", None) if isinstance(tree, dict) else None
     return [tree] if base is None else [*_load_with_bases(path.parent / str(base), chain), tree]
 
 
-def _forget_params(lower: Any, upper: Any) -> None:
-    """Drop the params of a target in `lower` where `upper` names another, to whose class they mean nothing."""
-    if not isinstance(lower, DictConfig) or not isinstance(upper, DictConfig):
-        return
-    if "target" in upper and upper.target != lower.get("target"):
-        lower.pop("params", None)
-    for key in lower.keys() & upper.keys():
-        _forget_params(lower[key], upper[key])
+def _parse(text: str, name: str) -> Any:
+    """Plain mappings, lists and values of YAML, references not yet resolved.
+
+    Raises:
+        ConfigError: when it is none, or would become too large by aliases and merges.
+    """
+    visited = itertools.count()
+
+    def measure(node: yaml.Node, depth: int) -> None:
+        if next(visited) > MAX_NODES or depth > MAX_DEPTH:
+            raise ConfigError(f"{name} holds more than {MAX_NODES} values (aliases count), or more than {MAX_DEPTH} in another")
+        if isinstance(node, yaml.CollectionNode):
+            for entry in node.value:
+                for child in entry if isinstance(entry, tuple) else (entry,):
+                    measure(child, depth + 1)
+
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)  # where an alias costs nothing yet
+        if root is not None:
+            measure(root, 0)
+        # Of the ways to have OmegaConf parse, the one that takes any value, and mappings too.
+        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"tree={text}"]), resolve=False)
+        return tree["tree"]
+    except ConfigError:
+        raise
+    except Exception as error:  # the errors of the YAML parser and of OmegaConf share no base class
+        raise ConfigError(f"{name} is not valid YAML: {first_line(error)}") from error
+
+
+def _merge(lower: Any, upper: Any, forget: bool = True) -> Any:
+    """`upper` over `lower`, mappings key by key.
+
+    Args:
+        forget: leave out the params of a target in `lower` where `upper` names another, to whose class they mean nothing.
+    """
+    if not isinstance(lower, dict) or not isinstance(upper, dict):
+        return upper
+    if forget and "target" in upper and upper["target"] != lower.get("target"):
+        lower = {key: value for key, value in lower.items() if key != "params"}
+    return lower | {key: _merge(lower.get(key), value, forget) for key, value in upper.items()}
+
+
+def _check_references(tree: Any, name: str) -> None:
+    """ConfigError unless keys are words and `${a.b}`, the only interpolation that is known, leads to values of a sane size."""
+    visited = itertools.count()
+
+    def visit(value: Any, path: str, trail: tuple[str, ...] = ()) -> None:
+        if next(visited) > MAX_NODES:
+            raise ConfigError(f"{name} holds more than {MAX_NODES} values (references count)")
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if not isinstance(key, str) or not key.isprintable() or len(key) > 100 or "${" in key:
+                    raise ConfigError(f"{name}: {shown(key)} in {path or 'it'} is no word, which keys are")
+                visit(inner, f"{path}.{key}".lstrip("."), trail)
+        elif isinstance(value, list):
+            for i, inner in enumerate(value):
+                visit(inner, f"{path}[{i}]", trail)
+        elif isinstance(value, str):
+            if len(value) > MAX_LETTERS:
+                raise ConfigError(f"{name}: {path} has {len(value)} letters, more than {MAX_LETTERS}")
+            if "${" in REFERENCE.sub("", value):
+                raise ConfigError(f"{name}: {path}={shown(value)}: only ${{a.b}}, another key, is known")
+            for key in REFERENCE.findall(value):
+                if key in trail:
+                    raise ConfigError(f"{name}: {path}={shown(value)} leads back to itself")
+                visit(_look_up(tree, key, f"{name}: {path}={shown(value)}"), path, (*trail, key))
+
+    visit(tree, "")
+
+
+def _look_up(tree: Any, key: str, place: str) -> Any:
+    """What stands at `a.b` of a tree."""
+    for name in key.split("."):
+        try:
+            tree = tree[int(name)] if isinstance(tree, list) else tree[name]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ConfigError(f"{place}: there is no {key}") from error
+    return tree
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def build_typed(cls: type[T], tree: Any, path: str = "", ignored: Collection[str] = ()) -> T:
@@ -136,7 +184,7 @@ def build_typed(cls: type[T], tree: Any, path: str = "", ignored: Collection[str
         ConfigError: for an unknown or missing key, a wrong type or a value that its annotation does not allow.
     """
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path or 'the file'} must be a mapping, got {tree!r}")
+        raise ConfigError(f"{path or 'the file'} must be a mapping, got {shown(tree)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = get_type_hints(cls, include_extras=True)
     values = {}
@@ -147,75 +195,63 @@ def build_typed(cls: type[T], tree: Any, path: str = "", ignored: Collection[str
         elif key not in fields:
             raise ConfigError(f"unknown key {here}{nearest(str(key), fields)}")
         else:
-            values[key] = _convert(value, hints[key], here, ignored)
+            values[key] = convert(value, hints[key], here, ignored)
     for name, f in fields.items():
         if name not in values and f.default is REQUIRED and f.default_factory is REQUIRED:
             raise ConfigError(f"{f'{path}.{name}'.lstrip('.')} is missing")
     return cls(**values)
 
 
-def _convert(value: Any, hint: Any, path: str, ignored: Collection[str] = ()) -> Any:
-    """Check one value against its annotation; ints pass for floats, nothing else is converted."""
+def convert(value: Any, hint: Any, path: str, ignored: Collection[str] = ()) -> Any:
+    """Check one value against its annotation; ints pass for floats, nothing else is converted.
+
+    Raises:
+        ConfigError: for a wrong type, a value that the annotation does not allow, and numbers that are not finite.
+    """
     if get_origin(hint) is Annotated:
-        hint, bound = get_args(hint)
-        value, (sign, limit) = _convert(value, hint, path), bound.split()
-        if value is not None and not BOUNDS[sign](value, float(limit)):
-            raise ConfigError(f"{path} must be {bound}, got {value}")
+        hint, *bounds = get_args(hint)
+        value = convert(value, hint, path)
+        signs = [bound.split() for bound in bounds]
+        if value is not None and not all(BOUNDS[sign](value, float(limit)) for sign, limit in signs):
+            raise ConfigError(f"{path} must be {' and '.join(bounds)}, got {value}")
         return value
     if get_origin(hint) is Literal:
         value = "no" if value is False else value  # what YAML makes of an unquoted no
         if value not in get_args(hint):
-            raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, get_args(hint)))}")
+            raise ConfigError(f"{path}={shown(value)} is not one of {', '.join(map(str, get_args(hint)))}")
         return value
     if get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in get_args(hint):
             return None
         kinds = [h for h in get_args(hint) if h is not type(None)]
-        hint = next((h for h in kinds if isinstance(value, get_origin(h) or h)), kinds[0]) if len(kinds) > 1 else kinds[0]
-        return _convert(value, hint, path, ignored)
+        return convert(value, next((h for h in kinds if isinstance(value, plain_kind(h))), kinds[0]), path, ignored)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build_typed(hint, value, path, ignored)
-    if get_origin(hint) is list and isinstance(value, list):
-        return [_convert(v, get_args(hint)[0], f"{path}[{i}]") for i, v in enumerate(value)]
-    if get_origin(hint) is dict and value is None:
+    kind, inner = plain_kind(hint), get_args(hint)
+    if kind is dict and value is None:
         return {}
-    kind = get_origin(hint) or hint
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{path} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    if not isinstance(value, kind) or (kind in (int, float) and isinstance(value, bool)):
+        raise ConfigError(f"{path} must be {kind.__name__}, got {shown(value)} ({type(value).__name__})")
+    if isinstance(value, list):
+        return [convert(v, inner[0] if inner else Any, f"{path}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        return {k: convert(v, inner[1] if inner else Any, f"{path}.{k}") for k, v in value.items()}
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > LARGEST):
+        raise ConfigError(f"{path} must be a finite number of at most 64 bits, got {shown(value)}")
     return value
 
 
-def check_keywords(cls: type, params: Mapping[str, Any], path: str, given: Collection[str] = ()) -> None:
-    """Compare keys with the keywords of a constructor, but those `given` elsewhere, and values with their annotations."""
-    valid = {name: keyword.annotation for name, keyword in constructor_keywords(cls).items() if name not in given}
-    for key, value in params.items():
-        if key not in valid:
-            raise ConfigError(f"unknown key {path}.{key}{nearest(key, valid)}")
-        hint = valid[key]
-        simple = [h for h in (get_args(hint) or (hint,)) if h in (int, float, str, bool)]
-        if simple and not (value is None and type(None) in get_args(hint)):
-            _convert(value, simple[0], f"{path}.{key}")
-
-
-def constructor_keywords(cls: type) -> dict[str, inspect.Parameter]:
-    """Keywords of a constructor, through **kwargs its bases' too; annotations outside this package are not read (`Any`)."""
-    keywords: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        arguments = inspect.signature(vars(base)["__init__"]).parameters.values()
-        hints = get_type_hints(vars(base)["__init__"]) if base.__module__.startswith("tim.") else {}
-        named = [a for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY) and a.name != "self"]
-        keywords = {a.name: a.replace(annotation=hints.get(a.name, Any)) for a in named} | keywords
-        if not any(a.kind is a.VAR_KEYWORD for a in arguments):
-            break
-    return keywords
+def plain_kind(hint: Any) -> type:
+    """The class that values of an annotation have: int of `Annotated[int, "> 0"]`, list of `list[int]`, object of Any."""
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    kind = get_origin(kind) or kind
+    return kind if isinstance(kind, type) and kind is not Any else object
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:
     """End of an error message: the most similar valid word, or all of them when none is similar."""
     valid = sorted(valid)
-    match = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.6)
     return f"; did you mean {match[0]!r}?" if match else f"; valid: {', '.join(valid)}"
