@@ -159,6 +159,13 @@ class Config:
     data: Data
     training: Training
 
+    def own_modules(self) -> list[str]:
+        """The modules that this file needs --allow-code for."""
+        targets = [self.model.transport, self.model.objective, self.model.network, self.training.optimizer]
+        if self.data.dataset.target is not None:
+            targets.append(Target(self.data.dataset.target))
+        return sorted({target.own_module for target in targets} - {""})
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override and validate a YAML file.

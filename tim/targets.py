@@ -33,17 +33,21 @@ def allow_code(modules: str) -> None:
     Raises:
         ValueError: for a word that is no module.
     """
-    words = [word for word in re.split(r"[\s,:]+", modules) if word]
-    for word in words:
-        if not all(part.isidentifier() for part in word.split(".")):
-            raise ValueError(f"--allow-code {word}: give the name of a module, such as my_package.my_module, without .py")
-    _allowed.update(words)
+    _allowed.update(_module_names(modules))
 
 
 def allowed_code() -> set[str]:
     """Modules of one's own that configurations may name."""
-    allow_code(os.environ.get(VARIABLE, ""))
-    return set(_allowed)
+    return _allowed | _module_names(os.environ.get(VARIABLE, ""))
+
+
+def _module_names(text: str) -> set[str]:
+    """The modules of a list; ValueError for a word that is none."""
+    names = {name for name in re.split(r"[\s,:]+", text) if name}
+    wrong = [name for name in names if name.endswith(".py") or not all(part.isidentifier() for part in name.split("."))]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no module whose code could be allowed; write my_package.my_module, without .py")
+    return names
 
 
 def _within(name: str, modules: Collection[str]) -> str:

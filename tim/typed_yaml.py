@@ -162,7 +162,7 @@ def _look_up(tree: Any, key: str, place: str) -> Any:
     return tree
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 

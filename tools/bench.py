@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tim.cli import command_parser, parse_with_overrides, run_command
+from tim.cli import add_allow_code, command_parser, parse_with_overrides, run_command
 
 if TYPE_CHECKING:
     from tim.benchmarks.measure import Results
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--random-latents", type=int, metavar="N", help="overhead: train on N random files, not the config's data"
     )
+    add_allow_code(model)
     model.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
     sample = parser.add_argument_group("sample")
     sample.add_argument("--num-steps", type=int, default=4, help="transitions")

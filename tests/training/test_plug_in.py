@@ -48,7 +48,8 @@ class Plain(nn.Module):
 
 @pytest.fixture
 def strange(tmp_path, monkeypatch):
-    """The module above, importable as `strange`."""
+    """The module above, importable and allowed as `strange`."""
+    monkeypatch.setenv("TIM_ALLOW_CODE", "strange")
     (tmp_path / "strange.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
