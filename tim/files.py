@@ -120,9 +120,17 @@ def read_json_lines(path: Path) -> list[Any]:
     records = []
     # Not splitlines(): JSON may hold other separators of lines, such as U+2028, as they are.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+        with suppress(ValueError):
+            records.append(parse_json(line))
     return records
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError when it is none, or brackets lie in brackets by the thousand."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON of too many brackets within each other") from None
 
 
 def run_record(folder: Path) -> Path:
