@@ -10,15 +10,11 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 
 from tim.targets import Target, check_keywords
-from tim.typed_yaml import ConfigError, build_typed, read_tree
+from tim.typed_yaml import ConfigError, Fraction, NotNegative, PositiveFloat, PositiveInt, build_typed, read_tree
 
 IGNORED_KEYS = ("training.proportion_empty_prompts", "training.validation_steps")
 OBJECTIVE = "tim.schedulers.transition.TransitionSchedule"
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]  # diffusers'
-PositiveInt = Annotated[int, "> 0"]
-NotNegative = Annotated[int, ">= 0"]
-PositiveFloat = Annotated[float, "> 0"]
-Fraction = Annotated[float, ">= 0", "<= 1"]
 
 
 @dataclass

@@ -31,6 +31,10 @@ BOUNDS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_LETTERS = 1 << 18, 20_000, 40, 4096  # of a file, a file, a file, a word
 LARGEST = 2**63 - 1
 REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
+PositiveInt = Annotated[int, "> 0"]
+NotNegative = Annotated[int, ">= 0"]
+PositiveFloat = Annotated[float, "> 0"]
+Fraction = Annotated[float, ">= 0", "<= 1"]
 T = TypeVar("T", bound="DataclassInstance")
 
 
