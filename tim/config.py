@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 
 from tim.targets import Target, check_keywords
-from tim.typed_yaml import ConfigError, Fraction, NotNegative, PositiveFloat, PositiveInt, build_typed, read_tree
+from tim.typed_yaml import ConfigError, Fraction, NotNegative, PositiveFloat, PositiveInt, build_typed, convert, read_tree
 
 IGNORED_KEYS = ("training.proportion_empty_prompts", "training.validation_steps")
 OBJECTIVE = "tim.schedulers.transition.TransitionSchedule"
@@ -50,7 +50,7 @@ class Model:
     def objective(self) -> Target:
         """Class and keywords of the objective; its first argument is the transport."""
         params = dict(self.transition_loss)
-        return Target(params.pop("target", OBJECTIVE), params)
+        return Target(convert(params.pop("target", OBJECTIVE), str, "model.transition_loss.target"), params)
 
     def build_objective(self) -> Any:
         """The objective (see `tim.schedulers.objective.Objective`) over a new transport."""

@@ -74,11 +74,13 @@ class Target:
             ConfigError: when the path is not allowed, cannot be imported or is no class of these modules.
         """
         module, _, name = self.target.rpartition(".")
+        if not module or not all(part.isidentifier() for part in self.target.split(".")):
+            raise ConfigError(f"{shown(self.target)} is no import path such as my_module.MyClass")
         if not _within(self.target, PACKAGES):
             if not self.own_module:
                 raise ConfigError(
                     f"{self.target!r} is neither a part of tim nor a known optimiser and is not imported; if you trust it, "
-                    f"say so: --allow-code {module or self.target} (or {VARIABLE}={module or self.target})"
+                    f"say so: --allow-code {module} (or {VARIABLE}={module})"
                 )
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())

@@ -18,10 +18,9 @@ import warnings
 from collections.abc import Collection, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -55,23 +54,20 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """
     bad = [o for o in overrides if "=" not in o or o.startswith("=")]
     if bad:
-        raise ConfigError(f"override {bad[0]!r} is not of the form a.b=c")
-    tree = reduce(_merge, _load_with_bases(Path(path)))
+        raise ConfigError(f"override {shown(bad[0])} is not of the form a.b=c")
+    tree = reduce(_merge, _load_with_bases(Path(path)), None)
     for override in overrides:
         key, _, text = override.partition("=")
         value = _parse(text, f"override {shown(override)}")
         tree = _merge(tree, reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value), forget=False)
-    _check_references(tree, str(path))
-    try:
-        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
-    except Exception as error:  # OmegaConf's errors share no base class
-        raise ConfigError(f"{path}: {first_line(error)}") from error
+    return _resolve(tree, str(path))
 
 
 def _load_with_bases(path: Path, heirs: Sequence[Path] = ()) -> list[Any]:
     """The chain of a file, its last base first; `heirs` are the files that led here."""
     if not os.path.isfile(path):  # false, too, for what is no possible path
-        raise FileNotFoundError(f"no config file {path}" + (f", which is the base of {heirs[-1]}" if heirs else ""))
+        whose = f", which is the base of {heirs[-1]}" if heirs else ""
+        raise FileNotFoundError(f"no config file {shown(str(path))[1:-1]}{whose}")
     chain = [*heirs, path.resolve()]
     if chain[-1] in heirs or len(chain) > MAX_DEPTH:
         raise ConfigError(f"{path}: base leads back to it: {' -> '.join(map(str, chain))}")
@@ -86,33 +82,55 @@ def _load_with_bases(path: Path, heirs: Sequence[Path] = ()) -> list[Any]:
     return [tree] if base is None else [*_load_with_bases(path.parent / str(base), chain), tree]
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes 1e-4 for a word and 2026-01-31 for a date."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        letter: [(tag, pattern) for tag, pattern in kinds if tag.rpartition(":")[2] not in ("float", "timestamp")]
+        for letter, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
 def _parse(text: str, name: str) -> Any:
     """Plain mappings, lists and values of YAML, references not yet resolved.
 
     Raises:
-        ConfigError: when it is none, or would become too large by aliases and merges.
+        ConfigError: when it is none, has a key twice, or would become too large by aliases and merges.
     """
     visited = itertools.count()
 
-    def measure(node: yaml.Node, depth: int) -> None:
+    def measure(node: yaml.Node, depth: int = 0) -> None:
         if next(visited) > MAX_NODES or depth > MAX_DEPTH:
-            raise ConfigError(f"{name} holds more than {MAX_NODES} values (aliases count), or more than {MAX_DEPTH} in another")
-        if isinstance(node, yaml.CollectionNode):
-            for entry in node.value:
-                for child in entry if isinstance(entry, tuple) else (entry,):
-                    measure(child, depth + 1)
+            raise ConfigError(f"{name} holds more than {MAX_NODES} values (aliases count), or {MAX_DEPTH} in each other")
+        inner: Iterable[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) < len(keys):
+                raise ConfigError(f"{name} is not valid YAML: the key {max(keys, key=keys.count)!r} stands twice in a mapping")
+            inner = itertools.chain(*node.value)
+        for child in inner:
+            measure(child, depth + 1)
 
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)  # where an alias costs nothing yet
-        if root is not None:
-            measure(root, 0)
-        # Of the ways to have OmegaConf parse, the one that takes any value, and mappings too.
-        tree: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"tree={text}"]), resolve=False)
-        return tree["tree"]
+        loader = _Loader(text)
+        node = loader.get_single_node()  # where an alias costs nothing yet
+        if node is None:
+            return None
+        measure(node)
+        return loader.construct_document(node)
     except ConfigError:
         raise
-    except Exception as error:  # the errors of the YAML parser and of OmegaConf share no base class
-        raise ConfigError(f"{name} is not valid YAML: {first_line(error)}") from error
+    except Exception as error:  # of PyYAML's constructors: anything
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _merge(lower: Any, upper: Any, forget: bool = True) -> Any:
@@ -128,32 +146,43 @@ def _merge(lower: Any, upper: Any, forget: bool = True) -> Any:
     return lower | {key: _merge(lower.get(key), value, forget) for key, value in upper.items()}
 
 
-def _check_references(tree: Any, name: str) -> None:
-    """ConfigError unless keys are words and `${a.b}`, the only interpolation that is known, leads to values of a sane size."""
+def _resolve(tree: Any, name: str) -> Any:
+    """The tree with the values of other keys in place of `${a.b}`, the only interpolation that is known.
+
+    Raises:
+        ConfigError: for keys that are no words, references that lead nowhere or back, and what grows out of all proportion.
+    """
     visited = itertools.count()
 
-    def visit(value: Any, path: str, trail: tuple[str, ...] = ()) -> None:
-        if next(visited) > MAX_NODES:
-            raise ConfigError(f"{name} holds more than {MAX_NODES} values (references count)")
+    def visit(value: Any, path: str, depth: int = 0, trail: tuple[str, ...] = ()) -> Any:
+        if next(visited) > MAX_NODES or depth > MAX_DEPTH:
+            raise ConfigError(f"{name} holds more than {MAX_NODES} values (references count), or {MAX_DEPTH} in each other")
+        if isinstance(value, list):
+            return [visit(inner, f"{path}[{i}]", depth + 1, trail) for i, inner in enumerate(value)]
         if isinstance(value, dict):
-            for key, inner in value.items():
-                if not isinstance(key, str) or not key.isprintable() or len(key) > 100 or "${" in key:
-                    raise ConfigError(f"{name}: {shown(key)} in {path or 'it'} is no word, which keys are")
-                visit(inner, f"{path}.{key}".lstrip("."), trail)
-        elif isinstance(value, list):
-            for i, inner in enumerate(value):
-                visit(inner, f"{path}[{i}]", trail)
-        elif isinstance(value, str):
-            if len(value) > MAX_LETTERS:
-                raise ConfigError(f"{name}: {path} has {len(value)} letters, more than {MAX_LETTERS}")
-            if "${" in REFERENCE.sub("", value):
-                raise ConfigError(f"{name}: {path}={shown(value)}: only ${{a.b}}, another key, is known")
-            for key in REFERENCE.findall(value):
-                if key in trail:
-                    raise ConfigError(f"{name}: {path}={shown(value)} leads back to itself")
-                visit(_look_up(tree, key, f"{name}: {path}={shown(value)}"), path, (*trail, key))
+            wrong = [key for key in value if not isinstance(key, str) or not key.isprintable() or len(key) > 100]
+            if wrong:
+                raise ConfigError(f"{name}: the key {shown(wrong[0])} in {path or 'it'} is no word")
+            return {key: visit(inner, f"{path}.{key}".lstrip("."), depth + 1, trail) for key, inner in value.items()}
+        if not isinstance(value, str):
+            return value
+        here = f"{name}: {path}={shown(value)}"
 
-    visit(tree, "")
+        def follow(match: re.Match[str]) -> Any:
+            if match[1] in trail:
+                raise ConfigError(f"{here} leads back to itself")
+            return visit(_look_up(tree, match[1], here), path, depth + 1, (*trail, match[1]))
+
+        if match := REFERENCE.fullmatch(value):
+            return follow(match)
+        text = REFERENCE.sub(lambda match: str(follow(match)), value)
+        if "${" in text:
+            raise ConfigError(f"{here}: only ${{a.b}}, another key, is known")
+        if len(text) > MAX_LETTERS:
+            raise ConfigError(f"{here} has {len(text)} letters, more than {MAX_LETTERS}")
+        return text
+
+    return visit(tree, "")
 
 
 def _look_up(tree: Any, key: str, place: str) -> Any:
