@@ -83,7 +83,7 @@ def test_overrides():
         ("model.transport.params.w_condition=1", r"did you mean 'w_cond'"),
         ("model.transition_loss.weight_time_typ=sqrt", r"did you mean 'weight_time_type'"),
         ("model.transition_loss.diffusion_ratio=2.0", "diffusion_ratio=2.0"),
-        ("model.ema_decay=1.5", r"model\.ema_decay must be >= 0 and <= 1, got 1.5"),
+        ("model.ema_decay=1.5", r"model\.ema_decay must be <= 1, got 1.5"),
         ("training.optimizer.params.beta=[0.9,0.95]", r"did you mean 'betas'"),
         ("data.dataloader.batch_size=-4", r"data\.dataloader\.batch_size must be > 0, got -4"),
         ("data.data_type=latents", r"data\.data_type='latents'"),

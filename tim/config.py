@@ -69,7 +69,7 @@ class Dataset:
     name: str | None = None
     latent_dir: str | None = None
     image_dir: str | None = None
-    image_size: PositiveInt | None = None
+    image_size: Annotated[int, "> 0", "<= 65536"] | None = None
     shard_dir: str | None = None
     index_dir: str | None = None
     mirror: bool = True
@@ -87,7 +87,7 @@ class Dataloader:
     """batch_size counts samples per device and micro-batch."""
 
     num_workers: Annotated[int, ">= 0", "<= 1024"] = 4
-    batch_size: PositiveInt = 64
+    batch_size: Annotated[int, "> 0", "<= 1048576"] = 64
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Training:
     scale_lr: bool = True
     lr_scheduler: Schedule = "constant"
     lr_warmup_steps: NotNegative = 0
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Annotated[int, "> 0", "<= 1048576"] = 1
     optimizer: Target = field(default_factory=lambda: Target("torch.optim.AdamW"))
     max_grad_norm: PositiveFloat = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"

@@ -244,9 +244,10 @@ def convert(value: Any, hint: Any, path: str, ignored: Collection[str] = ()) -> 
     if get_origin(hint) is Annotated:
         hint, *bounds = get_args(hint)
         value = convert(value, hint, path)
-        signs = [bound.split() for bound in bounds]
-        if value is not None and not all(BOUNDS[sign](value, float(limit)) for sign, limit in signs):
-            raise ConfigError(f"{path} must be {' and '.join(bounds)}, got {value}")
+        for bound in bounds if value is not None else ():
+            sign, limit = bound.split()
+            if not BOUNDS[sign](value, float(limit)):
+                raise ConfigError(f"{path} must be {bound}, got {value}")
         return value
     if get_origin(hint) is Literal:
         value = "no" if value is False else value  # what YAML makes of an unquoted no

@@ -40,7 +40,7 @@ class TransitionTransformer(nn.Module):
 
     def __init__(
         self,
-        input_size: PositiveInt = 32,
+        input_size: Annotated[int, "> 0", "<= 8192"] = 32,
         patch_size: PositiveInt = 2,
         in_channels: PositiveInt = 4,
         hidden_size: PositiveInt = 1152,
