@@ -8,7 +8,6 @@ anywhere: they run no code, read no environment, and what would grow without end
 import dataclasses
 import difflib
 import itertools
-import math
 import operator
 import os
 import re
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 REQUIRED = dataclasses.MISSING
 BOUNDS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_LETTERS = 1 << 18, 20_000, 40, 4096  # of a file, a file, a file, a word
-LARGEST = 2**63 - 1
+LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what tensors hold
 REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
 PositiveInt = Annotated[int, "> 0"]
 NotNegative = Annotated[int, ">= 0"]
@@ -264,7 +263,7 @@ def convert(value: Any, hint: Any, path: str, ignored: Collection[str] = ()) -> 
     kind, inner = plain_kind(hint), get_args(hint)
     if kind is dict and value is None:
         return {}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST[int]:
         return float(value)
     if not isinstance(value, kind) or (kind in (int, float) and isinstance(value, bool)):
         raise ConfigError(f"{path} must be {kind.__name__}, got {shown(value)} ({type(value).__name__})")
@@ -272,8 +271,8 @@ def convert(value: Any, hint: Any, path: str, ignored: Collection[str] = ()) -> 
         return [convert(v, inner[0] if inner else Any, f"{path}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, dict):
         return {k: convert(v, inner[1] if inner else Any, f"{path}.{k}") for k, v in value.items()}
-    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) > LARGEST):
-        raise ConfigError(f"{path} must be a finite number of at most 64 bits, got {shown(value)}")
+    if isinstance(value, int | float) and not abs(value) <= LARGEST[float if isinstance(value, float) else int]:
+        raise ConfigError(f"{path} must be a finite number that a tensor can hold, got {shown(value)}")
     return value
 
 
