@@ -9,9 +9,19 @@ from helpers.paths import ROOT
 # From the top floor down, as docs/architecture.md draws them; rooms of one line stand side by side.
 LAYERS = (
     (
-        "listing", "files", "resumable", "labels", "images", "distributed", "typed_yaml", "targets", "config", "rng", "cli",
+        "listing",
+        "files",
+        "resumable",
+        "labels",
+        "images",
+        "distributed",
+        "typed_yaml",
+        "targets",
+        "config",
+        "rng",
+        "cli",
         "download",
-    ),  # fmt: skip
+    ),
     ("schedulers",),
     ("models",),
     ("data",),

@@ -125,14 +125,6 @@ def read_json_lines(path: Path) -> list[Any]:
     return records
 
 
-def parse_json(text: str | bytes) -> Any:
-    """What JSON says; ValueError when it is none, or brackets lie in brackets by the thousand."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("JSON of too many brackets within each other") from None
-
-
 def run_record(folder: Path) -> Path:
     """Where the record of the sampling run that filled `folder` is: beside it, since scorers may take every file inside."""
     return folder.parent / f"{folder.name}.run.json"
@@ -195,7 +187,7 @@ def claim(
     folder = folder or record.parent
     if record.is_file():
         try:
-            before = json.loads(record.read_text(encoding="utf-8"))
+            before = parse_json(record.read_bytes())
             before = before if key is None else before[key]
             changed = next((k for k in identity if before.get(k) != identity[k]), None)
         except (ValueError, KeyError, AttributeError) as error:
