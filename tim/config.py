@@ -201,9 +201,14 @@ def parse_config(tree: Any) -> Config:
         raise ConfigError(f"data.dataset.features_dir is for data_type latent and image, not {config.data.data_type}")
     parse_walltime(t.walltime)
     try:  # the constructors hold the ranges and choices of their own arguments
-        m.build_objective()
+        objective = m.build_objective()
     except ValueError as error:
         raise ConfigError(f"model.transport / model.transition_loss: {error}") from error
+    absent = [name for name in ("transport", "derivative_type") if not hasattr(objective, name)]
+    if absent:
+        raise ConfigError(
+            f"model.transition_loss.target={m.objective.target!r} has no {absent[0]}, see tim.schedulers.objective"
+        )
     _check_optimizer(t)
     return config
 

@@ -76,8 +76,9 @@ class Target:
         module, _, name = self.target.rpartition(".")
         if not module or not all(part.isidentifier() for part in self.target.split(".")):
             raise ConfigError(f"{shown(self.target)} is no import path such as my_module.MyClass")
+        own = self.own_module
         if not _within(self.target, PACKAGES):
-            if not self.own_module:
+            if not own:
                 raise ConfigError(
                     f"{self.target!r} is neither a part of tim nor a known optimiser and is not imported; if you trust it, "
                     f"say so: --allow-code {module} (or {VARIABLE}={module})"
@@ -86,11 +87,13 @@ class Target:
                 sys.path.append(os.getcwd())
         try:
             cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{self.target!r} cannot be imported: {error}") from error
+        except Exception as error:
+            if own and not isinstance(error, ImportError | AttributeError | ValueError):
+                raise  # whose code it is needs to know where
+            raise ConfigError(f"{self.target!r} cannot be imported: {first_line(error)}") from error
         if not isinstance(cls, type):
             raise ConfigError(f"{self.target!r} is no class")
-        if not self.own_module and not _within(cls.__module__, (*PACKAGES, *allowed_code())):
+        if not own and not _within(cls.__module__, (*PACKAGES, *allowed_code())):
             raise ConfigError(f"{self.target!r} is a class of {cls.__module__}, which configurations may not name")
         return cls
 
