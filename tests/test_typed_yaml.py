@@ -80,6 +80,7 @@ def doubling(line: str, last: str) -> str:
         ("a: " + "x" * 5000, "5000 letters"),
         ("a: " + "9" * 5000, "not valid YAML"),
         ("a: 1\n" * 2, "the key 'a' stands twice"),
+        ("\n".join(f"{k}: 1" for k in range(20000)) + "\n1: 1", "the key '1' stands twice"),
         ("a: " + "x" * 300000, "300003 bytes"),
         ("a: [" + "1," * 25000 + "]", "more than 20000 values"),
         ("1: x", "the key 1 in it is no word"),

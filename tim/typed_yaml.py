@@ -14,6 +14,7 @@ import re
 import types
 import typing
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 REQUIRED = dataclasses.MISSING
 BOUNDS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-MAX_BYTES, MAX_NODES, MAX_DEPTH, MAX_LETTERS = 1 << 18, 20_000, 40, 4096  # of a file, a file, a file, a word
+MAX_BYTES = 1 << 18  # of a file
+MAX_NODES, MAX_DEPTH = 20_000, 40  # values of a file, and how many lie in each other
+MAX_LETTERS = 4096  # of a value, as of a path
 LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what tensors hold
 REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
 PositiveInt = Annotated[int, "> 0"]
@@ -112,9 +115,10 @@ def _parse(text: str, name: str) -> Any:
             raise ConfigError(f"{name} holds more than {MAX_NODES} values (aliases count), or {MAX_DEPTH} in each other")
         inner: Iterable[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else ()
         if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if len(set(keys)) < len(keys):
-                raise ConfigError(f"{name} is not valid YAML: the key {max(keys, key=keys.count)!r} stands twice in a mapping")
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = [key for key, count in keys.items() if count > 1]
+            if twice:
+                raise ConfigError(f"{name} is not valid YAML: the key {shown(twice[0])} stands twice in a mapping")
             inner = itertools.chain(*node.value)
         for child in inner:
             measure(child, depth + 1)
