@@ -106,14 +106,22 @@ def test_an_index_that_lies_is_one_error_wherever_it_is_read(checkpoint, name, c
     readings = {
         "resume": lambda: formats.read_into(folder, {"model": model}, torch.optim.AdamW(model.parameters())),
         "weights": lambda: find_weights(folder, "raw").read(),
-        "export": lambda: export_weights(str(tmp_path), tmp_path / "out.safetensors"),
+        "export": lambda: export_weights(str(folder), tmp_path / "out.safetensors"),
         "inspect": lambda: inspect(str(folder), [DIGITS]),
     }
     for reading in readings.values():
-        with pytest.raises(ValueError, match=r"\.metadata is no index of a sharded checkpoint") as error:
-            reading()
-        assert "\n" not in str(error.value)
+        assert ".metadata is no index of a sharded checkpoint" in told(reading)
     assert "unpickled" not in capsys.readouterr().out and not (tmp_path / "out.safetensors").exists()
+
+
+def told(reading):
+    """The line that says what is wrong, be it an error or a part of a description."""
+    try:
+        lines, damaged = reading()
+    except ValueError as error:
+        lines, damaged = [str(error)], True
+    assert damaged and all("\n" not in line for line in lines)
+    return " ".join(lines)
 
 
 def test_values_that_are_no_tensors_run_no_code(checkpoint, capsys):

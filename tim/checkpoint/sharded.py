@@ -74,6 +74,9 @@ def read_metadata(folder: Path) -> metadata.Metadata:
 
 def _check(found: metadata.Metadata, sizes: dict[str, int]) -> None:
     """Raise unless every entry lies within the files, whose sizes in bytes are given by name."""
+    for stored in found.storage_data.values():
+        if not 0 <= stored.offset <= stored.offset + stored.length <= sizes.get(stored.relative_path, -1):
+            raise ValueError(f"there is no {stored.relative_path} with {stored.offset + stored.length} bytes")
     total = 0
     for name, entry in found.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, metadata.TensorStorageMetadata | metadata.BytesStorageMetadata):
@@ -82,9 +85,6 @@ def _check(found: metadata.Metadata, sizes: dict[str, int]) -> None:
             total += math.prod(entry.size) * entry.properties.dtype.itemsize
             if min(entry.size, default=0) < 0 or total > sum(sizes.values()):
                 raise ValueError(f"{name} of shape {tuple(entry.size)} has no room in {sum(sizes.values())} bytes")
-    for stored in found.storage_data.values():
-        if not 0 <= stored.offset <= stored.offset + stored.length <= sizes.get(stored.relative_path, -1):
-            raise ValueError(f"there is no {stored.relative_path} with {stored.offset + stored.length} bytes")
 
 
 def load(parts: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None) -> None:
