@@ -47,6 +47,15 @@ def test_bad_files_are_named_and_never_run(tmp_path, tiny_c2i, content, suffix, 
     assert "unpickled" not in capsys.readouterr().out
 
 
+def test_code_is_named_and_nobody_is_told_to_run_it(tmp_path):
+    torch.save({"a": Bomb()}, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"w\.pt holds more than tensors and is not loaded: (?i:unsupported) \w+:? .*print"
+    ) as error:
+        read_state_dict(tmp_path / "w.pt")
+    assert "weights_only" not in str(error.value)
+
+
 def in_itself():
     state = {"a": torch.zeros(2)}
     state["model"] = {"module": state}

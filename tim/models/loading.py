@@ -1,5 +1,6 @@
 """Weights from files: safetensors or pickled tensors read without unpickling code, loaded strictly."""
 
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,9 @@ def read_pickled(path: Path, classes: Sequence[type] = (), mmap: bool = False) -
     except (RuntimeError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged or no file of torch.save: {first_line(error)}") from error
     except Exception as error:  # pickle's refusals share no base class
-        raise ValueError(f"{path} holds more than tensors and is not loaded: {first_line(error)}") from error
+        named = re.search(r"unsupported \w+:? [^.]*\.\S*", str(error), re.IGNORECASE)  # the rest says how to run the code
+        said = named[0] if named else first_line(error).partition(". ")[0]
+        raise ValueError(f"{path} holds more than tensors and is not loaded: {said}") from error
 
 
 def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
