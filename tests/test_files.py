@@ -16,7 +16,17 @@ from accelerate import PartialState
 from helpers.paths import ROOT
 from safetensors.torch import save_file
 
-from tim.files import append_json_lines, claim, lock, read_json_lines, replacing, sha256, write_json, write_json_lines
+from tim.files import (
+    append_json_lines,
+    claim,
+    lock,
+    parse_json,
+    read_json_lines,
+    replacing,
+    sha256,
+    write_json,
+    write_json_lines,
+)
 from tim.resumable import first_process, locked, own_blocks
 
 
@@ -217,3 +227,10 @@ def test_an_error_of_the_first_process_keeps_its_words(tmp_path):
         first_process(PartialState(), lambda: (_ for _ in ()).throw(PermissionError("read-only")))
     with locked(tmp_path, PartialState()):
         assert first_process(PartialState(), lambda: 3) == 3
+
+
+def test_brackets_by_the_thousand_are_an_error_like_others():
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}
+    for text in ("[" * 100000, "[" * 100000 + "]" * 100000, "{", b"\xff"):
+        with pytest.raises(ValueError):
+            parse_json(text)

@@ -155,7 +155,7 @@ def test_a_manifest_names_all_that_its_format_needs(trained, tmp_path, sharded):
     name = max(manifest, key=lambda name: manifest[name]["bytes"])
     (bad / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != name}))
     (bad / name).unlink()
-    with pytest.warns(UserWarning, match=f"passing over .*step-0000002: manifest.json does not name {name}"):
+    with pytest.warns(UserWarning, match=f"passing over .*step-0000002: .*{name}"):
         assert latest_checkpoint(tmp_path) == good
     (bad / "manifest.json").unlink()
     (bad / "manifest.json").mkdir()

@@ -6,8 +6,6 @@ torch.distributed.checkpoint's format, every rank writing its own part. Both can
 
 import inspect
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from tim.checkpoint.sharded import SHARDED, load, read_metadata
 from tim.distributed import is_sharded as is_fsdp
-from tim.models.loading import check_state, read_state_dict
+from tim.models.loading import check_state, read_pickled, read_state_dict
 
-SHARDED = ".metadata"  # the file by which a sharded checkpoint is known
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said to a single process, which means to be alone
 
 
@@ -78,8 +76,10 @@ def build_stager(device: torch.device) -> BlockingAsyncStager:
 def write_snapshot(folder: Path, snapshot: Snapshot, rank: int, group: dist.ProcessGroup | None) -> list[Path]:
     """Write this rank's files of a snapshot, and return them. Collective over `group`."""
     if snapshot.sharded:
-        with _causes():
+        try:
             dcp.save(snapshot.parts, checkpoint_id=folder, process_group=group)
+        except CheckpointException as error:  # is no Exception; what is behind it says more
+            raise next(iter(error.failures.values()))[0] from error
         return [*sorted(folder.glob(f"__{rank}_*")), *([folder / SHARDED] if rank == 0 else [])]
     if rank != 0:
         return []
@@ -112,11 +112,10 @@ def read_into(
     if sharded:
         parts = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
         parts["optimizer"] = _stored_part(fresh, _entries(path))
-        with _causes():
-            dcp.load(parts, checkpoint_id=path, process_group=group)
+        load(parts, path, group)
     else:
-        parts["optimizer"] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-        if "param_groups" not in parts["optimizer"]:
+        parts["optimizer"] = read_pickled(path / "optimizer.pt", mmap=True)
+        if not isinstance(parts["optimizer"], dict) or "param_groups" not in parts["optimizer"]:
             raise ValueError(
                 f"{path / 'optimizer.pt'} is of an older layout; start a new project from its weights: model.ckpt={path}"
             )
@@ -153,8 +152,7 @@ def read_weights(path: Path, name: str, shapes_only: bool = False) -> dict[str, 
         if key.startswith(f"{name}.") and isinstance(entry, TensorStorageMetadata)
     }
     if not shapes_only:
-        with _causes():
-            dcp.load(state, checkpoint_id=path)
+        load(state, path)
     return {key.removeprefix(f"{name}."): value for key, value in state.items()}
 
 
@@ -174,26 +172,12 @@ def tensor_files(path: Path, modules: list[str]) -> set[str]:
     """The files without which a checkpoint of these modules ("model", "ema") is not whole in its format."""
     if not is_sharded(path):
         return {"optimizer.pt", *(f"{name}.safetensors" for name in modules)}
-    return {SHARDED, *(place.relative_path for place in _metadata(path).storage_data.values())}
-
-
-@contextmanager
-def _causes() -> Iterator[None]:
-    """Raise what is behind an error of torch.distributed.checkpoint, whose own class is no Exception."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
-
-
-def _metadata(path: Path) -> Any:
-    """The index of a sharded checkpoint."""
-    return dcp.FileSystemReader(path).read_metadata()
+    return {SHARDED, *(place.relative_path for place in read_metadata(path).storage_data.values())}
 
 
 def _entries(path: Path) -> dict[str, Any]:
     """What a sharded checkpoint holds, by name."""
-    return _metadata(path).state_dict_metadata
+    return read_metadata(path).state_dict_metadata
 
 
 def _stored_part(state: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
