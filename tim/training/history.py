@@ -9,8 +9,9 @@ from typing import Any
 from tim.config import Config, Target, to_yaml
 from tim.data.latents import classes_identity
 from tim.files import write_text
+from tim.targets import constructor_keywords
 from tim.training.setup import Run
-from tim.typed_yaml import constructor_keywords, read_tree
+from tim.typed_yaml import read_tree
 
 logger = logging.getLogger(__name__)
 
