@@ -95,6 +95,14 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: list[str] | None
     return parser.parse_intermixed_args([re.sub(r"^--(?=\w+(\.\w+)+=)", "", word) for word in words])
 
 
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """ValueError for the first of these numbers among arguments that is below its least value; None passes."""
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {minimum}, got {value}")
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`; ValueError and FileNotFoundError become `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
 
