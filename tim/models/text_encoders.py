@@ -242,7 +242,7 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: when the checkpoint lacks weights of that part, or the part does not encode text.
     """
-    config = AutoConfig.from_pretrained(text_encoder_dir)
+    config = AutoConfig.from_pretrained(text_encoder_dir, trust_remote_code=False)  # None would ask, and a pipe say yes
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5 without its decoder, BERT and its kin
         kind, part = AutoModelForTextEncoding, None
     elif config.is_encoder_decoder:
@@ -251,7 +251,8 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
         kind, part = AutoModelForCausalLM, "get_decoder"
     else:
         kind, part = AutoModel, None
-    whole, report = kind.from_pretrained(text_encoder_dir, output_loading_info=True, **{DTYPE_KEYWORD: dtype})
+    options = {"output_loading_info": True, "trust_remote_code": False, DTYPE_KEYWORD: dtype}
+    whole, report = kind.from_pretrained(text_encoder_dir, **options)
     model = whole if part is None else getattr(whole, part)() if hasattr(whole, part) else whole.base_model
     if not hasattr(model.config, "hidden_size"):
         raise ValueError(f"{type(model).__name__} does not encode text")
@@ -271,7 +272,7 @@ def load_tokenizer(text_encoder_dir: str, folder: Path) -> PreTrainedTokenizerBa
         ValueError: when there is none; transformers 5 would make up an empty one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir)
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir, trust_remote_code=False)
     except Exception as error:  # see TextEncoder.from_pretrained
         raise ValueError(f"its tokenizer does not load: {error}") from error
     vocabularies = tokenizer.vocab_files_names.values()

@@ -9,6 +9,7 @@ from tim.models.blocks import Block
 from tim.models.embeddings import CaptionEmbedder
 from tim.models.network import traits_of
 from tim.models.trunk import TransitionTransformer
+from tim.typed_yaml import PositiveInt
 
 
 class TiM(TransitionTransformer):
@@ -22,7 +23,7 @@ class TiM(TransitionTransformer):
 
     cross_attention = True
 
-    def __init__(self, *args: Any, cap_feat_dim: int = 2048, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, cap_feat_dim: PositiveInt = 2048, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cap_feat_dim = cap_feat_dim
         self.y_embedder = CaptionEmbedder(cap_feat_dim, self.hidden_size)
