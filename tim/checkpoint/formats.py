@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from tim.distributed import is_sharded as is_fsdp
-from tim.models.loading import check_state, read_state_dict
+from tim.models.loading import check_state, left_out, read_state_dict
 
 SHARDED = ".metadata"  # the file by which a sharded checkpoint is known
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said to a single process, which means to be alone
@@ -55,6 +55,9 @@ def take_snapshot(
     gathered = not sharded and is_fsdp(modules["model"])  # through the CPU: no GPU has room for the whole state
     options = dcp_state.StateDictOptions(full_state_dict=not sharded, cpu_offload=gathered or stager is None)
     parts: dict[str, dict[str, Any]] = {name: dcp_state.get_model_state_dict(m, options=options) for name, m in modules.items()}
+    for key in left_out(modules["model"]):  # untrained, often larger than the rest
+        for part in parts.values():
+            part.pop(key, None)  # where rank 0 gathers, the others have nothing
     parts["optimizer"] = dcp_state.get_optimizer_state_dict(modules["model"], optimizer, options=options)
     if stager is not None:
         if not sharded and dist.is_initialized() and dist.get_rank() != 0:
@@ -102,7 +105,8 @@ def read_into(
     for name, module in modules.items():
         check_state(module, parts[name], path if sharded else path / f"{name}.safetensors")
     if sharded:
-        parts = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
+        own = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
+        parts = {name: {key: value for key, value in own[name].items() if key in part} for name, part in parts.items()}
         parts["optimizer"] = _stored_moments(path, dcp_state.get_optimizer_state_dict(network, optimizer))
         dcp.load(parts, checkpoint_id=path, process_group=group)
     else:
@@ -111,11 +115,11 @@ def read_into(
             raise ValueError(
                 f"{path / 'optimizer.pt'} is of an older layout; start a new project from its weights: model.ckpt={path}"
             )
+    options = dcp_state.StateDictOptions(full_state_dict=not sharded, strict=False)  # `check_state` was
     for name, module in modules.items():
-        dcp_state.set_model_state_dict(module, parts[name], options=dcp_state.StateDictOptions(full_state_dict=not sharded))
+        dcp_state.set_model_state_dict(module, parts[name], options=options)
     # Parameters that never had a gradient have no moments: none are asked for, and those that torch makes up go again.
     moments = parts["optimizer"]["state"].keys()
-    options = dcp_state.StateDictOptions(full_state_dict=not sharded, strict=False)
     dcp_state.set_optimizer_state_dict(network, optimizer, parts["optimizer"], options=options)
     for name, parameter in network.named_parameters():
         if name not in moments:

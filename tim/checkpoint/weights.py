@@ -103,7 +103,7 @@ def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckp
 def empty_network(config: Config) -> nn.Module:
     """The network of a config without memory for its weights, to compare shapes with."""
     with torch.device("meta"):
-        return build_network(config.model.network)
+        return build_network(config.model.network).requires_grad_(False)
 
 
 def export_weights(source: str, out: Path, kind: str | None = None, config: Config | None = None) -> dict[str, str]:
@@ -127,7 +127,7 @@ def export_weights(source: str, out: Path, kind: str | None = None, config: Conf
     weights = find_weights(source, kind, name="source")
     state = weights.read()
     if config is not None:
-        check_state(empty_network(config), state, source)
+        state = check_state(empty_network(config), state, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **weights.metadata(), "tim_version": tim.__version__}
     owned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}  # no views

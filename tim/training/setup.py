@@ -110,12 +110,12 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)  # all processes draw the same starting weights
     network = build_network(m.network).to(getattr(torch, t.dtype))
+    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
+        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
     if m.ckpt:
         start = find_weights(m.ckpt, name="model.ckpt").read()
         for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
             logger.info(note)
-    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
-        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
 
