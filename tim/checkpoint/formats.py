@@ -115,11 +115,27 @@ def read_into(
             raise ValueError(
                 f"{path / 'optimizer.pt'} is of an older layout; start a new project from its weights: model.ckpt={path}"
             )
-    options = dcp_state.StateDictOptions(full_state_dict=not sharded, strict=False)  # `check_state` was
+    put_into(parts, modules, optimizer, full=not sharded)
+
+
+def put_into(
+    parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, full: bool = True
+) -> None:
+    """Load what was read and checked in place. Collective.
+
+    Args:
+        parts: state dicts of `modules`, and of the optimiser by names of parameters; without `param_groups` these stay.
+        full: all of everything, instead of this rank's part.
+    """
+    network = modules["model"]
+    options = dcp_state.StateDictOptions(full_state_dict=full, strict=False)  # `check_state` was
     for name, module in modules.items():
         dcp_state.set_model_state_dict(module, parts[name], options=options)
     # Parameters that never had a gradient have no moments: none are asked for, and those that torch makes up go again.
     moments = parts["optimizer"]["state"].keys()
+    if "param_groups" not in parts["optimizer"]:
+        own = dcp_state.get_optimizer_state_dict(network, optimizer, options=options)
+        parts["optimizer"]["param_groups"] = own["param_groups"]
     dcp_state.set_optimizer_state_dict(network, optimizer, parts["optimizer"], options=options)
     for name, parameter in network.named_parameters():
         if name not in moments:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tim.checkpoint import store
+from tim.checkpoint.accelerate_folder import latest_folder, load_folder, weights_files
 from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
 from tim.config import parse_walltime
 from tim.distributed import cpu_group, on_first_rank
@@ -53,7 +54,9 @@ class CheckpointManager:
         run, accelerator = self.run, self.run.accelerator
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
-        if path is not None:
+        if path is not None and weights_files(path):
+            state["step"] = self._import(path)
+        elif path is not None:
             state = store.load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
             if state["seed"] != run.seed:
                 raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
@@ -70,6 +73,15 @@ class CheckpointManager:
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
         return state["step"], state.get("samples_seen", state.get("visits", 0))  # version 0.1 wrote visits
+
+    def _import(self, path: Path) -> int:
+        """Go on with a checkpoint of accelerate; returns its step. The order of data begins anew, the schedule goes on."""
+        run = self.run
+        step = load_folder(path, run.modules, run.optimizer.optimizer)
+        run.lr_scheduler.last_epoch = step
+        _set_base_lr(run)
+        logger.info(f"going on from {path}, a checkpoint of accelerate, at step {step}; the order of samples begins anew")
+        return step
 
     def save(self, step: int, samples_seen: int) -> None:
         """Checkpoint the state after `step`, retire old ones, draw the curves; at once or, once it is copied, in a thread."""
@@ -107,9 +119,10 @@ class CheckpointManager:
         if wanted == "latest":
             # By the group of checkpoints, whose timeout leaves rank 0 the hours that reading large files may take.
             on_first_rank(self.group, lambda: store.tidy_checkpoints(self.root))
-            return on_first_rank(self.group, lambda: store.latest_checkpoint(self.root)), True
+            newest = on_first_rank(self.group, lambda: store.latest_checkpoint(self.root))
+            return newest or latest_folder(self.run.project_dir), True
         if wanted is None:
-            if store.list_checkpoints(self.root):
+            if store.list_checkpoints(self.root) or latest_folder(self.run.project_dir):
                 raise ValueError(
                     f"{self.root} holds checkpoints of an earlier run; continue it with "
                     "training.resume_from_checkpoint=latest or choose another --project_dir"
