@@ -107,6 +107,7 @@ class Data:
 class Training:
     """The optimisation and its bookkeeping.
 
+    tracker: one of accelerate's, or none. tracker_kwargs: of its constructor, or such by the names of trackers.
     fsdp_config: shard over the processes (FSDP2); keywords of accelerate's FullyShardedDataParallelPlugin, `{}` for its
     defaults. compile: torch.compile the blocks.
     checkpoint_format: `full` (weights in safetensors files, gathered) or `sharded` (every process writes its part).
@@ -115,7 +116,7 @@ class Training:
     """
 
     max_train_steps: PositiveInt
-    tracker: Literal[None, "none", "tensorboard", "wandb"] = None
+    tracker: str | None = None
     tracker_project_name: str = "tim"
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpointing_steps: PositiveInt = 5000
@@ -186,6 +187,11 @@ def parse_config(tree: Any) -> Config:
         from accelerate import FullyShardedDataParallelPlugin
 
         check_keywords(FullyShardedDataParallelPlugin, t.fsdp_config, "training.fsdp_config")
+    if t.tracker not in (None, "none"):
+        from accelerate.utils import LoggerType
+
+        if t.tracker not in LoggerType.list():
+            raise ConfigError(f"training.tracker={t.tracker!r} is not one of none, {', '.join(LoggerType.list())}")
     if (config.data.data_type is None) == (d.target is None):
         raise ConfigError("data.data_type is missing" if d.target is None else "data.dataset.target replaces data.data_type")
     if d.target is not None:

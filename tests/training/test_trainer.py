@@ -115,11 +115,6 @@ def test_schedules_and_resume_continue_the_learning_rate(tmp_path, scheduler):
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")[3:]
 
 
-def test_trackers_write(tmp_path):
-    in_process(tmp_path, ["training.max_train_steps=2", "training.tracker=tensorboard", "data.dataloader.batch_size=4"])
-    assert list(tmp_path.rglob("events.out.tfevents*"))
-
-
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_latents_repa_and_mixed_precision(tmp_path, precision):
     """Preprocessed latents, the image beside them and RADIO features train together, in bfloat16 too."""
@@ -201,12 +196,6 @@ def test_every_transport_trains_on_transitions(tmp_path, kind, derivative):
     assert len(losses(tmp_path / "run")) == 20 and all(map(math.isfinite, losses(tmp_path / "run")))
     assert losses(tmp_path / "run", "dropped") == [0.0] * 20
     assert all(torch.isfinite(v).all() for v in weights_of(tmp_path / "run", 20).values())
-
-
-def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"training\.tracker=wandb needs the package wandb"):
-        in_process(tmp_path / "run", ["training.tracker=wandb"])
 
 
 def test_images_are_encoded_on_the_fly_and_model_guidance_trains(tmp_path):

@@ -25,6 +25,7 @@ from tim.training.resume import CheckpointManager
 from tim.training.setup import Run, build_loader, build_run
 from tim.training.sharding import clip_gradients, set_gradient_sync
 from tim.training.tasks import Task
+from tim.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
         if accelerator.is_main_process:
             write_text(project_dir / "config.yaml", to_yaml(config))
         accelerator.wait_for_everyone()
-        accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
+        start_trackers(accelerator, config, project_dir, seed)
         run_log = RunLogger(accelerator, project_dir, start_step, t.max_train_steps)
         try:
             run_steps(run, checkpoints, run_log, start_step, samples_seen)

@@ -1,6 +1,5 @@
 """From a config to the parts of a training run."""
 
-import importlib.util
 import logging
 import warnings
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
 from tim.training.sharding import shard, sharding_plugin
 from tim.training.tasks import Task
+from tim.training.trackers import check_tracker
 
 if TYPE_CHECKING:
     from tim.models.radio import Radio
@@ -80,9 +80,7 @@ def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
     """The accelerator of this process: one of torchrun or accelerate launch, on CPU when there is no GPU."""
     t = config.training
     set_tf32(t.allow_tf32)
-    tracker = None if t.tracker in (None, "none") else t.tracker
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise ValueError(f"training.tracker={tracker} needs the package {tracker}: pip install {tracker}")
+    tracker = check_tracker(t.tracker)
     return Accelerator(
         cpu=use_cpu(),
         mixed_precision=t.mixed_precision,
