@@ -238,7 +238,8 @@ def repa_target(run: Run, batch: Batch, x: Tensor) -> Tensor | None:
     if run.encoder is None:
         return None
     patch = traits_of(run.network).patch_size
-    return run.encoder.tokens(batch["image"].to(x.device), [side // patch for side in x.shape[2:]])
+    grid = [side // patch for side in x.shape[2:]]
+    return run.encoder.tokens(batch["image"].to(x.device), grid, run.config.model.enc_antialias)
 
 
 def summary(run: Run) -> str:

@@ -157,7 +157,7 @@ def build_encoder(config: Config, network: nn.Module, device: torch.device) -> "
     Raises:
         ValueError, FileNotFoundError: for a network without projector or with one of another width, or a missing encoder.
     """
-    enc_dir, z_dim = config.model.enc_dir, traits_of(network).z_dim
+    enc_dir, z_dim = config.model.encoder_file, traits_of(network).z_dim
     if enc_dir and z_dim is None:
         raise ValueError("model.enc_dir needs a network with a REPA projector (z_dim, return_zs); set model.enc_dir=null")
     if not enc_dir or config.data.dataset.features_dir is not None:

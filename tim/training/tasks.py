@@ -39,7 +39,7 @@ class ClassTask:
         enc_dir, cached = config.model.enc_dir, has_features(config)
         self.dataset = build_c2i_dataset(config.data, with_image=enc_dir is not None and not cached)
         if enc_dir is not None and cached:
-            self.dataset = CachedFeatures(self.dataset, config.data.dataset, enc_dir)
+            self.dataset = CachedFeatures(self.dataset, config.data.dataset, config.model)
         self.vae, self.device = vae, device
         traits = traits_of(config.model.network)
         self.num_classes, self.drop_prob = traits.num_classes or self.dataset.num_labels, traits.class_dropout_prob
