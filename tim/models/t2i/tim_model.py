@@ -5,10 +5,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tim.models.blocks import Block
-from tim.models.embeddings import CaptionEmbedder
+from tim.models.attention import CrossAttention
+from tim.models.attention import SelfAttention as Attention
+from tim.models.blocks import Block, FinalLayer
+from tim.models.embeddings import CaptionEmbedder, TimestepEmbedder
 from tim.models.network import traits_of
 from tim.models.trunk import TransitionTransformer
+
+# What experiments import from here.
+__all__ = ["Attention", "CaptionEmbedder", "CrossAttention", "FinalLayer", "TiM", "TimestepEmbedder"]
 
 
 class TiM(TransitionTransformer):
