@@ -148,6 +148,16 @@ def test_latents_repa_and_mixed_precision(tmp_path, precision):
     assert losses(tmp_path / "null", "proj_loss") == [0.0] * 12
 
 
+def test_stored_latents_without_previews_need_no_autoencoder(tmp_path):
+    (tmp_path / "latents" / "c").mkdir(parents=True)
+    tensors = {"latent": torch.randn(2, 1, 8, 8), "label": torch.tensor(0)}
+    save_file(tensors, tmp_path / "latents" / "c" / "0.safetensors")
+    options = ["data.data_type=latent", f"data.dataset.latent_dir={tmp_path}/latents", "model.vae_dir=absent/vae"]
+    in_process(tmp_path / "run", options, dry_run=True)
+    with pytest.raises(ValueError, match="vae_dir='absent/vae'"):
+        in_process(tmp_path / "run", [*options, "training.sample_steps=1"], dry_run=True)
+
+
 def test_a_label_beyond_the_classes_is_named(tmp_path):
     for k, label in enumerate([0, 0, 0, 12]):
         (tmp_path / "latents" / "c").mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 
 from tim.config import Model
 from tim.files import replacing, sha256
+from tim.models.hub import hub_options
 
 PADDINGS = ("mask", "batch")
 IDENTIFYING = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of configs, vocabularies and weights
@@ -63,9 +64,10 @@ class TextEncoder:
         device: torch.device | str = "cpu",
     ) -> None:
         try:
-            model = load_model(text_encoder_dir, dtype)
-            self.folder = Path(cached_file(text_encoder_dir, "config.json")).parent
-            self.tokenizer = load_tokenizer(text_encoder_dir, self.folder)
+            options = hub_options(text_encoder_dir)
+            model = load_model(text_encoder_dir, dtype, **options)
+            self.folder = Path(cached_file(text_encoder_dir, "config.json", **options)).parent
+            self.tokenizer = load_tokenizer(text_encoder_dir, self.folder, **options)
         except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
@@ -236,13 +238,16 @@ def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | 
     return CaptionCache(encoder, None if model.text_cache == "memory" else model.text_cache)
 
 
-def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(text_encoder_dir: str, dtype: torch.dtype, **options: bool) -> PreTrainedModel:
     """The part of a checkpoint that turns token ids into hidden states; its config decides which that is.
+
+    Args:
+        options: of `tim.models.hub.hub_options`.
 
     Raises:
         ValueError: when the checkpoint lacks weights of that part, or the part does not encode text.
     """
-    config = AutoConfig.from_pretrained(text_encoder_dir)
+    config = AutoConfig.from_pretrained(text_encoder_dir, **options)
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5 without its decoder, BERT and its kin
         kind, part = AutoModelForTextEncoding, None
     elif config.is_encoder_decoder:
@@ -251,7 +256,7 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
         kind, part = AutoModelForCausalLM, "get_decoder"
     else:
         kind, part = AutoModel, None
-    whole, report = kind.from_pretrained(text_encoder_dir, output_loading_info=True, **{DTYPE_KEYWORD: dtype})
+    whole, report = kind.from_pretrained(text_encoder_dir, output_loading_info=True, **{DTYPE_KEYWORD: dtype}, **options)
     model = whole if part is None else getattr(whole, part)() if hasattr(whole, part) else whole.base_model
     if not hasattr(model.config, "hidden_size"):
         raise ValueError(f"{type(model).__name__} does not encode text")
@@ -264,14 +269,14 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(text_encoder_dir: str, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint whose files are in `folder`.
+def load_tokenizer(text_encoder_dir: str, folder: Path, **options: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint whose files are in `folder`; `options` as for `load_model`.
 
     Raises:
         ValueError: when there is none; transformers 5 would make up an empty one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir)
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir, **options)
     except Exception as error:  # see TextEncoder.from_pretrained
         raise ValueError(f"its tokenizer does not load: {error}") from error
     vocabularies = tokenizer.vocab_files_names.values()

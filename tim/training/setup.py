@@ -104,7 +104,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     schedule: Objective = m.build_objective()
     if schedule.transport.enhance_target and not m.use_ema:
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
-    vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
+    vae = build_autoencoder(config, accelerator, sharded=plugin is not None)
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)  # all processes draw the same starting weights
     network = build_network(m.network).to(getattr(torch, t.dtype))
@@ -149,6 +149,18 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
         optimizer, lr_scheduler, lr, global_batch_size,
     )  # fmt: skip
+
+
+def build_autoencoder(config: Config, accelerator: Accelerator, sharded: bool) -> Autoencoder | None:
+    """The autoencoder that encodes images or decodes previews; None for pixels, and where a process does neither.
+
+    Raises:
+        ValueError: when it cannot be loaded.
+    """
+    draws = config.training.sample_steps and (accelerator.is_main_process or sharded)
+    if not config.model.vae_dir or (config.data.data_type in ("latent", "latent_tar") and not draws):
+        return None
+    return Autoencoder.from_pretrained(config.model.vae_dir, device=accelerator.device)
 
 
 def build_encoder(config: Config, network: nn.Module, device: torch.device) -> "Radio | None":
