@@ -76,7 +76,8 @@ def test_a_tracker_gets_configuration_records_and_pictures_of_one_run(stub, tmp_
     assert [(step, name) for step, name, _ in first.pictures] == [(2, "samples")] and first.pictures[0][2][2] == 3
     run(tmp_path / "another", "wandb", "training.tracker_kwargs={entity: us, name: mine, id: own}")
     third = stub.started[2]
-    assert third.kwargs == {"entity": "us", "name": "mine", "id": "own", "resume": "allow"}
+    assert third.kwargs == {"entity": "us", "name": "mine", "id": "own"}
+    assert not (tmp_path / "another" / "tracker.json").exists()
 
 
 def test_tensorboard_appends_to_one_folder(tmp_path):
@@ -88,6 +89,8 @@ def test_tensorboard_appends_to_one_folder(tmp_path):
     assert [event.step for event in events.Scalars("denoising_loss")] == [1, 2, 3, 4]
     assert [event.step for event in events.Images("samples")] == [2, 4]
     assert not (tmp_path / "tracker.json").exists()
+    with pytest.raises(ValueError, match=r"training\.tracker_kwargs=.* do not suit tensorboard: .*entity"):
+        run(tmp_path, "tensorboard", "training.tracker_kwargs={entity: us}", steps=5)
     (hparams, *_) = tmp_path.rglob("hparams.yml")
     assert "training.tracker: tensorboard" in hparams.read_text()
 
@@ -98,6 +101,8 @@ def test_trackers_that_cannot_be_had(tmp_path, monkeypatch):
         run(tmp_path / "run", "comet_ml")
     with pytest.raises(ConfigError, match=r"training\.tracker='wand' is not one of none, .*wandb"):
         run(tmp_path / "run", "wand")
+    with pytest.raises(ValueError, match=r"training\.tracker_kwargs\.wandb must be a mapping, got 'us'"):
+        run(tmp_path / "run", "tensorboard", "training.tracker_kwargs={wandb: us}")
     assert not (tmp_path / "run").exists()
 
 

@@ -80,7 +80,7 @@ def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
     """The accelerator of this process: one of torchrun or accelerate launch, on CPU when there is no GPU."""
     t = config.training
     set_tf32(t.allow_tf32)
-    tracker = check_tracker(t.tracker)
+    tracker = check_tracker(t)
     return Accelerator(
         cpu=use_cpu(),
         mixed_precision=t.mixed_precision,

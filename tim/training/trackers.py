@@ -19,26 +19,37 @@ RUN_NAME = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "m
 IDS = "tracker.json"  # in the project folder: by which id a tracker knows the run
 
 
-def check_tracker(name: str | None) -> str | None:
+def check_tracker(t: Training) -> str | None:
     """What `Accelerator(log_with=...)` takes for `training.tracker`.
 
     Raises:
-        ValueError: when its package is not installed.
+        ValueError: when its package is not installed, or `training.tracker_kwargs` of a tracker are none.
     """
+    name = t.tracker
     if name in (None, "none"):
         return None
+    for key, value in t.tracker_kwargs.items():
+        if key in LoggerType.list() and not isinstance(value, dict | None):
+            raise ValueError(f"training.tracker_kwargs.{key} must be a mapping, got {value!r}")
     if name != "all" and LoggerType(name) not in get_available_trackers():
         raise ValueError(f"training.tracker={name} needs the package {name}: pip install {name}")
     return name
 
 
 def start_trackers(accelerator: Accelerator, config: Config, project_dir: Path, seed: int) -> None:
-    """Begin a run of the trackers, or go on with the one that the project folder began, and hand them the configuration."""
+    """Begin a run of the trackers, or go on with the one that the project folder began, and hand them the configuration.
+
+    Raises:
+        ValueError: when a tracker does not take `training.tracker_kwargs`.
+    """
     t = config.training
     kwargs = {str(name): tracker_kwargs(t, str(name), project_dir) for name in accelerator.log_with}
-    if "wandb" in kwargs and accelerator.is_main_process:
-        kwargs["wandb"] = _same_run(project_dir / IDS, "wandb") | kwargs["wandb"]
-    accelerator.init_trackers(t.tracker_project_name, flatten(asdict(config)) | {"seed": seed}, kwargs)
+    if accelerator.is_main_process and "id" not in kwargs.get("wandb", {"id": None}):
+        kwargs["wandb"] = {"id": _id_of_run(project_dir / IDS, "wandb"), "resume": "allow"} | kwargs["wandb"]
+    try:
+        accelerator.init_trackers(t.tracker_project_name, flatten(asdict(config)) | {"seed": seed}, kwargs)
+    except TypeError as error:
+        raise ValueError(f"training.tracker_kwargs={t.tracker_kwargs} do not suit {t.tracker}: {error}") from error
 
 
 def tracker_kwargs(t: Training, name: str, project_dir: Path) -> dict[str, Any]:
@@ -73,10 +84,10 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, str | int | fl
     return flat
 
 
-def _same_run(path: Path, name: str) -> dict[str, str]:
-    """Keywords by which a tracker goes on with the run of before; the id is made at the first start."""
+def _id_of_run(path: Path, name: str) -> str:
+    """The id by which a tracker knows the run, made at the first start."""
     ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if name not in ids:
         ids[name] = secrets.token_hex(4)
         write_json(path, ids)
-    return {"id": ids[name], "resume": "allow"}
+    return ids[name]
