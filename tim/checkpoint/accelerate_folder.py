@@ -24,7 +24,7 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 def weights_files(folder: Path) -> dict[str, Path]:
     """Files of the 'ema' and 'raw' weights of such a folder, empty for any other."""
-    for first, second in FILES if not is_checkpoint(folder) else ():
+    for first, second in () if is_checkpoint(folder) else FILES:
         if (folder / second).is_file() and (folder / first).is_file():
             return {"ema": folder / first, "raw": folder / second}
         if (folder / first).is_file():
@@ -32,12 +32,18 @@ def weights_files(folder: Path) -> dict[str, Path]:
     return {}
 
 
+def is_accelerate_folder(folder: Path) -> bool:
+    """Whether a folder is such a one, by its weights, or by its name and having files."""
+    named = NAME.fullmatch(folder.name) and not is_checkpoint(folder) and folder.is_dir() and any(folder.iterdir())
+    return bool(named or weights_files(folder))
+
+
 def latest_folder(project: Path) -> Path | None:
     """The newest such folder of a project that has no checkpoints of our own."""
     if list_checkpoints(project / "checkpoints"):
         return None
     found = [p for root in (project, project / "checkpoints") for p in root.glob("checkpoint-*") if NAME.fullmatch(p.name)]
-    return max((p for p in found if weights_files(p)), key=lambda p: int(p.name.partition("-")[2]), default=None)
+    return max(filter(is_accelerate_folder, found), key=lambda p: int(p.name.partition("-")[2]), default=None)
 
 
 def load_folder(folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
@@ -53,6 +59,8 @@ def load_folder(folder: Path, modules: dict[str, nn.Module], optimizer: torch.op
         if not (match := NAME.fullmatch(folder.name)):
             raise ValueError("its name does not say the step, checkpoint-N")
         files = weights_files(folder)
+        if not files:
+            raise ValueError(f"it has no weights in one file, {' or '.join(first for first, _ in FILES)}")
         if "ema" in modules and "ema" not in files:
             raise ValueError("it has no moving average; set model.use_ema=false to go on without")
         parts: dict[str, dict[str, Any]] = {}
@@ -62,11 +70,24 @@ def load_folder(folder: Path, modules: dict[str, nn.Module], optimizer: torch.op
         parts["optimizer"] = {"state": read_moments(folder / "optimizer.bin", modules["model"], optimizer)}
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"{folder} cannot be continued: {error}. To start anew from its weights: model.ckpt={folder} "
-            "training.resume_from_checkpoint=null and another --project_dir"
+            f"{folder} cannot be continued: {error}. Name another one by training.resume_from_checkpoint, or start anew from "
+            f"its weights: model.ckpt={folder} training.resume_from_checkpoint=null and another --project_dir"
         ) from error
     put_into(parts, modules, optimizer)
     return int(match[1])
+
+
+def published_names(network: nn.Module) -> list[str]:
+    """The names of the parameters in the order of the published networks.
+
+    Raises:
+        ValueError: when the network is none of them.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    strange = {name.partition(".")[0] for name in names} - set(PUBLISHED_ORDER)
+    if strange:
+        raise ValueError(f"the order of parameters is known for the published networks alone, this one has {min(strange)}")
+    return sorted(names, key=lambda name: PUBLISHED_ORDER.index(name.partition(".")[0]))  # stable
 
 
 def read_moments(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -85,11 +106,7 @@ def read_moments(path: Path, network: nn.Module, optimizer: torch.optim.Optimize
         raise ValueError(f"{path.name} is missing") from None
     except Exception as error:  # pickle's refusals share no base class
         raise ValueError(f"{path.name} is no AdamW state: {str(error).splitlines()[0]}") from error
-    parameters = dict(network.named_parameters())
-    strange = {name.partition(".")[0] for name in parameters} - set(PUBLISHED_ORDER)
-    if strange:
-        raise ValueError(f"the order of parameters is known for the published networks alone, this one has {min(strange)}")
-    names = sorted(parameters, key=lambda name: PUBLISHED_ORDER.index(name.partition(".")[0]))  # stable
+    parameters, names = dict(network.named_parameters()), published_names(network)
     if len(numbers) != len(names):
         names = [name for name in names if parameters[name].requires_grad]
     if len(numbers) != len(names):

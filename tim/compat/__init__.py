@@ -17,8 +17,8 @@ from typing import Any
 OLD: dict[str, dict[str, str] | None] = {
     "tim.utils": None,
     "tim.utils.misc_utils": {
-        "instantiate_from_config": "tim.typed_yaml.Target(...).build()",
-        "get_obj_from_str": "tim.typed_yaml.Target(...).resolve()",
+        "instantiate_from_config": "tim.config.Target(...).build()",
+        "get_obj_from_str": "tim.config.Target(...).resolve()",
         "init_from_ckpt": "tim.checkpoint.weights.find_weights(...).read() and tim.models.loading.load_strict",
         "create_npz_from_sample_folder": "--npz of projects/sample/sample_c2i_ddp.py",
         "update_ema": "tim.training.ema.EMA",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tim.checkpoint.weights import find_weights
+from tim.config import Target
 from tim.images import list_images, read_png
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import match_keys
 from tim.models.text_encoders import TextEncoder
-from tim.typed_yaml import Target
 
 
 def get_obj_from_str(string: str) -> type:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tim.checkpoint import store
-from tim.checkpoint.accelerate_folder import latest_folder, load_folder, weights_files
+from tim.checkpoint.accelerate_folder import is_accelerate_folder, latest_folder, load_folder
 from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
 from tim.config import parse_walltime
 from tim.distributed import cpu_group, on_first_rank
@@ -54,7 +54,7 @@ class CheckpointManager:
         run, accelerator = self.run, self.run.accelerator
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
-        if path is not None and weights_files(path):
+        if path is not None and is_accelerate_folder(path):
             state["step"] = self._import(path)
         elif path is not None:
             state = store.load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
@@ -119,8 +119,8 @@ class CheckpointManager:
         if wanted == "latest":
             # By the group of checkpoints, whose timeout leaves rank 0 the hours that reading large files may take.
             on_first_rank(self.group, lambda: store.tidy_checkpoints(self.root))
-            newest = on_first_rank(self.group, lambda: store.latest_checkpoint(self.root))
-            return newest or latest_folder(self.run.project_dir), True
+            project = self.run.project_dir
+            return on_first_rank(self.group, lambda: store.latest_checkpoint(self.root) or latest_folder(project)), True
         if wanted is None:
             if store.list_checkpoints(self.root) or latest_folder(self.run.project_dir):
                 raise ValueError(
