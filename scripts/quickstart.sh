@@ -2,9 +2,10 @@
 # From a fresh machine to measured any-step samples: installs .venv, trains TiM on scikit-learn's handwritten digits with
 # the trainer, draws 1,000 digits at 1, 2, 4, 8 and 32 steps with the sampler, measures and plots them.
 # Results: workdir/quickstart/{samples.png,quality.png,metrics.json,folders.json,checkpoints/}. Run it again to continue.
+#   OUT_DIR           folder for all of it (default workdir/quickstart)
 #   --with-baseline   also train and measure plain flow matching (same network and budget) instead of its stored numbers
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-source scripts/common.sh
+source scripts/environment.sh
 
 BASELINE=0
 for argument in "$@"; do
@@ -14,7 +15,7 @@ for argument in "$@"; do
   esac
 done
 CONFIG=configs/c2i/digits.yaml
-OUT="${OUT_DIR:-workdir/quickstart}"
+OUT="$(given_folder "${OUT_DIR:-}" "workdir/quickstart")"
 STORED=configs/c2i/digits_flow_matching.json
 STEPS="1 2 4 8 32"
 

@@ -3,9 +3,10 @@
 # that ship inside Python packages, trains TiM with the trainer, draws the prompts at 1, 2, 4, 8 and 32 steps with the
 # sampler, and measures whether the pictures show what was asked for. Run it again to continue.
 #   quickstart_t2i.sh [openmoji|shapes]   emoji of food, plants and animals (default), or coloured shapes
+#   OUT_DIR     folder of the results (default workdir/quickstart_t2i_NAME); CFG_SCALE   guidance (default 2 or, of shapes, 1)
 # Results: workdir/quickstart_t2i_NAME/{samples.png,quality.png,metrics.json,folders.json,checkpoints/}
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-source scripts/common.sh
+source scripts/environment.sh
 
 NAME="${1:-openmoji}"
 case "$NAME" in
@@ -19,7 +20,7 @@ if [ "$NAME" = openmoji ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch
   NAME=openmoji_64 PICTURES=openmoji SIZE=128 AREA=64 BATCH=64 CONFIG=configs/t2i/openmoji_64.yaml
 fi
 DATA="datasets/$NAME"
-OUT="${OUT_DIR:-workdir/quickstart_t2i_$NAME}"
+OUT="$(given_folder "${OUT_DIR:-}" "workdir/quickstart_t2i_$NAME")"
 CFG_SCALE="${CFG_SCALE:-$GUIDANCE}"
 
 if [ -f "$OUT/metrics.json" ]; then

@@ -1,8 +1,12 @@
-# Sourced by quickstart.sh and test.sh: creates .venv with the pinned requirements, or reuses it.
-#   PYTHON_BASE: interpreter to create it with (default python3), 3.10 to 3.13
-set -euo pipefail
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$ROOT"
+#!/usr/bin/env bash
+# Create .venv with the pinned requirements, or reuse it; quickstart.sh, quickstart_t2i.sh and test.sh begin with it.
+#   PYTHON_BASE   interpreter to create it with (default python3), 3.10 to 3.13
+source "$(dirname "${BASH_SOURCE[0]}")/prelude.sh"
+if asks_for_help "$@"; then
+  comment_of "$0"
+  [ "$0" = "${BASH_SOURCE[0]}" ] || comment_of scripts/setup_venv.sh | grep '^  '
+  exit 0
+fi
 BASE="${PYTHON_BASE:-python3}"
 STAMP=.venv/.requirements
 if ! cmp -s requirements.txt "$STAMP"; then

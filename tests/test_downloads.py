@@ -60,8 +60,7 @@ def site():
 def home(tmp_path):
     """A copy of the repository's tools, so that downloads land in a temporary folder."""
     shutil.copytree(ROOT / "tools", tmp_path / "tools", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "common.sh", tmp_path / "scripts")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     return tmp_path
 
 

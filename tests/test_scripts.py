@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,9 +34,9 @@ TWO_STEPS = [
 ]
 
 
-def bash(script, **env):
+def bash(script, *args, cwd=ROOT, **env):
     full = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in env.items()}}
-    done = subprocess.run(["bash", script], cwd=ROOT, env=full, capture_output=True, text=True)
+    done = subprocess.run(["bash", ROOT / script, *args], cwd=cwd, env=full, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 
@@ -86,9 +89,9 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(("size", "patch"), [(256, 2), (512, 1)])
-def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patch):
-    """From class folders to latents by the published command, then both XL trainers of that size on them."""
+@pytest.mark.parametrize(("size", "patch", "guidance"), [(256, 2, "_mg"), (512, 1, "")])
+def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patch, guidance):
+    """From class folders to latents by the published command, then an XL trainer of that size on them."""
     if size == 512:  # a stand-in of DC-AE divides by 4, not 32
         save_tiny_dc(tmp_path / "vae", scaling_factor=0.5)
     vae = stand_in / "vae" if size == 256 else tmp_path / "vae"
@@ -105,15 +108,14 @@ def test_preprocess_and_train_xl_on_two_processes(stand_in, tmp_path, size, patc
         "training.sample_steps=2",
         *TWO_STEPS,
     ]
-    for guidance in ("", "_mg"):
-        project = tmp_path / f"project{guidance}"
-        script = f"scripts/train/c2i/train_tim_c2i_xl_{size}{guidance}.sh"
-        bash(script, PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
-        records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
-        assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
-        assert f"patch_size: {patch}" in (project / "config.yaml").read_text()
-        assert (project / "samples" / "step-0000002.png").is_file()
-        assert (project / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
+    project = tmp_path / "project"
+    script = f"scripts/train/c2i/train_tim_c2i_xl_{size}{guidance}.sh"
+    bash(script, PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
+    records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
+    assert f"patch_size: {patch}" in (project / "config.yaml").read_text()
+    assert (project / "samples" / "step-0000002.png").is_file()
+    assert (project / "checkpoints" / "step-0000002" / "ema.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -211,3 +213,52 @@ def test_multi_node_launch_shares_one_rendezvous(tmp_path):
             "--rdzv_endpoint node0:1234",
         ):
             assert part in line
+
+
+@pytest.fixture
+def echo(tmp_path):
+    """Stands in for Python and prints its arguments, one a line."""
+    fake = tmp_path / "echo"
+    fake.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    return fake
+
+
+def test_paths_count_from_where_the_caller_stands_and_overrides_keep_their_spaces(echo, tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    env = dict(CONFIG="mine.yaml", PROJECT_DIR="runs/a b", OVERRIDES="a.b=[0.9,1] c.d='two words'", PYTHON=echo, GPUS=1)
+    words = bash("scripts/train/c2i/train_tim_c2i_b.sh", cwd=tmp_path, **env).stdout.splitlines()
+    assert words[1:5] == ["--config", f"{tmp_path}/mine.yaml", "--project_dir", f"{tmp_path}/runs/a b"]
+    assert words[-2:] == ["a.b=[0.9,1]", "c.d=two words"]
+    env = dict(CONFIG="configs/c2i/digits.yaml", SAMPLE_DIR="out", STEPS=1, EXTRA="--name 'my run'", PYTHON=echo, GPUS=1)
+    words = bash("scripts/sample/c2i/sample_256x256.sh", cwd=tmp_path, **env).stdout.splitlines()
+    assert words[2] == "configs/c2i/digits.yaml", "there is none where the caller stands"
+    assert words[4] == "checkpoints/c2i_model_256.safetensors" and words[6] == f"{tmp_path}/out" and words[-1] == "my run"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_script_answers_help_with_its_variables(flag, tmp_path):
+    """From any folder, at once, without PyTorch, and without making .venv."""
+    variables = {"quickstart": "OUT_DIR", "quickstart_t2i": "CFG_SCALE", "test": "TEST_PROCESSES", "setup_venv": "PYTHON_BASE"}
+    helpers = {"common", "environment", "prelude"}
+    scripts = [p for p in sorted((ROOT / "scripts").rglob("*.sh")) if p.stem not in helpers]
+    assert len(scripts) == 18
+    for script in scripts:
+        printed = bash(script, flag, cwd=tmp_path, PYTHON_BASE="/nowhere", PYTHON="").stdout
+        assert variables.get(script.stem, "OMP_NUM_THREADS") in printed and not printed.startswith("#"), script
+        if script.stem not in variables:
+            assert {"CONFIG", "GPUS"} <= set(re.findall("[A-Z_]+", printed)) and "--help lists" in printed, script
+
+
+def test_a_launcher_without_pytorch_says_what_to_run(tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(ROOT / "scripts", home / "scripts")
+    bare = tmp_path / "bin" / "python3"
+    bare.parent.mkdir()
+    bare.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -I -S "$@"\n')  # without installed packages
+    bare.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHON"} | {"PATH": f"{bare.parent}:{os.environ['PATH']}"}
+    script = home / "scripts/train/c2i/train_tim_c2i_b.sh"
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: python3 has no PyTorch; run 'bash scripts/setup_venv.sh'")

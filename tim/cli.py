@@ -2,9 +2,11 @@
 
 import argparse
 import inspect
+import io
 import logging
 import os
 import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,9 +54,15 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = "YAML file") -> None:
-    """Add --config and its overrides to a parser or group; `parse_intermixed_args` lets overrides stand among flags."""
+    """Add --config and its overrides to a parser or group; see `parse_with_overrides`."""
     parser.add_argument("--config", required=True, metavar="FILE", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+
+
+def parse_with_overrides(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command line whose overrides may stand among the flags, and be written like flags: `--a.b=c`."""
+    words = sys.argv[1:] if argv is None else argv
+    return parser.parse_intermixed_args([re.sub(r"^--(?=\w+(\.\w+)+=)", "", word) for word in words])
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -64,6 +72,9 @@ def run_command(main: Callable[[], None]) -> None:
     In the end the process group is left, if `main` started one.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # captions and names of files are printed whatever the locale
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     failed = True
     try:
         with log_to_stderr():

@@ -116,7 +116,7 @@ def receive(client: httpx.Client, url: str, part: Path, headers: dict[str, str])
         httpx.HTTPError: when the server refuses, or the connection breaks off and asking again may help.
     """
     stamp = part.with_name(f"{part.name}.etag")  # which contents `part` is of
-    version = stamp.read_text() if stamp.is_file() else ""
+    version = stamp.read_text(encoding="utf-8") if stamp.is_file() else ""
     start = part.stat().st_size if version and part.is_file() else 0
     resume = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
     with client.stream("GET", url, headers=headers | resume) as response:
@@ -136,7 +136,7 @@ def receive(client: httpx.Client, url: str, part: Path, headers: dict[str, str])
         total = start + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
         bar = tqdm(desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None)
         with open(part, "ab" if start else "wb") as f, bar:
-            stamp.write_text(version)
+            stamp.write_text(version, encoding="utf-8")
             for block in response.iter_raw():
                 f.write(block)
                 bar.update(len(block))

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tim.listing import check_plain
+
 _UMASK = os.umask(0)  # the only portable way to read it is to set it
 os.umask(_UMASK)
 
@@ -25,7 +27,8 @@ def replacing(path: Path) -> Iterator[Path]:
     disk before the name changes: after a power cut a file is the old or the new one, never an empty one. After an error
     nothing is left behind.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:200]}.", suffix=".part", dir=path.parent)
+    beginning = os.fsencode(path.name)[:200].decode(errors="ignore")  # bytes are what the length of a name is counted in
+    descriptor, name = tempfile.mkstemp(prefix=f".{beginning}.", suffix=".part", dir=path.parent)
     os.close(descriptor)
     partial = Path(name)
     try:
@@ -70,10 +73,36 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], find_corruption: Calla
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all, in a folder that is made when it is missing."""
+    """Write UTF-8 text, whole or not at all, in a folder that is made when it is missing.
+
+    What UTF-8 cannot hold, such as the name of a file in another encoding, is escaped as JSON does it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_text(path: str | Path) -> str:
+    """UTF-8 text whatever the locale, without the byte order mark that some editors write.
+
+    Raises:
+        OSError: when it is missing, or no plain file.
+        ValueError: when it is of another encoding; names file and line.
+    """
+    check_plain(path)
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON holds; ValueError for any that cannot be read, nested too deeply for one."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,27 +1,58 @@
 """Pixels: files to arrays, arrays to files, arrays to grids."""
 
+import math
+import re
 import struct
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tim.files import replacing
+from tim.listing import check_plain
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# What Pillow raises for files that are missing, cut short, not images or too large to be honest.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# What files of these suffixes may hold; Pillow knows other formats, and starts other programs for some.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+TURNS = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = (5, 6, 7, 8)
+SHORT = 3  # EXIF's word for a number of 16 bits
+SAMPLE_FORMAT = 339  # TIFF's tag: 1 for unsigned, 2 for signed numbers
+LARGE = 1 << 24  # pixels; no larger image is made on the way to a crop
 PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
 
 
+@contextmanager
+def _opened(source: str | Path | BinaryIO, name: str | None) -> Iterator[Image.Image]:
+    """An image file, not yet decoded; whatever goes wrong with it inside the block becomes a ValueError that names it."""
+    try:
+        if isinstance(source, str | Path):
+            check_plain(source)
+        with Image.open(source, formats=FORMATS) as image:
+            yield image
+    except Exception as error:  # decoders let out whatever a damaged file makes them stumble over
+        cause = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        cause = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "it", cause)  # an open file's address would be new every time
+        raise ValueError(f"{name or source} cannot be read as an image: {cause}") from error
+
+
 def open_rgb(source: str | Path | BinaryIO, name: str | None = None, upright: bool = False) -> Image.Image:
-    """An image as RGB: transparent parts on white, 16-bit grey scaled to 8, of an animation the first frame.
+    """An image as RGB: transparent parts on white, deeper grey scaled to 8 bits, of an animation the first frame.
 
     Args:
         source: path or open file.
@@ -29,30 +60,70 @@ def open_rgb(source: str | Path | BinaryIO, name: str | None = None, upright: bo
         upright: turn it by its EXIF orientation.
 
     Raises:
-        ValueError: when it is missing or cannot be decoded; the message names it.
+        ValueError: when it is missing, no file or cannot be decoded; the message names it.
+    """
+    with _opened(source, name) as image:
+        image.load()
+        if upright and (turn := TURNS.get(_orientation(image))) is not None:
+            image = image.transpose(turn)
+        if image.mode[0] in "IF":
+            image = _eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def image_size(path: str | Path, name: str | None = None, upright: bool = False) -> tuple[int, int]:
+    """(width, height) in pixels; reads the header alone. Arguments and errors are those of `open_rgb`."""
+    with _opened(path, name) as image:
+        # Pillow decodes a whole PNG in search of a late EXIF block; it comes early if at all.
+        asked = upright and (image.format != "PNG" or "exif" in image.info)
+        turned = asked and _orientation(image) in QUARTER_TURNS
+        if turned and image.format == "TIFF":  # which Pillow turns by itself, some versions not before they decode it
+            image.load()
+            return image.size
+        return image.size[::-1] if turned else image.size
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, when there is none that can be read.
+
+    Pillow reads the tags in their order up to the first broken one, so this one is looked up before.
     """
     try:
-        with Image.open(source) as opened:
-            image = ImageOps.exif_transpose(opened) if upright else opened
-            if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
-                image = _eight_bits(image)
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no agreed range; convert the image to 8 bits")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        cause = str(error).replace(repr(source), "it")  # Pillow names an open file by its address, new every time
-        raise ValueError(f"{name or source} cannot be read as an image: {cause}") from error
+        block = image.info.get("exif", b"").removeprefix(b"Exif\0\0")
+        if order := {b"II": "<", b"MM": ">"}.get(block[:2]):
+            (start,) = struct.unpack_from(f"{order}I", block, 4)
+            (count,) = struct.unpack_from(f"{order}H", block, start)
+            for place in range(start + 2, start + 2 + 12 * count, 12):
+                tag, kind, _, value = struct.unpack_from(f"{order}HHIH", block, place)
+                if (tag, kind) == (ExifTags.Base.Orientation, SHORT):
+                    return value
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))  # in XMP or TIFF
+    except Exception:  # as for pixels
+        return 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The upper byte of 16-bit grey."""
+    """Grey of 16 or 32 bits, or floating-point grey in [0, 1], [0, 255] or [0, 65535], in 8 bits.
+
+    Files of 32 bits often hold 16, so that the range is that of the values.
+    """
     pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"its pixels lie in [{pixels.min()}, {pixels.max()}] instead of 16 bits; convert the image to 8 bits")
-    return Image.fromarray((pixels // 256).astype(np.uint8))
+    low, high = pixels.min(), pixels.max()
+    if image.mode == "F":
+        white = next((white for white in (1, 255, 65535) if low >= 0 and high <= white), None)
+        if white is None:
+            raise ValueError(f"its floating-point pixels lie in [{low}, {high}] instead of [0, 1]; convert the image to 8 bits")
+        return Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
+    if low >= 0 and high <= 65535:
+        return Image.fromarray((pixels // 256).astype(np.uint8))
+    # Pillow reads unsigned numbers, TIFF's sample format 1, as signed ones too.
+    signed = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT) == (2,)
+    if signed and low < 0:
+        raise ValueError(f"its pixels lie in [{low}, {high}]; convert the image to 8 bits")
+    return Image.fromarray((pixels.view(np.uint32) >> (23 if signed else 24)).astype(np.uint8))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -60,8 +131,13 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    scaled = round(image.width * scale), round(image.height * scale)
+    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    if math.prod(scaled) > LARGE:  # long and thin: the same, without what would be cut off
+        x, y = image.width / scaled[0], image.height / scaled[1]
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -166,8 +242,3 @@ def _label_font() -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)
-
-
-def list_images(folder: Path) -> Sequence[Path]:
-    """Image files of one folder, sorted by name."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)

@@ -118,7 +118,7 @@ def map_items(
     own = own_blocks(len(items), batch_size, lambda k: k // batch_size in done, state)
     path = parts / f"{state.process_index}.jsonl"
     _end_torn_line(path)
-    with open(path, "a", encoding="utf-8") as f, progress_bar(own, state, desc, unit) as bar:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f, progress_bar(own, state, desc, unit) as bar:
         for block in own:
             records = list(work(items[block.items.start : block.items.stop]))
             assert len(records) == len(block.items)

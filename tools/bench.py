@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tim.cli import command_parser, run_command
+from tim.cli import command_parser, parse_with_overrides, run_command
 
 if TYPE_CHECKING:
     from tim.benchmarks.measure import Results
@@ -22,7 +22,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("what", choices=("train", "overhead", "sample", "adm"), help="what to measure, see above")
     add_arguments(parser)
-    args = parser.parse_intermixed_args()
+    args = parse_with_overrides(parser)
     if args.steps < 1 or args.warmup < 0:
         raise ValueError(f"--steps must be >= 1 and --warmup >= 0, got {args.steps} and {args.warmup}")
 
@@ -33,7 +33,7 @@ def main() -> None:
     print(table(results))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

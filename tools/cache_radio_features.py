@@ -4,7 +4,7 @@ FILE is the training config. The features of N tokens of width D take 4 N D byte
 command again to continue; torchrun spreads it over several processes.
 """
 
-from tim.cli import add_config_arguments, command_parser, run_command
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides, run_command
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded together, with their mirrors")
     parser.add_argument("--num-workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
-    args = parser.parse_intermixed_args()
+    args = parse_with_overrides(parser)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
 

@@ -1,6 +1,6 @@
 """How far half precision moves dF/dt: relative error of dde and jvp under bfloat16 autocast, against float64 jvp."""
 
-from tim.cli import add_config_arguments, command_parser, run_command
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides, run_command
 
 
 def main() -> None:
@@ -8,7 +8,7 @@ def main() -> None:
     add_config_arguments(parser)
     parser.add_argument("--ckpt", help="weights (default: random, every parameter normal with deviation 0.05)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples of random latents and noise")
-    args = parser.parse_intermixed_args()
+    args = parse_with_overrides(parser)
 
     import torch
 

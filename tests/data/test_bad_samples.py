@@ -1,8 +1,10 @@
 """Broken and unusual files: what is read, what is replaced, and that batches and random numbers do not suffer."""
 
 import json
+import os
 import random
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -30,6 +32,10 @@ def write_unusual(folder):
     Image.fromarray(np.full((16, 16), 0x8000, np.uint16)).save(folder / "deep.png")
     Image.fromarray(np.full((16, 16), 0x8000, np.uint16)).save(folder / "deep.tif")
     Image.fromarray(np.full((16, 16), 0x8000, np.int32)).save(folder / "wide.tif")
+    Image.fromarray(np.full((16, 16), 1 << 30, np.int32)).save(folder / "wider.tif")
+    save_unsigned(folder / "widest.tif", 1 << 31)
+    Image.new("F", (16, 16), 0.5).save(folder / "share.tif")
+    Image.new("F", (16, 16), 128).save(folder / "level.tif")
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, *BLUE])
     palette.save(folder / "palette.png")
@@ -42,9 +48,18 @@ def write_unusual(folder):
     frames[0].save(folder / "animated.png", save_all=True, append_images=frames[1:])
     grey, white = (128,) * 3, (255,) * 3
     return {
-        "cmyk.jpg": RED, "deep.png": grey, "deep.tif": grey, "wide.tif": grey, "palette.png": BLUE, "see-through.png": white,
-        "grey-alpha.png": white, "bits.png": white, "animated.gif": RED, "animated.webp": RED, "animated.png": RED,
+        "cmyk.jpg": RED, "deep.png": grey, "deep.tif": grey, "wide.tif": grey, "wider.tif": grey, "widest.tif": grey,
+        "share.tif": grey, "level.tif": grey, "palette.png": BLUE, "see-through.png": white, "grey-alpha.png": white,
+        "bits.png": white, "animated.gif": RED, "animated.webp": RED, "animated.png": RED,
     }  # fmt: skip
+
+
+def save_unsigned(path, value):
+    """A TIFF of 16 x 16 unsigned 32-bit numbers, which Pillow reads and does not write."""
+    Image.fromarray(np.full((16, 16), value - (1 << 32), np.int32)).save(path)
+    data, entry = path.read_bytes(), struct.pack("<HHIHH", 339, 3, 1, 2, 0)
+    assert data.count(entry) == 1
+    path.write_bytes(data.replace(entry, struct.pack("<HHIHH", 339, 3, 1, 1, 0)))
 
 
 def write_broken(folder):
@@ -59,9 +74,13 @@ def write_broken(folder):
     data = (folder / "chunk.png").read_bytes()
     (folder / "chunk.png").write_bytes(data.replace(b"IHDR", b"IHDX"))
     Image.new("1", (14000, 14000)).save(folder / "bomb.png")  # 24 kB that unfold to 196 million pixels
-    Image.new("F", (16, 16), 0.5).save(folder / "float.tif")
-    Image.fromarray(np.full((16, 16), 1 << 20, np.int32)).save(folder / "wider.tif")
-    return ["bomb.png", "chunk.png", "cut.jpg", "empty.png", "float.tif", "missing.jpg", "wider.tif"]
+    Image.new("F", (16, 16), float("nan")).save(folder / "float.tif")
+    Image.fromarray(np.full((16, 16), -1, np.int32)).save(folder / "negative.tif")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    return [
+        "bomb.png", "chunk.png", "cut.jpg", "empty.png", "float.tif", "missing.jpg", "negative.tif", "pipe.png", "program.jpg",
+    ]  # fmt: skip
 
 
 def test_unusual_images_have_their_colours(tmp_path):

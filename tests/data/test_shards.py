@@ -19,6 +19,7 @@ from tim.data.registry import build_c2i_dataset
 from tim.data.replacement import ReplacingDataset
 from tim.data.sampler import StepBatchSampler
 from tim.data.shards import Shards
+from tim.preparation.captioned import read_tars
 
 TOOL = "tools/build_shards.py"
 COUNTS = {"ant": 5, "bée": 7, "cat.1": 3}  # class folders and their samples
@@ -221,6 +222,74 @@ def test_other_tar_files_are_refused(tmp_path, members, match):
     write_tar(tmp_path / "t.tar", members)
     with pytest.raises(ValueError, match=match):
         Shards(tmp_path).need("image", "label")
+
+
+def header(name, size, **fields):
+    """The 512 bytes before a member that claims this size."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    for key, value in fields.items():
+        setattr(member, key, value)
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def block(data):
+    return data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    "content,match",
+    [
+        (header("c/b.cls", -512), r"c/b\.cls is said to have -512 bytes"),
+        (header("c/b.cls", 1 << 60), "is said to have 1152921504606846976 bytes"),
+        (header("c/b.jpg", 1 << 60), "is said to have 1152921504606846976 bytes"),
+        (header("c/b.jpg", 1 << 20), "cut short"),
+        (header("c/b.cls", 5000) + block(b"9" * 5000), r"c/b\.cls holds b'9+' instead of a label"),
+        (header("c/b.cls", 30) + block(b"9" * 30), r"c/b\.cls holds b'9+' instead of a label"),
+        (header("c/b.cls", 2) + block(b"-1"), r"c/b\.cls holds b'-1' instead of a label"),
+        (header("c/b.jpg", 0, type=tarfile.CHRTYPE, devmajor=1, devminor=5), r"c/b\.jpg is no plain file"),
+        (header("c/b.jpg", 0, type=tarfile.FIFOTYPE), r"c/b\.jpg is no plain file"),
+        (header("x", 1 << 60, type=tarfile.XHDTYPE), "cut short, damaged"),
+        (b"".join(header("x", 2, type=tarfile.GNUTYPE_LONGNAME) + block(b"a") for _ in range(3000)), "cut short, damaged"),
+    ],
+    ids=["negative", "label", "large", "cut", "digits", "overflow", "minus", "device", "pipe", "pax", "names"],
+)
+def test_hostile_shards_end_in_one_error(tmp_path, content, match):
+    """Sizes, labels and kinds of members that no honest archive has; buckets are built from such files too."""
+    good = header("c/a.cls", 1) + block(b"7") + header("c/a.jpg", 3) + block(b"jpg")
+    (tmp_path / "t.tar").write_bytes(good + content + bytes(1024))
+    with pytest.raises(ValueError, match=rf"t\.tar.*{match}"):
+        Shards(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.tar"]
+    if "cls" not in match:
+        with pytest.raises(ValueError, match=r"t\.tar"):
+            read_tars([tmp_path / "t.tar"], tmp_path / "out")
+
+
+def test_hidden_members_are_no_samples(tmp_path):
+    """As archives from a Mac have them."""
+    write_tar(tmp_path / "t.tar", ["./c/a.png", "./c/._a.png", "__MACOSX/c/a.png", ".cache/a.png", "./c/a.cls"])
+    shards = Shards(tmp_path).need("image", "label")
+    assert shards.index["key"].tolist() == [b"c/a"] and shards.labels.tolist() == [7] and shards.num_folders == 1
+
+
+def test_names_in_another_encoding_are_samples(tmp_path):
+    write_tar(tmp_path / "t.tar", ["c/caf\udce9.png", "c/caf\udce9.cls"])
+    assert len(Shards(tmp_path).need("image", "label")) == 1
+
+
+@pytest.mark.parametrize("place", [(1 << 40, 10), (-512, 512), (0, 1 << 62), (1 << 62, 1 << 62)])
+def test_an_index_that_points_outside_is_made_anew(tmp_path, place):
+    write_tar(tmp_path / "t.tar", ["c/a.png", "c/a.cls"])
+    want = Shards(tmp_path).index.copy()
+    path = tmp_path / "t.tar.index.npz"
+    with np.load(path) as f:
+        arrays = dict(f)
+    arrays["samples"]["image"] = place
+    np.savez(path, **arrays)
+    assert np.array_equal(Shards(tmp_path).index, want)
+    np.savez(path, **{**arrays, "samples": np.arange(3)})
+    assert np.array_equal(Shards(tmp_path).index, want)
 
 
 def test_webdataset_shards_are_read(tmp_path):

@@ -164,6 +164,12 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path):
         ({**line(), "captions": "a flower"}, "line 2: captions must be"),
         ('{"image_file": "0.png", "bucket": "a-64x64", "captions": ["\\ud800"]}', "line 2: .*surrogate"),
         (line(image_file=""), "line 2: image_file"),
+        (line(image_file="../../x.png"), r"line 2: '\.\./\.\./x\.png' leads outside the folder"),
+        (line(image_file="/etc/x.png"), "line 2: '/etc/x.png' leads outside the folder"),
+        (line(image_file="a" * 256), "line 2: 'aaa.* is no name that a file can have"),
+        ("[" * 100_000, "line 2: it is nested too deeply"),
+        (line(bucket="a-100000x100000"), "line 2: bucket .* has more than"),
+        (line(bucket=f"a-{'9' * 5000}x1"), "line 2: "),
         (line(bucket="a-64"), "line 2: bucket 'a-64' is not of the form name-HxW"),
         (line(bucket="a-64x64x64"), "line 2: bucket"),
         (line(bucket="a-64x31"), "line 2: bucket 64x31 has a side below 32"),
@@ -173,6 +179,12 @@ def test_malformed_lines_are_named(tmp_path, bad, match):
     write(tmp_path, [line(), bad, line()], [[0]])
     with pytest.raises(ValueError, match=match):
         dataset(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(photos):
+    for name in ("data_info.jsonl", "bucket_sampler.json"):
+        (photos / name).write_bytes(b"\xef\xbb\xbf" + (photos / name).read_bytes())
+    assert dataset(photos).load(0, rng.generator(0, "data"))["caption"] in CAPTIONS[0]
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path):
@@ -187,6 +199,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     "batches,match",
     [
         ("[[0, 1", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON: it is nested too deeply"),
         ([], "at least one batch"),
         ({"0": [0]}, "at least one batch"),
         ([[0], []], r"batch 1 .* bucket that names no line"),

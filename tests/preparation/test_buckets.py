@@ -164,7 +164,12 @@ def test_pictures_that_cannot_be_used_are_counted_and_named(folder, tmp_path):
         Image.new("RGB", (9, 9)).save(folder / f"z{number}.png")
     printed = command(TOOL, folder, "--out", tmp_path / "out", "--batch-size", 1).stdout
     assert len(info(tmp_path / "out")) == 2 + len(SHAPES) - 4 and "12 images are not used" in printed
-    assert printed.count("no caption") == 9 and "drawn/3.png: cannot identify" in printed and "z5.png" in printed
+    assert (
+        printed.count("no caption") == 9
+        and "2.txt line 1 is not UTF-8 text" in printed
+        and "drawn/3.png cannot be read as an image: cannot identify" in printed
+        and "z5.png" in printed
+    )
     assert "z6.png" not in printed, "ten are named"
 
 

@@ -174,11 +174,24 @@ def test_two_processes_write_the_same_files(source, half, tmp_path):
 def test_unreadable_images_are_named_and_the_others_are_made(source, tmp_path):
     shutil.copytree(source, tmp_path / "data")
     (tmp_path / "data/images/c0/1.png").write_bytes(b"no image")
+    (tmp_path / "data/latents/c0/0.safetensors").write_bytes(b"no latent, but the others say how many tokens there are")
     done = cache(tmp_path / "data", tmp_path / "features")
     assert "5 files written now, 5 of 6 are there" in done.stdout and "1.png cannot be read" in done.stdout
     with pytest.raises(FileNotFoundError, match=r"1 of 6 samples have no file in .*c0/1\.safetensors"):
         fit(tmp_path / "run", tmp_path / "data", f"data.dataset.features_dir={tmp_path}/features")
     assert not (tmp_path / "run").exists()
+
+
+def test_features_that_the_precision_does_not_hold_are_named_and_the_others_are_made(source, tmp_path, monkeypatch):
+    tokens = Radio.tokens
+
+    def large(self, images, *args):
+        return tokens(self, images, *args) * torch.tensor([1.0, 1e9] + [1.0] * (len(images) - 2)).view(-1, 1, 1)
+
+    monkeypatch.setattr(Radio, "tokens", large)
+    done = cache(source, tmp_path / "features")
+    assert "5 files written now, 5 of 6 are there" in done.stdout
+    assert "c0/0.png: its features would not be finite in torch.float16; choose a wider dtype" in done.stdout
 
 
 def test_a_file_damaged_later_is_replaced_like_any_unreadable_sample(source, half, tmp_path):

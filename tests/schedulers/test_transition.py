@@ -8,6 +8,7 @@ from helpers.networks import load_golden, relative_error
 
 from tim.schedulers import transports
 from tim.schedulers.derivative import MIN_DIFFERENCE, difference_times
+from tim.schedulers.losses import MIN_NORM, denoising_loss
 from tim.schedulers.transition import TIME_WEIGHTS, TransitionSchedule
 from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, TrigFlow
 
@@ -377,3 +378,18 @@ def test_model_guidance_without_an_ema_model_is_refused(tiny_c2i):
         TransitionSchedule(OT_FM(enhance_target=True))(
             tiny_c2i, None, tiny_c2i, 2, torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), {"y": torch.arange(2)}
         )
+
+
+def test_the_directional_term_is_the_cosine_wherever_f_has_a_direction():
+    """Where F is 0, as in the first step of training, its gradient is bounded instead of 1e8."""
+    F_target = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    F_pred = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kept = torch.ones(2, dtype=torch.bool)
+    cosine = (F_pred * F_target).sum(1) / F_pred.norm(dim=1) / F_target.norm(dim=1)
+    plain = denoising_loss(F_pred, F_target, kept, use_dir_loss=False)
+    directional = denoising_loss(F_pred, F_target, kept, use_dir_loss=True) - plain
+    assert torch.allclose(directional, (1 - cosine).flatten(1).mean(1), rtol=1e-12, atol=0)
+
+    start = torch.zeros_like(F_pred, requires_grad=True)
+    denoising_loss(start, F_target, kept, use_dir_loss=True).sum().backward()
+    assert start.grad.abs().max() <= 1 / MIN_NORM

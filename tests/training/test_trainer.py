@@ -64,7 +64,9 @@ def test_two_processes_start_alike_in_float32(tmp_path):
 
 
 def test_a_run_leaves_its_pictures_and_records(tmp_path):
-    train(tmp_path, "training.max_train_steps=4", "training.sample_steps=2", "training.checkpointing_steps=2")
+    # an override written like a flag
+    options = ["--training.max_train_steps=4", "training.sample_steps=2", "training.checkpointing_steps=2"]
+    train(tmp_path, *options, "training.log_steps=1")
     assert sorted(p.name for p in tmp_path.glob("[!.]*")) == [
         "checkpoints",
         "config.yaml",
@@ -74,11 +76,13 @@ def test_a_run_leaves_its_pictures_and_records(tmp_path):
     ]
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == [
         "contents.txt",
+        "step-0000000.png",
         "step-0000002.png",
         "step-0000004.png",
     ]
     for record in log_of(tmp_path):
         assert {"denoising_loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= record.keys()
+        assert record["grad_norm"] < 1e4  # also in the first step, whose F is 0 and has no direction
     with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
         assert grid.width > 600
 

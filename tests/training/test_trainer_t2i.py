@@ -93,7 +93,7 @@ def test_two_processes_equal_one_that_accumulates(setting, tmp_path):
 
 def test_a_run_leaves_pictures_of_its_captions(setting, tmp_path):
     done = train(setting, tmp_path, "training.sample_steps=4")
-    assert "30 captioned images, 9 packed batches of 2 to 4 (mean 3.3) in 3 sizes" in done.stdout
+    assert "30 captioned images in 9 packed batches of 3 sizes\nbatch: 3 on average = 2 to 4 x 1 accumulation" in done.stdout
     draw = f"projects/sample/sample_t2i.py --prompts 'YOUR PROMPT' --config {tmp_path}/config.yaml --ckpt {tmp_path}"
     assert done.stdout.splitlines()[-1].endswith(f"draw with: python {draw}")
     contents = (tmp_path / "samples" / "contents.txt").read_text()

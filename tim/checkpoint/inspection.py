@@ -66,7 +66,7 @@ def _describe_file(path: Path, configs: Sequence[Path]) -> tuple[list[str], bool
 def _describe_files(folder: Path, problem: str | None) -> list[str]:
     """A checkpoint's step, state and files."""
     try:
-        step = json.loads((folder / "state.json").read_text())["step"]
+        step = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, KeyError):
         step = "unknown"
     kind = "sharded" if is_sharded(folder) else "full"

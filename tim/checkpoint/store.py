@@ -109,7 +109,7 @@ def load_checkpoint(
     if problem:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
     read_into(path, modules, optimizer, group)
-    return json.loads((path / "state.json").read_text())
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -120,7 +120,7 @@ def is_checkpoint(path: Path) -> bool:
 def find_corruption(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None when every file has the size and sha256 of the manifest."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"

@@ -60,7 +60,7 @@ class Weights:
         """
         if self.source.is_file():
             return sha256(self.source)
-        manifest = json.loads((self.source / MANIFEST).read_text())
+        manifest = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
         lines = [self.kind, *(f"{entry['sha256']}  {name}" for name, entry in sorted(manifest.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -68,7 +68,7 @@ class Weights:
         """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
         if self.checkpoint is None:
             return {"weights": self.kind, "source": self.source.name}
-        step = json.loads((self.checkpoint / "state.json").read_text())["step"]
+        step = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
         known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(step)}
         config = self.checkpoint.parent.parent / "config.yaml"
         return {**known, "config_sha256": sha256(config)} if config.is_file() else known

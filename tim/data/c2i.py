@@ -9,10 +9,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 
 from tim.data.folders import Folder
+from tim.data.latents import check_classes, parse_latent
 from tim.data.replacement import PROBED, first_readable
 from tim.data.shards import Shards
 from tim.images import center_crop, open_rgb, to_tensor
@@ -38,15 +37,21 @@ class Images:
 class Latents:
     """Latent files, each with `latent` (2, C, h, w), the image and its mirror, and `label`.
 
-    Every latent must have the shape of the first readable one, else it counts as unreadable: batches have one shape.
+    A latent of another shape than the first readable one counts as unreadable, since batches have one shape; so does one
+    whose label is no class of the run, or not the number of its class folder where preprocess.json says so.
 
     Args:
         image_size: of the image that comes with every latent (REPA); None for latents alone.
+        num_classes: of the run; any when None.
+
+    Raises:
+        ValueError: when none of the first samples can be read, or labels are those of other class folders.
     """
 
-    def __init__(self, files: Folder | Shards, image_size: int | None, mirror: bool) -> None:
-        self.files, self.image_size, self.mirror = files, image_size, mirror
+    def __init__(self, files: Folder | Shards, image_size: int | None, mirror: bool, num_classes: int | None = None) -> None:
+        self.files, self.image_size, self.mirror, self.num_classes = files, image_size, mirror, num_classes
         self.num_labels = files.num_folders
+        self.numbered = isinstance(files, Folder) and check_classes(files.root)
         self.shape: list[int] | None = None
         self.shape = list(first_readable(self, range(min(PROBED, len(self))))["latent"].shape)
 
@@ -65,16 +70,22 @@ class Latents:
     def _read(self, index: int) -> tuple[torch.Tensor, int]:
         """Both latents (2, C, h, w) and the label; ValueError when the file is damaged or not one of this set."""
         name = self.files.name(index, "latent")
+        data = self.files.read(index, "latent")
         try:
-            tensors = load_safetensors(self.files.read(index, "latent"))
-            latent, label = tensors["latent"], tensors["label"]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{name} is not a latent file (tensors 'latent' and 'label'): {error}") from error
+            latent, label = parse_latent(data)
+        except ValueError as error:
+            raise ValueError(f"{name} is not a latent file: {error}") from error
         shape = list(latent.shape)
-        if len(shape) != 4 or shape != [2, *(self.shape or shape[1:])] or label.numel() != 1:
-            other = f"the set has {self.shape}" if self.shape else "expected (2, C, h, w)"
-            raise ValueError(f"{name} is not a latent file of this set: latent {shape} ({other}), label {list(label.shape)}")
-        return latent, int(label)
+        if self.shape and shape[1:] != self.shape:
+            raise ValueError(f"{name} is not a latent file of this set: latent {shape}, the set has {[2, *self.shape]}")
+        if self.num_classes is not None and label >= self.num_classes:
+            raise ValueError(f"{name} is not a latent file of this run: label {label}, the run has {self.num_classes} classes")
+        if self.numbered and label != self.files.labels[index]:
+            raise ValueError(
+                f"{name} is not a latent file of this set: label {label} instead of {self.files.labels[index]}, "
+                "the number of its class folder"
+            )
+        return latent, label
 
 
 class PackageDataset:

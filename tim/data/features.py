@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from tim.config import Config, Dataset, Model
@@ -18,7 +18,7 @@ from tim.data import latents
 from tim.data.c2i import Images, Latents
 from tim.data.folders import Folder, find_beside
 from tim.data.replacement import LabelledSamples
-from tim.files import claim, sha256, write_tensors
+from tim.files import claim, read_text, sha256, write_tensors
 
 RECORD = "features.json"
 
@@ -62,7 +62,7 @@ class CachedFeatures:
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)
-        record = json.loads((root / RECORD).read_text())
+        record = json.loads(read_text(root / RECORD))
         if record.get("antialias", True) != model.enc_antialias:  # files from before there was a choice say nothing
             raise ValueError(
                 f"{root} holds features made with model.enc_antialias={not model.enc_antialias}; set it so, or make them anew"
@@ -106,12 +106,15 @@ def read_features(path: Path, shape: Sequence[int], mirror: int) -> Tensor:
     """Features (N, D) of an image (mirror=0) or its mirror (1), in the stored dtype.
 
     Raises:
-        ValueError: when the file is missing, damaged or of another shape than (2, N, D).
+        ValueError: when the file is missing, damaged, of another shape than (2, N, D), or holds values that are not finite.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            return _features(f, shape)[mirror]
-    except (SafetensorError, OSError, ValueError) as error:
+        with latents.opened(path) as f:
+            features = _features(f, shape)[mirror]
+            if not torch.isfinite(features).all():
+                raise ValueError("it holds non-finite values")
+            return features
+    except ValueError as error:
         raise ValueError(f"{path} is not a file of features: {error}") from error
 
 
@@ -130,8 +133,9 @@ def write_features(path: Path, features: Tensor) -> None:
 
 
 def _features(f: Any, shape: Sequence[int]) -> Any:
-    """The features of an open file, not yet read; ValueError when they have another shape."""
+    """The features of an open file, not yet read; ValueError when they have another shape, or are no floats."""
     features = f.get_slice("features")
-    if tuple(features.get_shape()) != tuple(shape):
-        raise ValueError(f"features are {tuple(features.get_shape())} instead of {tuple(shape)}")
+    found, dtype = tuple(features.get_shape()), features.get_dtype()
+    if found != tuple(shape) or dtype not in latents.FLOATS.values():
+        raise ValueError(f"features are {found} {dtype} instead of {tuple(shape)} of floats")
     return features

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tim.images import list_images
+from tim.images import IMAGE_SUFFIXES
+from tim.listing import check_plain, fit_name, list_files, list_folders
+
+STORED = ".safetensors"  # files of latents and features
+SUFFIXES = {"image": IMAGE_SUFFIXES, "latent": (STORED,), "features": (STORED,)}
 
 
 class Folder:
@@ -16,7 +20,7 @@ class Folder:
         root: holds the class folders.
 
     Attributes:
-        paths: kind -> a file for each sample.
+        root: as given. paths: kind -> a file for each sample.
         labels: (n,) int64, numbers of the class folders. num_folders: how many there are.
 
     Raises:
@@ -26,11 +30,11 @@ class Folder:
 
     def __init__(self, kind: str, root: str | Path) -> None:
         folders = class_folders(root)
-        files = [LISTERS[kind](folder) for folder in folders]
+        files = [list_files(folder, SUFFIXES[kind]) for folder in folders]
         for folder, found in zip(folders, files, strict=True):
             if not found:
                 raise ValueError(f"class folder {folder} is empty; fill or remove it")
-        self.kind, self.num_folders = kind, len(folders)
+        self.kind, self.root, self.num_folders = kind, Path(root), len(folders)
         self.paths = {kind: [path for found in files for path in found]}
         self.labels = np.repeat(np.arange(len(folders)), [len(found) for found in files])
 
@@ -61,6 +65,7 @@ class Folder:
             ValueError: when it is missing or cannot be read; the message names it.
         """
         try:
+            check_plain(self.paths[kind][index])
             return self.paths[kind][index].read_bytes()
         except OSError as error:
             raise ValueError(f"{self.name(index, kind)} cannot be read: {error}") from error
@@ -74,25 +79,22 @@ def class_folders(root: str | Path) -> list[Path]:
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f"no dataset folder {root}")
-    folders = sorted(p for p in Path(root).iterdir() if p.is_dir())
+    folders = list_folders(root)
     if not folders:
         raise FileNotFoundError(f"{root} holds no class folders; expected {root}/<class>/<file>")
     return folders
 
 
-def list_tensors(folder: Path) -> list[Path]:
-    """Files of latents or features in one folder, sorted by name."""
-    return sorted(folder.glob("*.safetensors"))
-
-
-LISTERS = {"image": list_images, "latent": list_tensors, "features": list_tensors}
+def stored_name(path: Path) -> str:
+    """Name of the file of latents or features of a sample, of which `path` is any file: its stem and `.safetensors`."""
+    return fit_name(path.stem, STORED)
 
 
 def find_beside(paths: Sequence[Path], root: Path, kind: str) -> dict[Path, Path]:
     """The file under `root` with the class folder and stem of each path that has one, in the order of the paths."""
     folders = [root / name for name in {path.parent.name for path in paths}]
-    there = {(f.name, p.stem): p for f in folders if f.is_dir() for p in LISTERS[kind](f)}
-    own = {path: (path.parent.name, path.stem) for path in paths}
+    there = {(f.name, stored_name(p)): p for f in folders if f.is_dir() for p in list_files(f, SUFFIXES[kind])}
+    own = {path: (path.parent.name, stored_name(path)) for path in paths}
     return {path: there[key] for path, key in own.items() if key in there}
 
 

@@ -1,21 +1,30 @@
 """Files of preprocessed latents: `<class>/<name>.safetensors` with `latent` (2, C, h, w), image and mirror, and `label`."""
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from tqdm import tqdm
 
-from tim.data.folders import class_folders, list_tensors
-from tim.files import write_tensors
+from tim.data.folders import SUFFIXES, class_folders
+from tim.files import parse_json, read_text, write_tensors
+from tim.listing import check_plain, list_files
 
-FLOATS = ("F32", "F16", "BF16", "F64")  # safetensors' words for the dtypes a latent may have
+RECORD = "preprocess.json"  # beside the class folders: what the files depend on
+# The dtypes that latents and labels may have, in safetensors' words; 8 bits are too few to number classes.
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+INTEGERS = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16"}
+WORDS = {**FLOATS, **INTEGERS}
 
 
 def write_latent(path: Path, latent: Tensor, label: int) -> None:
@@ -30,6 +39,17 @@ def write_latent(path: Path, latent: Tensor, label: int) -> None:
     write_tensors(path, {"latent": latent.contiguous(), "label": torch.tensor(label)}, find_corruption)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; ValueError, which says why, when it cannot be read."""
+    try:
+        check_plain(path)
+        with safe_open(path, framework="pt") as f:
+            yield f
+    except Exception as error:  # whatever a damaged header leads to
+        raise ValueError(str(error)) from error
+
+
 def find_corruption(path: Path, check: Callable[[Any], Any] | None = None) -> str | None:
     """Why a file is no latent file, or None; reads the header, and compares the size of the file with it.
 
@@ -37,38 +57,85 @@ def find_corruption(path: Path, check: Callable[[Any], Any] | None = None) -> st
         check: of the open file, in place of that for latents; ValueError when it holds something else.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            (check or _header)(f)
-    except (SafetensorError, OSError, ValueError) as error:
+        with opened(path) as f:
+            (check or _check_header)(f)
+    except ValueError as error:
         return str(error)
     return None
 
 
 def read_latent(path: Path) -> tuple[Tensor, int]:
-    """`latent` (2, C, h, w) as it is stored, and `label`.
+    """`parse_latent` of a file; ValueError, which names it, when it is missing too."""
+    try:
+        check_plain(path)
+        return parse_latent(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def parse_latent(data: bytes) -> tuple[Tensor, int]:
+    """`latent` (2, C, h, w) as it is stored, and `label`, of the content of a latent file.
 
     Raises:
-        ValueError: when the file is damaged; the message says how.
+        ValueError: when it is damaged, has another form, or holds values that are not finite; the message says so.
     """
     try:
-        with safe_open(path, framework="pt") as f:
-            _header(f)
-            return f.get_tensor("latent"), int(f.get_tensor("label"))
-    except (SafetensorError, OSError) as error:
+        tensors = load_safetensors(data)
+    except Exception as error:  # as above
         raise ValueError(str(error)) from error
+    dtypes = {name: WORDS.get(t.dtype, str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    _check_tensors({name: (tuple(t.shape), dtypes[name]) for name, t in tensors.items()})
+    latent, label = tensors["latent"], int(tensors["label"])
+    if label < 0:
+        raise ValueError(f"label {label} is negative")
+    if not torch.isfinite(latent).all():
+        raise ValueError("holds non-finite values")
+    return latent, label
 
 
-def _header(f: Any) -> None:
-    """ValueError when the tensors of an open file are not those of a latent file."""
-    names = set(f.keys())
-    if not {"latent", "label"} <= names:
-        raise ValueError(f"holds {', '.join(sorted(names)) or 'nothing'} instead of latent and label")
-    latent, label = f.get_slice("latent"), f.get_slice("label")
-    shape, dtype = tuple(latent.get_shape()), latent.get_dtype()
-    if len(shape) != 4 or shape[0] != 2 or 0 in shape or dtype not in FLOATS:
+def _check_header(f: Any) -> None:
+    slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118, not a dict
+    _check_tensors({name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()})
+
+
+def _check_tensors(found: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """ValueError when tensors of these names, shapes and dtypes are not those of a latent file."""
+    if not {"latent", "label"} <= found.keys():
+        raise ValueError(f"holds {', '.join(sorted(found)) or 'nothing'} instead of latent and label")
+    (shape, dtype), (label_shape, label_dtype) = found["latent"], found["label"]
+    if len(shape) != 4 or shape[0] != 2 or 0 in shape or dtype not in FLOATS.values():
         raise ValueError(f"latent is {shape} {dtype} instead of (2, C, h, w) of floats")
-    if label.get_shape() not in ([], [1]) or label.get_dtype()[0] not in "IU":
-        raise ValueError(f"label is {label.get_shape()} {label.get_dtype()} instead of one integer")
+    if label_shape not in ((), (1,)) or label_dtype not in INTEGERS.values():
+        raise ValueError(f"label is {label_shape} {label_dtype} instead of one integer (I64)")
+
+
+def classes_identity(classes: Sequence[str]) -> dict[str, Any]:
+    """What tells lists of class folders, whose order gives the labels, apart; part of `RECORD`."""
+    return {"classes": len(classes), "classes_sha256": hashlib.sha256(os.fsencode("\n".join(classes))).hexdigest()}
+
+
+def check_classes(latent_dir: str | Path) -> bool:
+    """Whether a folder of latents says that its labels are the numbers of its class folders.
+
+    Raises:
+        ValueError: when it says that its labels are those of other class folders.
+    """
+    record = Path(latent_dir) / RECORD
+    if not record.is_file():
+        return False
+    try:
+        said = parse_json(read_text(record))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged: {error}") from error
+    if not isinstance(said, dict) or "classes_sha256" not in said:
+        return False
+    names = [folder.name for folder in class_folders(latent_dir)]
+    if said["classes_sha256"] != classes_identity(names)["classes_sha256"]:
+        raise ValueError(
+            f"the labels in {latent_dir} are those of {said.get('classes')} other class folders ({RECORD}) than the "
+            f"{len(names)} that are there now; put them back, or move {RECORD} away to take the labels as they are"
+        )
+    return True
 
 
 def moments(latent: Tensor) -> Tensor:
@@ -133,11 +200,12 @@ def check_latents(latent_dir: str | Path, workers: int = 4) -> LatentReport:
         FileNotFoundError: when there is no such folder, or no class folder in it.
     """
     report = LatentReport()
-    folders = class_folders(str(latent_dir))
+    folders = class_folders(latent_dir)
     with ThreadPoolExecutor(workers) as pool:
         for folder in tqdm(folders, unit=" classes", desc="reading", disable=None):
             _check_class(report, folder, pool)
     report.problems += _label_problems(report.labels)
+    report.problems += _class_problems(latent_dir, report.labels)
     if len(report.moments) > 1:
         report.problems.append(f"channels differ between files: {', '.join(map(str, sorted(report.moments)))}")
     return report
@@ -145,12 +213,12 @@ def check_latents(latent_dir: str | Path, workers: int = 4) -> LatentReport:
 
 def _check_class(report: LatentReport, folder: Path, pool: ThreadPoolExecutor) -> None:
     """Enter the files of a class into the report."""
-    paths, labels = list_tensors(folder), Counter[int]()
+    paths, labels = list_files(folder, SUFFIXES["latent"]), Counter[int]()
     report.leftovers += len(list(folder.glob(".*.part")))
     report.labels[folder.name] = labels
-    for path, content in zip(paths, pool.map(_read_finite, paths), strict=True):
+    for path, content in zip(paths, pool.map(_read, paths), strict=True):
         if isinstance(content, str):
-            report.problems.append(f"{path}: {content}")
+            report.problems.append(content)
             continue
         latent, label = content
         labels[label] += 1
@@ -163,13 +231,12 @@ def _check_class(report: LatentReport, folder: Path, pool: ThreadPoolExecutor) -
         report.problems.append(f"{folder}: no whole latent file in this class")
 
 
-def _read_finite(path: Path) -> tuple[Tensor, int] | str:
+def _read(path: Path) -> tuple[Tensor, int] | str:
     """Latent and label of a file, or what is wrong with it."""
     try:
-        latent, label = read_latent(path)
+        return read_latent(path)
     except ValueError as error:
         return str(error)
-    return (latent, label) if torch.isfinite(latent).all() else "holds non-finite values"
 
 
 def _label_problems(labels: dict[str, Counter]) -> Sequence[str]:
@@ -181,8 +248,21 @@ def _label_problems(labels: dict[str, Counter]) -> Sequence[str]:
             seen = ", ".join(f"{label} ({n} files)" for label, n in counts.most_common(5))
             problems.append(f"{name}: {len(counts)} different labels: {seen}")
         for label in counts:
-            if label < 0:
-                problems.append(f"{name}: label {label} is negative")
             if owner.setdefault(label, name) != name:
                 problems.append(f"{name}: label {label} also belongs to {owner[label]}")
     return problems
+
+
+def _class_problems(latent_dir: str | Path, labels: dict[str, Counter]) -> Sequence[str]:
+    """What `check_classes` refuses, and folders whose labels are not their number although the record says so."""
+    try:
+        if not check_classes(latent_dir):
+            return []
+    except ValueError as error:
+        return [str(error)]
+    return [
+        f"{name}: label {label} instead of {number}, the number of the folder"
+        for number, (name, counts) in enumerate(labels.items())
+        for label in counts
+        if label != number
+    ]

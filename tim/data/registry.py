@@ -28,19 +28,29 @@ def image_shards(shard_dir: str, image_size: int, index_dir: str | None = None, 
 
 
 def latent_folders(
-    latent_dir: str, image_dir: str | None = None, image_size: int | None = None, mirror: bool = True
+    latent_dir: str,
+    image_dir: str | None = None,
+    image_size: int | None = None,
+    mirror: bool = True,
+    num_classes: int | None = None,
 ) -> Latents:
     """`latent_dir/<class>/<name>.safetensors`, for REPA beside `image_dir/<class>/<name>.*`."""
     files = Folder("latent", latent_dir)
     if image_dir is not None:
         files.add_images(image_dir)
-    return Latents(files, image_size, mirror)
+    return Latents(files, image_size, mirror, num_classes)
 
 
-def latent_shards(shard_dir: str, image_size: int | None = None, index_dir: str | None = None, mirror: bool = True) -> Latents:
+def latent_shards(
+    shard_dir: str,
+    image_size: int | None = None,
+    index_dir: str | None = None,
+    mirror: bool = True,
+    num_classes: int | None = None,
+) -> Latents:
     """Latent files in tar shards, for REPA each beside its image."""
     kinds = ("latent",) if image_size is None else ("latent", "image")
-    return Latents(Shards(shard_dir, index_dir).need(*kinds), image_size, mirror)
+    return Latents(Shards(shard_dir, index_dir).need(*kinds), image_size, mirror, num_classes)
 
 
 CLASS_CONDITIONAL: dict[str, Callable[..., LabelledSamples]] = {
@@ -54,11 +64,12 @@ TEXT_TO_IMAGE: dict[str, Callable[..., CaptionedImages]] = {"image_ms": Captione
 REPA_KEYS = ("image_dir", "image_size")  # optional ones say where the images beside latents are
 
 
-def build_c2i_dataset(data: Data, with_image: bool = False) -> LabelledSamples:
+def build_c2i_dataset(data: Data, with_image: bool = False, num_classes: int | None = None) -> LabelledSamples:
     """The class-conditional dataset a config names.
 
     Args:
         with_image: REPA is on, so latents come with their images.
+        num_classes: of the network; labels that latent files hold must lie below it.
 
     Raises:
         ValueError, FileNotFoundError: for another data_type, missing keys, folders or files.
@@ -70,8 +81,11 @@ def build_c2i_dataset(data: Data, with_image: bool = False) -> LabelledSamples:
     beside = [key for key in REPA_KEYS if keys.get(key, True) is False]
     if with_image and any(getattr(data.dataset, key) is None for key in beside):
         raise ValueError(f"REPA reads the images beside the latents: set data.dataset.{' and '.join(beside)}")
-    taken = [key for key in keys if with_image or key not in beside]
-    return CLASS_CONDITIONAL[str(data.data_type)](**{key: getattr(data.dataset, key) for key in taken})
+    taken = {key: getattr(data.dataset, key) for key in keys if with_image or key not in beside}
+    kind = CLASS_CONDITIONAL[str(data.data_type)]
+    if "num_classes" in signature(kind).parameters:
+        taken["num_classes"] = num_classes
+    return kind(**taken)
 
 
 def build_t2i_dataset(data: Data, factor: int) -> CaptionedImages:

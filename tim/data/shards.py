@@ -1,16 +1,16 @@
 """Tar shards: many samples in few files, each read by its place.
 
 The members of a shard that differ in their last suffix alone are one sample: `<class>/<name>.safetensors` (a latent file),
-`<class>/<name>.jpg` or another image, `<class>/<name>.cls` (the label as text). Other members are ignored. Where each member
-lies is looked up once per shard and kept in `<shard>.index.npz`, so samples are numbered as in a folder and read in any order.
+`<class>/<name>.jpg` or another image, `<class>/<name>.cls` (the label as text). Other and hidden members are ignored. Where
+each member lies is looked up once per shard and kept in `<shard>.index.npz`, so samples are numbered as in a folder and read
+in any order.
 """
 
 import contextlib
 import os
 import re
 import tarfile
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,10 +20,13 @@ from tqdm import tqdm
 
 from tim.files import replacing
 from tim.images import IMAGE_SUFFIXES
+from tim.listing import check_plain, fit_name, is_data, list_files
 
 VERSION = 2  # of the index files
 BLOCK = 512  # bytes; tar pads everything to this
 MAX_OPEN = 64  # shards a process keeps open
+MAX_MEMBER = 1 << 30  # bytes; no image, latent or text is larger
+LABEL = re.compile(rb"\s*[0-9]{1,9}\s*")
 KINDS = ("latent", "image")
 KIND_OF = {".safetensors": "latent", ".cls": "label", **dict.fromkeys(IMAGE_SUFFIXES, "image")}
 PART_OF = re.compile(r"(.+)-(\d+)-of-(\d+)\.tar")
@@ -76,7 +79,7 @@ class Shards:
 
     def name(self, index: int, kind: str = "sample") -> str:
         """Shard and sample, for messages, whatever `kind` of member they are about."""
-        return f"{self.paths[self.shard[index]]}: {self.index['key'][index].decode()}"
+        return f"{self.paths[self.shard[index]]}: {os.fsdecode(self.index['key'][index])}"
 
     def need(self, *kinds: str) -> "Shards":
         """These shards, every sample of which has a latent, an image or a label.
@@ -127,7 +130,7 @@ def list_shards(folder: str | Path) -> list[Path]:
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no shard folder {folder}")
-    paths = sorted(Path(folder).glob("*.tar"))
+    paths = list_files(folder, (".tar",))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no *.tar; pack a dataset with tools/build_shards.py")
     promised = {(m[1], len(m[2]), int(m[3])) for path in paths if (m := PART_OF.fullmatch(path.name))}
@@ -167,13 +170,13 @@ def index_of(shard: Path, stamp: Stamp, index_dir: Path) -> np.ndarray:
     Raises:
         ValueError: when the shard is damaged, or its index cannot be written.
     """
-    path = index_dir / f"{shard.name}.index.npz"
-    try:
+    path = index_dir / fit_name(shard.name, ".index.npz")
+    # Whatever a damaged index leads to, it is made again.
+    with contextlib.suppress(Exception):
+        check_plain(path)
         with np.load(path, allow_pickle=False) as f:
-            if f["version"] == VERSION and tuple(f["stamp"].tolist()) == stamp:
+            if f["version"] == VERSION and tuple(f["stamp"].tolist()) == stamp and _lies_within(f["samples"], stamp[0]):
                 return f["samples"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
     index = scan_shard(shard)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +189,19 @@ def index_of(shard: Path, stamp: Stamp, index_dir: Path) -> np.ndarray:
     return index
 
 
+def _lies_within(index: np.ndarray, size: int) -> bool:
+    """Whether an array is an index of a shard of this size in bytes."""
+    if index.ndim != 1 or index.dtype.descr[1:] != np.dtype(FIELDS).descr or not len(index):
+        return False
+    for kind in KINDS:
+        offset, length = index[kind].T
+        absent = (offset == -1) & (length == -1)
+        inside = (offset >= 0) & (length >= 0) & (length <= size - offset)
+        if not (absent | inside).all():
+            return False
+    return True
+
+
 def scan_shard(path: Path) -> np.ndarray:
     """Find all members of a shard, reading their headers alone; the index is an array of `FIELDS`.
 
@@ -194,19 +210,20 @@ def scan_shard(path: Path) -> np.ndarray:
     """
     samples: dict[str, dict[str, Any]] = {}
     try:
+        check_plain(path)
         with tarfile.open(path, "r:") as tar:
             end = _scan_members(tar, samples)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"shard {path} is cut short, damaged or compressed: {error}") from error
     except ValueError as error:
         raise ValueError(f"shard {path}: {error}") from error
+    except Exception as error:  # whatever tarfile stumbles over
+        raise ValueError(f"shard {path} is cut short, damaged or compressed: {error}") from error
     with open(path, "rb") as f:
         f.seek(end)
         if f.read(2 * BLOCK) != bytes(2 * BLOCK):
             raise ValueError(f"shard {path} is cut short or damaged: it has no end mark at byte {end}; pack or copy it again")
     if not samples:
         raise ValueError(f"shard {path} holds no sample; expected <class>/<name>.safetensors or <class>/<name>.jpg")
-    keys = np.array([key.encode() for key in samples])
+    keys = np.array([os.fsencode(key) for key in samples])
     index = np.full(len(keys), -1, dtype=[("key", keys.dtype), *FIELDS])
     index["key"] = keys
     for row, members in zip(index, samples.values(), strict=True):
@@ -218,15 +235,11 @@ def scan_shard(path: Path) -> np.ndarray:
 def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, Any]]) -> int:
     """Enter the label, and offset and size of the other members, of each sample; returns where the last one ends."""
     end = 0
-    for member in tar:
+    for member in plain_members(tar):
         end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            raise ValueError(f"{member.name} is no plain file; pack the files that links point to (tar -h)")
         name = PurePosixPath(member.name)
         kind = KIND_OF.get(name.suffix.lower())
-        if kind is None:
+        if kind is None or not all(map(is_data, name.parts)):
             continue
         sample = samples.setdefault(str(name.with_suffix("")), {})
         if kind in sample:
@@ -235,9 +248,25 @@ def _scan_members(tar: tarfile.TarFile, samples: dict[str, dict[str, Any]]) -> i
     return end
 
 
+def plain_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The plain files of an archive, one after the other.
+
+    Raises:
+        ValueError: for links, devices and sparse files, and for sizes that no file has.
+    """
+    for member in tar:
+        if not 0 <= member.size <= MAX_MEMBER:  # a negative one would lead back, in a circle
+            raise ValueError(f"{member.name} is said to have {member.size} bytes; pack the shard again")
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            raise ValueError(f"{member.name} is no plain file; a link leads outside the shard, pack what it points to (tar -h)")
+        yield member
+
+
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
     text = read_member(tar, member)
-    if not text.strip().isdigit():
+    if not LABEL.fullmatch(text):
         raise ValueError(f"{member.name} holds {text[:20]!r} instead of a label")
     return int(text)
 

@@ -4,7 +4,6 @@ A jsonl has one object a line: `image_file` (relative to root_dir), `bucket` (`n
 second file packs line numbers into batches of one size each. `tools/build_t2i_buckets.py` writes both.
 """
 
-import json
 import re
 from array import array
 from pathlib import Path
@@ -13,10 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tim.files import parse_json
 from tim.images import open_rgb, to_tensor
+from tim.listing import check_inside
 
 BUCKET = re.compile(r"(?:.+-)?([0-9]+)x([0-9]+)")
 KEYS = ("image_file", "bucket", "captions")
+MOST_PIXELS = 1 << 26  # of a bucket, 8192 x 8192
 
 
 class CaptionedImages:
@@ -125,7 +127,7 @@ def parse_line(line: bytes) -> tuple[str, tuple[int, int], list[str]]:
     Raises:
         ValueError: with the cause when the line is malformed.
     """
-    entry = json.loads(line) if line.strip() else None
+    entry = parse_json(line) if line.strip() else None
     if not isinstance(entry, dict):
         raise ValueError("expected a JSON object, got " + ("a blank line" if not line.strip() else type(entry).__name__))
     for key in KEYS:
@@ -134,14 +136,18 @@ def parse_line(line: bytes) -> tuple[str, tuple[int, int], list[str]]:
     image_file, bucket, captions = (entry[key] for key in KEYS)
     if not isinstance(image_file, str) or not image_file:
         raise ValueError(f"image_file must be a file name, got {image_file!r}")
+    check_inside(image_file)
     match = BUCKET.fullmatch(bucket) if isinstance(bucket, str) else None
     if match is None:
         raise ValueError(f"bucket {bucket!r} is not of the form name-HxW")
+    height, width = int(match[1]), int(match[2])
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"bucket {bucket!r} has more than {MOST_PIXELS} pixels")
     if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
         raise ValueError(f"captions must be a list of at least one string, got {str(captions)[:80]}")
     for text in (image_file, *captions):
         text.encode()  # lone surrogates are valid JSON and no text
-    return image_file, (int(match[1]), int(match[2])), captions
+    return image_file, (height, width), captions
 
 
 def _scan(path: Path, factor: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
@@ -169,7 +175,7 @@ def _scan(path: Path, factor: int) -> tuple[np.ndarray, np.ndarray, list[tuple[i
 def _read_batches(path: Path, size_of: np.ndarray, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
     """The packed batches, each checked to hold line numbers of one size."""
     try:
-        packed = json.loads(path.read_bytes())
+        packed = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(packed, list) or not packed:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tim.cli import add_config_arguments, command_parser
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides
 
 
 def digits() -> None:
@@ -19,7 +19,7 @@ def digits() -> None:
     from tim.demo.report import real_digits, report, table
 
     if args.show:
-        print(table(json.loads(args.show.read_text())))
+        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
         return
     if args.out is None:
         raise ValueError("--samples needs --out")
@@ -37,7 +37,7 @@ def t2i() -> None:
     add_config_arguments(parser, "YAML file of the model; its data are the real images")
     parser.add_argument("--samples", type=Path, required=True, help="the --sample-dir of sample_t2i.py")
     parser.add_argument("--out", type=Path, required=True, help="where metrics.json and the figures go")
-    args = parser.parse_intermixed_args()
+    args = parse_with_overrides(parser)
 
     from tim.config import load_config
     from tim.data.registry import build_t2i_dataset

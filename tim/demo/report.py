@@ -61,7 +61,7 @@ def report(judge: str, samples: Path, real: dict[str, np.ndarray], out: Path, ba
     runs = read_runs(samples)
     metrics = evaluate(judge, runs, real)
     if baseline:
-        metrics["flow_matching"] = json.loads(baseline.read_text())["nfe"]
+        metrics["flow_matching"] = json.loads(baseline.read_text(encoding="utf-8"))["nfe"]
     write_report(metrics, runs, real, out)
     print(table(metrics))
     print(f"wrote {out}/metrics.json, samples.png, quality.png")
@@ -76,7 +76,7 @@ def read_runs(sample_dir: Path) -> list[Run]:
     """
     runs: dict[int, Run] = {}
     for path in sorted(sample_dir.rglob("run.json")):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         samples = _samples(path.parent, record["settings"])
         if not record["complete"] or not samples:
             continue

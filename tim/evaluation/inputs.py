@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tim.files import replacing
-from tim.images import IMAGE_SUFFIXES, read_png
+from tim.images import IMAGE_SUFFIXES, image_size, read_png
+from tim.listing import list_files
 
 SHOWN = 5  # names in a message
 LOCAL_HEADER = 30  # bytes of a zip member's fixed header; name and extra field follow
@@ -29,7 +29,7 @@ Transform = Callable[[np.ndarray], Tensor]
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """Image files at any depth below a folder, sorted by their path; hidden files do not count.
+    """Image files at any depth below a folder, sorted by their path; hidden files and folders do not count.
 
     Raises:
         FileNotFoundError: when there is no such folder.
@@ -38,7 +38,7 @@ def find_images(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    files = list_files(folder, IMAGE_SUFFIXES, deep=True)
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
@@ -64,19 +64,6 @@ def fingerprint(files: Sequence[Path]) -> str:
     """sha256 of names, sizes and modification times, so that cached results of other files are not taken for theirs."""
     stats = [(str(path.resolve()), *stamp(path)) for path in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels; reads the header only.
-
-    Raises:
-        ValueError: names a file that is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def check_one_size(files: Sequence[Path], progress: bool = False) -> tuple[int, int]:

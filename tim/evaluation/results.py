@@ -39,7 +39,7 @@ def describe_samples(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
         "path": str(folder),
         "n": len(files),
         "image_format": sorted({path.suffix.lstrip(".").lower() for path in files}),
-        "run": json.loads(run.read_text()) if run.is_file() else None,
+        "run": json.loads(run.read_text(encoding="utf-8")) if run.is_file() else None,
     }
 
 

@@ -51,7 +51,7 @@ def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights:
                 "complete": True,
                 "nfe": sampler.nfe,
                 "processes": state.num_processes,
-                "speed": speed if drawn else json.loads(path.read_text()).get("speed"),  # of the run that drew something
+                "speed": speed if drawn else json.loads(path.read_bytes()).get("speed"),  # of the run that drew something
                 "versions": {"tim": tim.__version__, "python": platform.python_version()}
                 | {"torch": torch.__version__, "accelerate": version("accelerate"), "diffusers": version("diffusers")},
             }

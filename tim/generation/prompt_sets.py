@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tim import rng
-from tim.files import replacing, write_json_lines
+from tim.files import parse_json, read_text, replacing, write_json_lines
 from tim.images import make_grid, read_png, save_image, save_png
+from tim.listing import check_inside, list_files
 
 IMAGENET_CLASSES = 1000
 
@@ -125,10 +126,10 @@ class GenEvalPrompts(PromptSet):
         if not Path(path).is_file():
             raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
         self.metadata = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
+                entry = parse_json(line)
+            except ValueError as error:
                 raise ValueError(f"{path} line {number} is not JSON: {error}") from error
             if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
                 raise ValueError(f"{path} line {number} has no `prompt`; GenEval's evaluation_metadata.jsonl is expected")
@@ -160,8 +161,8 @@ class DPGPrompts(PromptSet):
     def __init__(self, folder: str, per_group: int = 4) -> None:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"--caption-dir {folder} is no folder; DPG-Bench's prompts/*.txt are expected")
-        paths = sorted(Path(folder).glob("*.txt"))
-        prompts = [path.read_text(encoding="utf-8").strip() for path in paths]
+        paths = list_files(folder, (".txt",))
+        prompts = [read_text(path).strip() for path in paths]
         empty = [path.name for path, prompt in zip(paths, prompts, strict=True) if not prompt]
         if empty or not paths:
             raise ValueError(f"{folder}: {f'{empty[0]} is empty' if empty else 'there is no .txt file'}")
@@ -195,16 +196,20 @@ def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
         ValueError: when it is in another form, or a name would leave the folder of the images.
     """
     try:
-        meta = json.loads(Path(path).read_text(encoding="utf-8"))
+        meta = parse_json(read_text(path))
         names = [f"{entry['category']}/{key}" for key, entry in meta.items()]
         prompts = [entry["prompt"] for entry in meta.values()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is not there; MJHQ-30K's meta_data.json is expected") from None
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not in the form {{key: {{category, prompt}}}} of MJHQ-30K: {error!r}") from error
     for name, prompt in zip(names, prompts, strict=True):
-        if not isinstance(prompt, str) or ".." in name.split("/") or name.startswith("/"):
+        if not isinstance(prompt, str):
             raise ValueError(f"{path}: entry {name!r} has no usable prompt, category or key")
+        try:
+            check_inside(f"{name}.png")
+        except ValueError as error:
+            raise ValueError(f"{path}: entry {name!r} has no usable category or key: {error}") from error
     if not names:
         raise ValueError(f"{path} holds no prompts")
     return names, prompts
@@ -218,7 +223,7 @@ def read_prompts(path: str) -> list[str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompt file {path}")
-    prompts = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+    prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts

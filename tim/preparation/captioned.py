@@ -1,6 +1,5 @@
 """Images with captions as people have them: a folder with a text file beside each, a jsonl, webdataset tar shards."""
 
-import json
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,15 +7,14 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
-from tim.data.shards import read_member
-from tim.files import replacing
-from tim.images import IMAGE_SUFFIXES, UNREADABLE
+from tim.data.shards import plain_members, read_member
+from tim.files import parse_json, read_text, replacing
+from tim.images import IMAGE_SUFFIXES, image_size
+from tim.listing import check_inside, check_plain, is_data, list_files
 
-EXIF_ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)
-Captioned = tuple[str, list[str]]  # an image file relative to the root folder, its captions
+Captioned = tuple[str, list[str] | str]  # an image file relative to the root folder, its captions or why there are none
 
 
 class Record(NamedTuple):
@@ -45,7 +43,7 @@ def read(sources: Sequence[Path], root: Path | None, out: Path) -> tuple[list[Re
         if not source.exists():
             raise FileNotFoundError(f"no folder or file {source}")
     first = sources[0]
-    shards = sorted(first.glob("*.tar")) if first.is_dir() else [s for s in sources if s.is_file() and tarfile.is_tarfile(s)]
+    shards = list_files(first, (".tar",)) if first.is_dir() else [s for s in sources if s.is_file() and tarfile.is_tarfile(s)]
     if shards and (first.is_dir() or len(shards) == len(sources)):
         root = root or out / "images"
         captioned = read_tars(shards, root)
@@ -67,12 +65,18 @@ def read_folder(folder: Path, root: Path) -> list[Captioned]:
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ValueError(f"{folder} does not lie in the root folder {root}")
     inside = folder.resolve().relative_to(root.resolve())
-    captioned = []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()):
-        text = path.with_suffix(".txt")
-        captions = _captions_of_text(text.read_bytes()) if text.is_file() else []
-        captioned.append(((inside / path.relative_to(folder)).as_posix(), captions))
+    captioned: list[Captioned] = []
+    for path in list_files(folder, IMAGE_SUFFIXES, deep=True):
+        captioned.append(((inside / path.relative_to(folder)).as_posix(), _captions_beside(path.with_suffix(".txt"))))
     return captioned
+
+
+def _captions_beside(path: Path) -> list[str] | str:
+    """The captions in a text file, or why it holds none."""
+    try:
+        return _non_empty_lines(read_text(path)) if path.is_file() else "no text file"
+    except ValueError as error:
+        return str(error)
 
 
 def read_jsonl(path: Path) -> list[Captioned]:
@@ -81,13 +85,14 @@ def read_jsonl(path: Path) -> list[Captioned]:
     Raises:
         ValueError: for a malformed line; the message has its number, counted from 1.
     """
-    captioned = []
+    captioned: list[Captioned] = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if not isinstance(entry, dict) or not isinstance(entry.get("image_file"), str):
                     raise ValueError("expected a JSON object with image_file")
+                check_inside(entry["image_file"])
                 captioned.append((entry["image_file"], _captions_of_entry(entry)))
             except ValueError as error:
                 raise ValueError(f"{path} line {number}: {error}") from error
@@ -105,11 +110,13 @@ def read_tars(shards: Sequence[Path], root: Path) -> list[Captioned]:
     repeated = [stem for stem, count in Counter(s.stem for s in shards).items() if count > 1]
     if repeated:
         raise ValueError(f"several shards are named {repeated[0]}; their images would share a folder")
-    captioned = []
+    captioned: list[Captioned] = []
     for shard in shards:
         try:
             captioned += _unpack(shard, root)
-        except (tarfile.TarError, EOFError) as error:
+        except ValueError as error:
+            raise ValueError(f"{shard}: {error}") from error
+        except Exception as error:  # whatever tarfile and decompression stumble over
             raise ValueError(f"{shard} cannot be read as a tar file: {error}") from error
     return captioned
 
@@ -118,13 +125,13 @@ def _unpack(shard: Path, root: Path) -> list[Captioned]:
     """Unpack the images of a shard; (file relative to root, captions) of each."""
     keys: dict[str, str] = {}
     captions: dict[str, list[str]] = defaultdict(list)
+    check_plain(shard)
     with tarfile.open(shard) as tar:
-        for member in tqdm(tar, desc=shard.name, unit=" files", disable=None):
+        for member in tqdm(plain_members(tar), desc=shard.name, unit=" files", disable=None):
+            check_inside(member.name)
             name = PurePosixPath(member.name)
-            if member.isdir():
+            if not all(map(is_data, name.parts)):
                 continue
-            if not member.isfile() or name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"{shard}: member {member.name!r} is a link or leads outside the folder")
             key, suffix = str(name.with_suffix("")), name.suffix.lower()
             if suffix in IMAGE_SUFFIXES:
                 keys[str(shard.stem / name)] = key
@@ -137,17 +144,20 @@ def _unpack(shard: Path, root: Path) -> list[Captioned]:
                 captions[key] += _captions_of_text(read_member(tar, member))
             elif suffix == ".json":
                 with suppress(ValueError):  # an image with a malformed JSON has no caption, which is said later
-                    captions[key] += _captions_of_entry(json.loads(read_member(tar, member)))
+                    captions[key] += _captions_of_entry(parse_json(read_member(tar, member)))
     return [(file, list(dict.fromkeys(captions[key]))) for file, key in sorted(keys.items())]
 
 
 def _captions_of_text(text: bytes) -> list[str]:
     """The non-empty lines; none when the text is not UTF-8."""
     try:
-        lines = text.decode("utf-8-sig").replace("\r", "\n").split("\n")
+        return _non_empty_lines(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return []
-    return [line.strip() for line in lines if line.strip()]
+
+
+def _non_empty_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
 
 
 def _captions_of_entry(entry: Any) -> list[str]:
@@ -167,20 +177,19 @@ def _measure(captioned: Sequence[Captioned], root: Path) -> tuple[list[Record], 
     """Read the headers; records, and why other images are skipped. ValueError when all are."""
     records, skipped = [], []
     for file, captions in tqdm(captioned, desc="headers", unit=" images", disable=None):
-        if not captions:
-            skipped.append(f"{file}: no caption (UTF-8 text)")
+        if not captions or isinstance(captions, str):
+            skipped.append(f"{file}: no caption ({captions or 'UTF-8 text'})")
             continue
         try:
             "".join([file, *captions]).encode()  # lone surrogates cannot be written
-            with Image.open(root / file) as image:
-                width, height = image.size
-                # Pillow decodes a whole PNG in search of a late EXIF block; it comes early if at all.
-                exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-                turned = exif.get(EXIF_ORIENTATION) in QUARTER_TURNS
-        except UNREADABLE as error:
+            width, height = image_size(root / file, name=file, upright=True)
+        except UnicodeEncodeError as error:
             skipped.append(f"{file}: {error}")
             continue
-        records.append(Record(file, *((width, height) if turned else (height, width)), captions))
+        except ValueError as error:
+            skipped.append(str(error))
+            continue
+        records.append(Record(file, height, width, captions))
     if not records:
         raise ValueError(f"no usable image in {root}" + (f"; {len(skipped)} skipped, as {skipped[0]}" if skipped else ""))
     return records, skipped

@@ -1,6 +1,6 @@
 """The command line of preprocessing."""
 
-from tim.cli import add_config_arguments, command_parser
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides
 
 
 def preprocess_square(argv: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def _preprocess(argv: list[str] | None, description: str, kind: str) -> None:
     check = parser.add_argument_group("instead of encoding")
     check.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
     check.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_with_overrides(parser, argv)
 
     from tim.config import to_yaml
     from tim.preparation import settings as kinds

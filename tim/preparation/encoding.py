@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tim.data.folders import Folder, check_stems
+from tim.data.folders import Folder, check_stems, stored_name
 from tim.distributed import use_cpu
-from tim.images import UNREADABLE
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
 
 PATIENCE = timedelta(days=1)  # how long a process waits for slower ones
@@ -44,7 +43,7 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
         try:
             return index, self.load(self.sources[index].image), ""
-        except UNREADABLE as error:
+        except (ValueError, OSError) as error:
             return index, None, str(error)
 
 
@@ -53,7 +52,7 @@ class FolderEncoder(ABC):
 
     Args:
         image_dir: class folders of images. target_dir: class folders of what is made of them.
-        load: pixels of an image, an `UNREADABLE` error when it cannot be read. Worker processes get it.
+        load: pixels of an image, ValueError or OSError when it cannot be read. Worker processes get it.
         batch_size: images per process encoded together.
         one_size: whether all images have the same; otherwise they are encoded one by one.
         num_workers: processes that read images.
@@ -78,7 +77,7 @@ class FolderEncoder(ABC):
         folder = Folder("image", image_dir)
         paths = folder.paths["image"]
         check_stems(paths, "both become {}.safetensors")
-        targets = [target_dir / path.parent.name / f"{path.stem}.safetensors" for path in paths]
+        targets = [target_dir / path.parent.name / stored_name(path) for path in paths]
         self.sources = [Source(*entry) for entry in zip(paths, targets, folder.labels.tolist(), strict=True)]
 
     @abstractmethod
@@ -145,17 +144,21 @@ class FolderEncoder(ABC):
         with progress_bar(blocks, self.state, share) as bar:
             for items in loader:
                 pixels = {index: image for index, image, _ in items if image is not None}
-                for index, image, cause in items:
-                    if image is None:
-                        file = str(self.sources[index].image)
-                        bad.append({"index": index, "file": file, "cause": cause})
-                        tqdm.write(f"no {self.what} for {file}: {cause}", file=sys.stderr)
+                failed = {index: cause for index, image, cause in items if image is None}
                 for indices, batch in self._batches(pixels):
                     pairs = torch.stack([batch, batch.flip(-1)], dim=1).flatten(0, 1)
                     results = self.encode(indices, pairs).cpu().unflatten(0, (-1, 2))
                     for index, result in zip(indices, results, strict=True):
-                        if index in pixels:
+                        if index not in pixels:
+                            continue
+                        if torch.isfinite(result).all():  # float16 ends at 65504
                             self.write(self.sources[index], result)
+                        else:
+                            failed[index] = f"its {self.what} would not be finite in {result.dtype}; choose a wider dtype"
+                for index, cause in failed.items():
+                    file = str(self.sources[index].image)
+                    bad.append({"index": index, "file": file, "cause": cause})
+                    tqdm.write(f"no {self.what} for {file}: {cause}", file=sys.stderr)
                 bar.update(len(items))
                 bar.set_postfix(unreadable=len(bad), refresh=False)
         return bad

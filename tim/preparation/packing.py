@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from tim.data.folders import Folder, check_stems
 from tim.data.shards import KINDS, index_of, scan_shard, shard_name, stamp_of
 from tim.files import replacing
+from tim.listing import list_files
 
 
 class Sample(NamedTuple):
@@ -74,7 +76,7 @@ def build_shards(
         raise ValueError(f"a shard must hold at least one sample, got {samples_per_shard}")
     out, chunks = Path(out), [samples[i : i + samples_per_shard] for i in range(0, len(samples), samples_per_shard)]
     paths = [out / shard_name(stem, k, len(chunks)) for k in range(len(chunks))]
-    others = sorted({p.name for p in out.glob("*.tar")} - {p.name for p in paths})
+    others = sorted({p.name for p in list_files(out, (".tar",))} - {p.name for p in paths}) if out.is_dir() else []
     if others:
         raise ValueError(f"{out} holds {len(others)} other shards, first {others[0]}; delete them or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +104,7 @@ def _ensure_shard(path: Path, samples: Sequence[Sample], index_dir: Path) -> boo
 
 def _holds(index: np.ndarray, samples: Sequence[Sample]) -> bool:
     """Whether a shard has these samples in this order, with these labels and files of today's sizes."""
-    if index["key"].tolist() != [sample.key.encode() for sample in samples]:
+    if index["key"].tolist() != [os.fsencode(sample.key) for sample in samples]:
         return False
     if index["label"].tolist() != [-1 if sample.label is None else sample.label for sample in samples]:
         return False

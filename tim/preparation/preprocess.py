@@ -17,15 +17,13 @@ from tqdm import tqdm
 
 from tim import rng
 from tim.config import to_yaml
-from tim.data.latents import find_corruption, mean_std, moments, read_latent, write_latent
+from tim.data.latents import RECORD, find_corruption, mean_std, moments, read_latent, write_latent
 from tim.distributed import set_tf32
 from tim.files import claim, write_json, write_json_lines, write_text
 from tim.models.autoencoders import Autoencoder
 from tim.preparation.encoding import FolderEncoder, Source
 from tim.preparation.settings import Native, Square
 from tim.resumable import total_over_processes
-
-RECORD = "preprocess.json"  # in latent_dir: what its files depend on
 
 
 class LatentEncoder(FolderEncoder):

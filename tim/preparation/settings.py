@@ -1,6 +1,5 @@
 """The YAML files of preprocessing: which images, which autoencoder, and how images are cut to size."""
 
-import hashlib
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from tim.data.c2i import load_square
+from tim.data.latents import classes_identity
 from tim.data.t2i import fit
 from tim.images import open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
@@ -44,8 +44,8 @@ class Settings:
         """What the content of the files depends on, up to rounding; the names of the classes give the labels."""
         neutral = ("image_dir", "latent_dir", "batch_size", "num_workers", "allow_tf32", "statistics_files")
         kept = {key: value for key, value in asdict(self).items() if key not in neutral}
-        names = {"classes": len(classes), "classes_sha256": hashlib.sha256("\n".join(classes).encode()).hexdigest()}
-        return {"kind": type(self).__name__, **kept, "scaling_factor": vae.scale, "shift": vae.shift, **names}
+        autoencoder = {"scaling_factor": vae.scale, "shift": vae.shift}
+        return {"kind": type(self).__name__, **kept, **autoencoder, **classes_identity(classes)}
 
 
 @dataclass(kw_only=True)

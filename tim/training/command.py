@@ -1,6 +1,6 @@
 """The trainers' command line."""
 
-from tim.cli import add_config_arguments, command_parser
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides
 
 
 def train_c2i(argv: list[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def _train(argv: list[str] | None, description: str, task: str) -> None:
     check = parser.add_argument_group("instead of training")
     check.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
     check.add_argument("--dry-run", action="store_true", help="build and check everything, write nothing")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_with_overrides(parser, argv)
 
     from tim.config import load_config, to_yaml
 

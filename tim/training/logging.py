@@ -66,7 +66,7 @@ def rank_file(folder: Path, name: str, rank: int) -> Path:
 
 def append_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Add a line for each record to a .jsonl; they have left the process when this returns."""
-    with open(path, "a", encoding="utf-8") as f:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:  # names of files may be in any
         f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -81,6 +81,7 @@ def drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
 def plot_curves(log: Path, image: Path) -> None:
     """Draw denoising loss and gradient norm over the steps, each value in grey and a running median in blue."""
     from matplotlib.figure import Figure  # takes a while to import, and only rank 0 draws
+    from matplotlib.ticker import LogFormatter
 
     records = read_json_lines(log)
     if len(records) < 2:
@@ -96,5 +97,8 @@ def plot_curves(log: Path, image: Path) -> None:
         axis.set(xlabel="step", title=key.replace("_", " "))
         if min(values) > 0:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(LogFormatter())
+            axis.set_ylim(min(smooth) / 2, 2 * max(smooth[window:] or smooth))  # few wild steps shall not press the rest flat
     with replacing(image) as partial:
         figure.savefig(partial, dpi=110, format="png")

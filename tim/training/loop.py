@@ -28,6 +28,7 @@ from tim.training.tasks import Task
 from tim.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
+EARLY_PREVIEW = 50  # step whose preview, beside that of the start, shows soon whether anything is learned
 
 
 def train(config: Config, project_dir: str | Path, seed: int, task_class: type[Task], dry_run: bool = False) -> None:
@@ -78,6 +79,8 @@ def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, star
     loader, samples_per_step = build_loader(run, start_step, samples_seen)
     batches = Prefetcher(loader, accelerator.device)
     run.model.train()
+    if start_step == 0 and t.sample_steps:
+        save_preview(run, 0)
     for step in range(start_step + 1, t.max_train_steps + 1):
         checkpoints.preemption.begin_step()
         log, judged = accumulate_gradients(run, batches, checkpoints.bad_samples)
@@ -105,7 +108,7 @@ def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, star
         if reason or done or too_many or step % t.checkpointing_steps == 0 or step in t.checkpoint_list:
             check(run, checkpoints, guard.poll(), samples_seen)
             checkpoints.save(step, samples_seen)
-        if t.sample_steps and (step % t.sample_steps == 0 or done) and not reason:
+        if t.sample_steps and (step % t.sample_steps == 0 or step == EARLY_PREVIEW or done) and not reason:
             save_preview(run, step)
         if too_many:
             raise ValueError(
@@ -246,11 +249,14 @@ def summary(run: Run) -> str:
     """What is about to be trained, in a few lines."""
     t, a = run.config.training, run.accelerator
     parameters = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
+    sizes = run.task.batch_sizes(run.config.data.dataloader.batch_size)
+    total = round(sum(sizes) / len(sizes) * t.gradient_accumulation_steps * a.num_processes)
+    batch = f"{total} = {sizes[0]}" if len(set(sizes)) == 1 else f"{total} on average = {min(sizes)} to {max(sizes)}"
     return (
         f"network: {parameters / 1e6:.2f}M trained parameters, {t.dtype}, mixed precision {t.mixed_precision}\n"
         f"data: {run.task.summary()}\n"
-        f"batch: {run.global_batch_size} = {run.config.data.dataloader.batch_size} x {t.gradient_accumulation_steps} "
-        f"accumulation x {a.num_processes} process(es) on {a.device.type}{', weights sharded' if run.sharded else ''}\n"
+        f"batch: {batch} x {t.gradient_accumulation_steps} accumulation x {a.num_processes} process(es) on {a.device.type}"
+        f"{', weights sharded' if run.sharded else ''}\n"
         f"steps: {t.max_train_steps}, learning rate {run.lr:.3g} ({t.lr_scheduler})"
     )
 

@@ -37,11 +37,11 @@ class ClassTask:
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
         enc_dir, cached = config.model.enc_dir, has_features(config)
-        self.dataset = build_c2i_dataset(config.data, with_image=enc_dir is not None and not cached)
+        traits = traits_of(config.model.network)
+        self.dataset = build_c2i_dataset(config.data, enc_dir is not None and not cached, traits.num_classes)
         if enc_dir is not None and cached:
             self.dataset = CachedFeatures(self.dataset, config.data.dataset, config.model)
         self.vae, self.device = vae, device
-        traits = traits_of(config.model.network)
         self.num_classes, self.drop_prob = traits.num_classes or self.dataset.num_labels, traits.class_dropout_prob
 
     def check(self, network: Network) -> None:
@@ -69,6 +69,14 @@ class ClassTask:
             place: keywords of `tim.data.sampler.BatchOrder`.
         """
         return StepBatchSampler(len(self.dataset), config.data.dataloader.batch_size, **place)
+
+    def batch_sizes(self, configured: int) -> list[int]:
+        """How many samples micro-batches have, of those that differ a number each.
+
+        Args:
+            configured: data.dataloader.batch_size.
+        """
+        return [configured]
 
     def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
         """Network keywords of a micro-batch, and those of its null condition: labels (B,).
@@ -124,6 +132,10 @@ class CaptionTask:
         """The batches of packed_json."""
         return BucketBatchSampler(self.dataset.batches, **place)
 
+    def batch_sizes(self, configured: int) -> list[int]:
+        """Those of packed_json, whatever is configured."""
+        return [len(batch) for batch in self.dataset.batches]
+
     def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
         """Text features (B, M, width) and mask (B, M), those of the empty caption where dropped."""
         captions = ["" if gone else caption for caption, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
@@ -142,12 +154,8 @@ class CaptionTask:
 
     def summary(self) -> str:
         """Images, and the packed batches that they come in."""
-        lengths = [len(batch) for batch in self.dataset.batches]
         sizes = {self.dataset.size(int(batch[0])) for batch in self.dataset.batches}
-        return (
-            f"{len(self.dataset)} captioned images, {len(lengths)} packed batches of {min(lengths)} to {max(lengths)} "
-            f"(mean {np.mean(lengths):.1f}) in {len(sizes)} sizes"
-        )
+        return f"{len(self.dataset)} captioned images in {len(self.dataset.batches)} packed batches of {len(sizes)} sizes"
 
 
 Task: TypeAlias = ClassTask | CaptionTask

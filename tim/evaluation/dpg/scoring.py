@@ -1,7 +1,7 @@
 """DPG-Bench without images and models: its questions, the answers to them, and the scores of these."""
 
 import csv
-import json
+import io
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tim.evaluation.inputs import shown
+from tim.files import parse_json, read_text
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 DOWNLOAD = "bash tools/download_benchmarks.sh --only dpg fetches it"
@@ -55,7 +56,7 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
         raise FileNotFoundError(f"no questions {path}; {DOWNLOAD}")
     found: dict[str, dict[int, Question]] = {}
     twice = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with io.StringIO(read_text(path)) as file:
         reader = csv.DictReader(file)
         missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
         if missing:
@@ -120,7 +121,7 @@ def read_answers(path: Path) -> Answers:
     if not path.is_file():
         raise FileNotFoundError(f"no file of answers {path}")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(rows, list):

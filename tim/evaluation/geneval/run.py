@@ -1,6 +1,5 @@
 """GenEval on a folder of images: detect objects, read their colours, apply the rules with all processes, write the results."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from tim.evaluation.geneval.rules import COLORS, ORIGINAL, Instance, Options, ch
 from tim.evaluation.geneval.summary import summarize, write_results
 from tim.evaluation.inputs import some
 from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
+from tim.files import parse_json, read_text
 from tim.images import open_rgb
 
 METADATA = "metadata.jsonl"
@@ -57,7 +57,7 @@ def find_samples(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = parse_json(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not one line of JSON: {error}") from error
     check_metadata(metadata, str(path))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tim.files import write_text
+from tim.files import read_text, write_text
 
 FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
@@ -34,7 +34,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no result file {path}; evaluate_images.py writes it")
     judgements = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
