@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from tim.checkpoint.weights import find_weights
 from tim.config import Target
-from tim.images import list_images, read_png
+from tim.files import replacing
+from tim.images import read_png
+from tim.listing import list_files
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import match_keys
 from tim.models.text_encoders import TextEncoder
@@ -56,11 +58,13 @@ def create_npz_from_sample_folder(sample_dir: str, num: int = 50_000) -> str:
     Raises:
         ValueError: when there are fewer.
     """
-    paths = list_images(Path(sample_dir))[:num]
+    paths = list_files(sample_dir, (".png",))[:num]
     if len(paths) < num:
         raise ValueError(f"{sample_dir} holds {len(paths)} images, not {num}")
-    np.savez(f"{sample_dir}.npz", arr_0=np.stack([read_png(path) for path in paths]))
-    return f"{sample_dir}.npz"
+    archive = Path(f"{sample_dir}.npz")
+    with replacing(archive) as partial, open(partial, "wb") as f:
+        np.savez(f, arr_0=np.stack([read_png(path) for path in paths]))
+    return str(archive)
 
 
 def get_sd_vae(vae_dir: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Autoencoder:
