@@ -147,13 +147,27 @@ def damage(path, how):
             "training.optimizer.params=null",
         ], "has the moments of AdamW, and training.optimizer is SGD"
     saved = torch.load(path / "optimizer.bin", weights_only=True)
+    if how == "a moment less":
+        del saved["state"][5]
+        torch.save(saved, path / "optimizer.bin")
+        return [], r"optimizer\.bin has no moments of t_embedder\.mlp\.2\.bias"
     first, last = saved["param_groups"][0]["params"][0], saved["param_groups"][0]["params"][-1]
     saved["state"][first], saved["state"][last] = saved["state"][last], saved["state"][first]
     torch.save(saved, path / "optimizer.bin")
     return [], r"does not fit x_embedder\.proj\.weight"
 
 
-HOW = ["no average", "other files", "no optimiser", "code", "no step", "another network", "another optimiser", "another order"]
+HOW = [
+    "no average",
+    "other files",
+    "no optimiser",
+    "code",
+    "no step",
+    "another network",
+    "another optimiser",
+    "another order",
+    "a moment less",
+]
 
 
 @pytest.mark.parametrize("how", HOW)

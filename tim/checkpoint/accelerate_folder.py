@@ -24,7 +24,8 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 def weights_files(folder: Path) -> dict[str, Path]:
     """Files of the 'ema' and 'raw' weights of such a folder, empty for any other."""
-    for first, second in () if is_checkpoint(folder) else FILES:
+    ours = is_checkpoint(folder) or folder.name.startswith(("step-", ".step-"))  # be it damaged
+    for first, second in () if ours else FILES:
         if (folder / second).is_file() and (folder / first).is_file():
             return {"ema": folder / first, "raw": folder / second}
         if (folder / first).is_file():
@@ -114,6 +115,9 @@ def read_moments(path: Path, network: nn.Module, optimizer: torch.optim.Optimize
     moments = {name: states[number] for name, number in zip(names, numbers, strict=True) if number in states}
     for name, state in moments.items():
         shape = parameters[name].shape
-        if state.keys() != MOMENTS or any(state[key].shape != shape for key in MOMENTS - {"step"}):
+        if state.keys() != MOMENTS or any(getattr(state[key], "shape", None) != shape for key in MOMENTS - {"step"}):
             raise ValueError(f"{path.name} does not fit {name} {tuple(shape)}")
-    return {name: state for name, state in moments.items() if parameters[name].requires_grad}
+    trained = [name for name in names if parameters[name].requires_grad]
+    if lacking := [name for name in trained if name not in moments]:
+        raise ValueError(f"{path.name} has no moments of {lacking[0]}")
+    return {name: moments[name] for name in trained}
