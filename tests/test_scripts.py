@@ -15,6 +15,8 @@ from helpers.paths import GOLDENS, ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from tim.files import run_record
+
 SHRINK = [
     "depth=1",
     "hidden_size=48",
@@ -83,7 +85,7 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
     ):
         images = np.load(tmp_path / "out" / f"{name}.npz")["arr_0"]
         assert images.shape == (3, 256, 256, 3) and images.std() > 0
-        record = json.loads((tmp_path / "out" / name / "run.json").read_text())
+        record = json.loads(run_record(tmp_path / "out" / name).read_text())
         assert record["complete"] and record["processes"] == processes
 
 
@@ -146,7 +148,7 @@ def test_train_and_sample_t2i_on_two_processes(tmp_path):
     bash("scripts/sample/t2i/sample_t2i_geneval.sh", **env, CAPTION_DIR=tmp_path / "geneval.jsonl")
     for name in ("16x16-T0.0-1.0-Step-4", "24x24-T0.0-1.0-Step-1"):
         (folder,) = (p for p in (tmp_path / "out").glob(f"geneval-step-0000002-{name}-*-cfg-2.5-0.0-1.0") if p.is_dir())
-        assert len(list(folder.rglob("samples/*.png"))) == 4 and json.loads((folder / "run.json").read_text())["complete"]
+        assert len(list(folder.rglob("samples/*.png"))) == 4 and json.loads(run_record(folder).read_text())["complete"]
 
 
 def test_t2i_launchers_use_the_published_settings(tmp_path):

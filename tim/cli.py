@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -48,9 +49,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return text if action.required or empty or switch or "default:" in text else f"{text} (default: %(default)s)"
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as `run_command` does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
 def command_parser(description: str | None) -> argparse.ArgumentParser:
     """The parser of a command, whose help keeps the description's lines and shows defaults."""
-    return argparse.ArgumentParser(description=inspect.cleandoc(description or ""), formatter_class=HelpFormatter)
+    return Parser(description=inspect.cleandoc(description or ""), formatter_class=HelpFormatter)
 
 
 def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = "YAML file") -> None:

@@ -125,6 +125,30 @@ def read_json_lines(path: Path) -> list[Any]:
     return records
 
 
+def run_record(folder: Path) -> Path:
+    """Where the record of the sampling run that filled `folder` is: beside it, since scorers may take every file inside."""
+    return folder.parent / f"{folder.name}.run.json"
+
+
+PUBLISHED_PROMPTS = {  # where the published commands look, and where tools/downloads.yaml puts it
+    "projects/evaluate/geneval/prompts/evaluation_metadata.jsonl": "datasets/geneval/evaluation_metadata.jsonl",
+    "projects/evaluate/dpg_bench/prompts": "datasets/dpg_bench/prompts",
+    "projects/evaluate/dpg_bench/dpg_bench.csv": "datasets/dpg_bench/dpg_bench.csv",
+    "projects/evaluate/mjhq30k/meta_data.json": "datasets/mjhq30k/meta_data.json",
+}
+
+
+def published(path: str) -> Path:
+    """A path of the published commands: itself if it is there, else where our download tool puts that file, else itself."""
+    wanted = Path(path)
+    if not wanted.exists():
+        for theirs, ours in PUBLISHED_PROMPTS.items():
+            root = Path(path.rstrip("/").removesuffix(theirs))
+            if path.rstrip("/").endswith(theirs) and (root / ours).exists():
+                return root / ours
+    return wanted
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
@@ -142,6 +166,7 @@ def claim(
     key: str | None = None,
     files: str | None = None,
     write: bool = True,
+    folder: Path | None = None,
 ) -> None:
     """Make a folder belong to these settings, or make sure that it does.
 
@@ -153,12 +178,13 @@ def claim(
         key: of the record under which the settings stand; None when they are the record.
         files: pattern of files that must not be there without a record.
         write: leave the record there when there is none. False only compares.
+        folder: what belongs to the settings; the one that the record is in when None.
 
     Raises:
         ValueError: when the folder belongs to other settings; names the first that differs, both values and the remedy.
     """
     identity = json.loads(json.dumps(identity))
-    folder = record.parent
+    folder = folder or record.parent
     if record.is_file():
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
@@ -176,16 +202,19 @@ def claim(
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, file: Path | None = None) -> Iterator[None]:
     """Keep other runs out of a folder while the block lasts; the system lets go of the lock however a process ends.
 
     What a killed run has left half-written goes.
+
+    Args:
+        file: the lock; `.lock` in the folder when None.
 
     Raises:
         ValueError: when another run is at work in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
+    held = FileLock(file or folder / ".lock")
     try:
         held.acquire(timeout=0)
     except Timeout:

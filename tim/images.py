@@ -3,19 +3,18 @@
 import math
 import re
 import struct
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw
 from torch import Tensor
 
 from tim.files import replacing
+from tim.labels import FONT_SIZE, draw_to_the_left, find_fonts, label_font, wrap
 from tim.listing import check_plain
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -34,7 +33,7 @@ QUARTER_TURNS = (5, 6, 7, 8)
 SHORT = 3  # EXIF's word for a number of 16 bits
 SAMPLE_FORMAT = 339  # TIFF's tag: 1 for unsigned, 2 for signed numbers
 LARGE = 1 << 24  # pixels; no larger image is made on the way to a crop
-PAD, LABEL_WIDTH, LABEL_CHARACTERS, FONT_SIZE = 4, 150, 17, 13
+PAD, LABEL_WIDTH = 4, 150
 
 
 @contextmanager
@@ -146,9 +145,14 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1] to uint8 (B, H, W, 3): round(clamp(127.5 x + 127.5)); one channel becomes grey."""
-    x = (127.5 * x.detach().float().cpu() + 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_uint8(x: Tensor, truncate: bool = False) -> np.ndarray:
+    """Images (B, C, H, W) in [-1, 1] to uint8 (B, H, W, 3): round(clamp(127.5 x + 127.5)); one channel becomes grey.
+
+    Args:
+        truncate: cut the fraction instead of rounding, as the published code does; half a level darker on average.
+    """
+    x = 127.5 * x.detach().float().cpu() + 127.5
+    x = (x if truncate else x.round()).clamp(0, 255).to(torch.uint8)
     return (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x).permute(0, 2, 3, 1).numpy()
 
 
@@ -163,12 +167,23 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
-    """`save_png` in the format of the suffix; .jpg is written at quality 95."""
+    """`save_png` in the format of the suffix; .jpg is written at Pillow's default quality, 75, as published scores are."""
     with replacing(path) as partial:
-        if path.suffix == ".jpg":
-            Image.fromarray(pixels).save(partial, format="JPEG", quality=95, subsampling=0)
-        else:
-            Image.fromarray(pixels).save(partial, format="PNG")
+        Image.fromarray(pixels).save(partial, format="JPEG" if path.suffix == ".jpg" else "PNG")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an image is there to its end and, of a .png, its checksums hold; several times faster than decoding it."""
+    if not path.is_file():  # opening a pipe would wait for its other end
+        return False
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.format == "JPEG":  # knows no checksums, only a mark at its end
+                return path.read_bytes()[-2:] == b"\xff\xd9"
+            image.verify()
+    except Exception:  # whatever a decoder raises
+        return False
+    return True
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
@@ -199,6 +214,8 @@ def labelled_grid(
 ) -> np.ndarray:
     """Draw images row by row, each row with its label to the left and each column with its label above.
 
+    Characters that no installed font has are drawn as boxes and warned of.
+
     Args:
         rows: uint8 images (H, W, 3) of any size; they are scaled to fit a cell, small ones by whole factors.
         cell: side of a cell in pixels.
@@ -206,20 +223,20 @@ def labelled_grid(
     Returns:
         uint8 (H, W, 3).
     """
-    font, line = _label_font(), FONT_SIZE + 3
-    wrapped = [textwrap.wrap(label, LABEL_CHARACTERS, max_lines=max(1, cell // line), placeholder="…") for label in row_labels]
+    fonts, line = find_fonts("".join(row_labels)), FONT_SIZE + 3
+    wrapped = [wrap(label, max(1, cell // line)) for label in row_labels]
     top = PAD + line
     canvas = Image.new(
         "RGB", (LABEL_WIDTH + len(column_labels) * (cell + PAD) + PAD, top + len(rows) * (cell + PAD) + PAD), "white"
     )
     draw = ImageDraw.Draw(canvas)
     for column, label in enumerate(column_labels):
-        draw.text((LABEL_WIDTH + column * (cell + PAD) + cell / 2, PAD), label, fill="black", font=font, anchor="ma")
+        draw.text((LABEL_WIDTH + column * (cell + PAD) + cell / 2, PAD), label, fill="black", font=label_font(), anchor="ma")
     for k, (images, lines) in enumerate(zip(rows, wrapped, strict=True)):
         y = top + k * (cell + PAD)
         middle = y + (cell - line * len(lines)) / 2
         for number, text in enumerate(lines):
-            draw.text((LABEL_WIDTH - 2 * PAD, middle + number * line), text, fill="black", font=font, anchor="ra")
+            draw_to_the_left(draw, (LABEL_WIDTH - 2 * PAD, middle + number * line), text, fonts)
         for column, pixels in enumerate(images):
             image = _fit_cell(pixels, cell)
             x = LABEL_WIDTH + column * (cell + PAD)
@@ -234,11 +251,3 @@ def _fit_cell(pixels: np.ndarray, cell: int) -> Image.Image:
     if factor >= 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     return scale_to(image, cell)
-
-
-@lru_cache(maxsize=1)
-def _label_font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which ships with matplotlib and knows most scripts."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)

@@ -49,10 +49,10 @@ def first_process(state: PartialState, action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def locked(folder: Path, state: PartialState) -> Iterator[None]:
+def locked(folder: Path, state: PartialState, file: Path | None = None) -> Iterator[None]:
     """`tim.files.lock` for a run of several processes: the main one holds it, all hear when it cannot. Collective."""
     with ExitStack() as held:
-        first_process(state, lambda: held.enter_context(lock(folder)))
+        first_process(state, lambda: held.enter_context(lock(folder, file)))
         yield
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tim
 from tim.checkpoint.weights import find_weights
-from tim.files import sha256
+from tim.files import run_record, sha256
 from tim.models.c2i.tim_model import TiM
 from tim.models.loading import load_strict, read_state_dict
 
@@ -113,7 +113,7 @@ def test_samples_of_a_checkpoint_are_those_of_its_exported_weights(project, tmp_
         command("projects/sample/sample_c2i_ddp.py", *words, "--num-fid-samples", 3, "--num-steps", 1)
         (folder,) = (p for p in (tmp_path / "out").glob(f"{name}-*") if p.is_dir())
         pictures.append([p.read_bytes() for p in sorted(folder.glob("*.png"))])
-        records.append(json.loads((folder / "run.json").read_text()))
+        records.append(json.loads(run_record(folder).read_text()))
     assert len(pictures[0]) == 3 and pictures[0] == pictures[1]
     weights = find_weights(project)
     assert records[0]["settings"]["weights_sha256"] == weights.digest() and records[0]["weights"] == str(weights.source)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
+from tim.files import run_record
 
 SAMPLER = "projects/sample/sample_c2i_ddp.py"
 CONFIG = "configs/c2i/digits.yaml"
@@ -47,16 +48,18 @@ def pixels(folder) -> np.ndarray:
 def test_layout_record_and_npz(weights, tmp_path):
     done = draw(weights, tmp_path, "--npz", "--save-latent", "--cfg-scale", 2.5)
     name = FOLDER.replace("cfg-1.0", "cfg-2.5")
-    assert {p.name for p in tmp_path.iterdir()} == {name, f"{name}.png", f"{name}.npz"}
-    assert sorted(pngs(tmp_path / name)) == [f"{k:06d}.png" for k in range(30)]
-    record = json.loads((tmp_path / name / "run.json").read_text())
+    shown = {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")}
+    assert shown == {name, *(f"{name}.{end}" for end in ("run.json", "latents", "png", "npz"))}
+    images = [f"{k:06d}.png" for k in range(30)]
+    assert sorted(p.name for p in (tmp_path / name).iterdir()) == images, "scorers take every file of the folder"
+    record = json.loads(run_record(tmp_path / name).read_text())
     assert record["complete"] and record["nfe"] == 7 and "NFE 7" in done.stdout
     assert record["settings"]["global_seed"] == 0 and len(record["settings"]["weights_sha256"]) == 64
     assert {"tim", "torch", "python"} <= record["versions"].keys() and record["speed"]["images_per_second"] > 0
     assert done.stdout.splitlines()[-1].startswith(f"next: python projects/evaluate/evaluate_folder.py REAL {tmp_path / name} ")
     packed = np.load(tmp_path / f"{name}.npz")["arr_0"]
     assert packed.dtype == np.uint8 and (packed == pixels(tmp_path / name)).all()
-    latent = load_file(tmp_path / name / "latents" / "000007.safetensors")["latent"]
+    latent = load_file(tmp_path / f"{name}.latents" / "000007.safetensors")["latent"]
     want = (127.5 * latent + 127.5).round().clamp(0, 255)
     assert (packed[7, :, :, 0] == want[0].numpy()).all()
 
@@ -89,7 +92,7 @@ def test_a_killed_run_continues_to_the_same_files(weights, tmp_path):
     words = [SAMPLER, "--config", CONFIG, "--ckpt", weights, "--sample-dir", tmp_path / "killed", "--per-proc-batch-size", 8]
     start_and_kill([*words, *flags], lambda: len(list(killed.glob("0*.png"))) >= 20)
     kept = pngs(killed)
-    assert 20 <= len(kept) < 160 and not json.loads((killed / "run.json").read_text())["complete"]
+    assert 20 <= len(kept) < 160 and not json.loads(run_record(killed).read_text())["complete"]
     draw(weights, tmp_path / "killed", *flags)
     assert pngs(killed) == pngs(tmp_path / "whole" / name)
 

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
+from tim.files import run_record
+from tim.generation.prompt_sets import DPGPrompts, read_prompts
 from tim.generation.sampler import load_sampler
 from tim.generation.settings import SampleSettings
 from tim.models.t2i.tim_model import TiM
@@ -71,9 +73,8 @@ def arguments(models, prompts, name, out, *flags) -> list:
 
 
 def files(folder) -> dict[str, bytes]:
-    """Content of every file but the record and the lock of the run."""
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {k: v for k, v in found.items() if k not in ("run.json", ".lock")}
+    """Content of every file."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 LAYOUTS = {
@@ -93,7 +94,7 @@ def test_benchmarks_write_their_layout_alike_on_one_and_two_processes(models, pr
     folder = tmp_path / "one" / f"{name}-{SETTING}"
     assert files(folder).keys() == LAYOUTS[name]
     assert files(folder) == files(tmp_path / "two" / folder.name)
-    record = json.loads((folder / "run.json").read_text())
+    record = json.loads(run_record(folder).read_text())
     images = 7 if name == "mjhq30k" else 28
     assert record["complete"] and record["nfe"] == 5 and record["speed"]["images_drawn"] >= images
     image = np.asarray(Image.open(folder / next(k for k in LAYOUTS[name] if k.endswith(".png") and "grid" not in k)))
@@ -245,6 +246,26 @@ def test_broken_prompt_sets_are_named(models, prompts, tmp_path):
     refused("mjhq30k", tmp_path / "m.json", "category")
     (tmp_path / "evil.json").write_text('{"k": {"prompt": "a", "category": "../up"}}')
     refused("mjhq30k", tmp_path / "evil.json", "no usable")
+    (tmp_path / "long.json").write_text(json.dumps({"k" * 300: {"prompt": "a", "category": "art"}}))
+    refused("mjhq30k", tmp_path / "long.json", "no usable")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    refused("mjhq30k", tmp_path / "deep.json", "not in the form")
+    (tmp_path / "half.jsonl").write_text('{"prompt": "\\ud83e"}\n')
+    refused("geneval", tmp_path / "half.jsonl", "half a character")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "a"}\n{"prompt": "café"}\n'.encode("latin-1"))
+    refused("geneval", tmp_path / "latin.jsonl", "latin.jsonl line 2 is not UTF-8")
+    refused("geneval", prompts["dpgbench"], "sample_t2i_dpgbench_ddp.py reads folders")
+
+
+def test_prompts_of_other_editors_and_machines(tmp_path):
+    """Byte order marks and line ends of Windows are no part of a prompt, hidden files none at all."""
+    (tmp_path / "own.txt").write_bytes("\ufeffa café\r\n\r\ntwo dogs\r\n".encode())
+    assert read_prompts(str(tmp_path / "own.txt")) == ["a café", "two dogs"]
+    (tmp_path / "1.txt").write_bytes("\ufeffa cow".encode())
+    (tmp_path / "._1.txt").write_bytes(b"\xff\x00")
+    (tmp_path / "own.txt").unlink()
+    found = DPGPrompts(tmp_path)
+    assert (found.names, found.prompts) == (["1"], ["a cow"])
 
 
 def test_other_prompts_do_not_continue_a_folder(models, prompts, tmp_path):
@@ -253,6 +274,13 @@ def test_other_prompts_do_not_continue_a_folder(models, prompts, tmp_path):
     (tmp_path / "dpg" / "prompt_0.txt").write_text("something else")
     done = command(*arguments(models, {"dpgbench": tmp_path / "dpg"}, "dpgbench", tmp_path / "out"), check=False)
     assert done.returncode == 2 and "holds images of another run (prompts" in done.stderr
+
+
+def test_visible_padding_ties_a_folder_to_its_batch_size(models, prompts, tmp_path):
+    flags = ["--num-fid-samples", 2, "--num-steps", 1, "--cfg-scale", 1, "--text-padding", "batch"]
+    command(*arguments(models, prompts, "mjhq30k", tmp_path, *flags))
+    done = command(*arguments(models, prompts, "mjhq30k", tmp_path, *flags, "--per-proc-batch-size", 2), check=False)
+    assert done.returncode == 2 and "per_proc_batch_size: 6 there, 2 now" in done.stderr
 
 
 def test_a_text_encoder_of_another_width_is_refused(models, prompts, tmp_path):

@@ -14,15 +14,19 @@ from pathlib import Path
 from helpers.paths import ROOT
 
 
-def command(*args: object, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a project entry point: by torchrun for several processes, else inside this one, which saves the imports."""
+def command(*args: object, processes: int = 1, check: bool = True, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a project entry point: by torchrun for several processes, else inside this one, which saves the imports.
+
+    Args:
+        folder: where one process runs it.
+    """
     words = list(map(str, args))
     if processes > 1:
         head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*head, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     else:
-        done = run_inside(words)
+        done = run_inside(words, folder)
     if check and done.returncode:
         raise AssertionError(f"{args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
@@ -46,20 +50,20 @@ def logged_steps(project: Path) -> int:
     return len(log.read_text().splitlines()) if log.is_file() else 0
 
 
-def run_inside(words: list[str]) -> subprocess.CompletedProcess:
-    """Run a script as __main__ in this process, from the repository root, and catch what it prints and returns."""
+def run_inside(words: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a script as __main__ in this process, from a folder, and catch what it prints and returns."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    argv, folder = sys.argv, os.getcwd()
+    argv, before = sys.argv, os.getcwd()
     sys.argv = words
-    os.chdir(ROOT)
+    os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(words[0], run_name="__main__")
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     except SystemExit as stop:
         code = stop.code or 0
     finally:
         sys.argv = argv
-        os.chdir(folder)
+        os.chdir(before)
         reset_accelerate()
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 

@@ -40,6 +40,24 @@ def save_tiny_dc(folder, **kwargs):
     return model.eval()
 
 
+def save_grey_dc(folder):
+    """An AutoencoderDC that divides by 32 as the published one does, and decodes everything to grey at once."""
+    from diffusers import AutoencoderDC
+
+    sides = ("encoder", "decoder")
+    model = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        **{f"{side}_block_types": ("ResBlock",) * 6 for side in sides},
+        **{f"{side}_block_out_channels": (4,) * 6 for side in sides},
+        **{f"{side}_layers_per_block": (1,) * 6 for side in sides},
+        **{f"{side}_qkv_multiscales": ((),) * 6 for side in sides},
+    )
+    torch.nn.init.zeros_(model.decoder.conv_out.weight)
+    torch.nn.init.zeros_(model.decoder.conv_out.bias)
+    model.save_pretrained(folder)
+
+
 def save_tiny_text_encoder(folder, width=20):
     """A random BertModel with a tokenizer trained on a few captions, in the transformers format."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def test_a_run_leaves_its_pictures_and_records(tmp_path):
     for record in log_of(tmp_path):
         assert {"denoising_loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= record.keys()
         assert record["grad_norm"] < 1e4  # also in the first step, whose F is 0 and has no direction
+    assert (tmp_path / "samples" / "contents.txt").read_text().startswith("0 | 1 | 2 |")
     with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
         assert grid.width > 600
 
@@ -311,3 +313,26 @@ def test_print_config_and_dry_run_write_nothing(tmp_path):
     shown = train(tmp_path / "run", "--dry-run").stdout
     assert "1797 samples, 10 classes" in shown
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "folders,classes,wanted",
+    [
+        (["n02123394", "n01440764"], 2, ["Persian cat", "tench"]),
+        (["cats", "dogs"], 2, ["cats", "dogs"]),
+        (["cats", "dogs"], 3, ["class 0", "class 1", "class 2"]),
+        (None, 2, ["class 0", "class 1"]),
+    ],
+)
+def test_previews_call_classes_by_their_names(folders, classes, wanted):
+    from tim.training.tasks import class_names
+
+    got = class_names(SimpleNamespace(class_names=folders), classes)
+    assert [name.split(",")[0] for name in got] == wanted
+
+
+def test_a_thousand_nameless_classes_are_called_as_those_of_imagenet():
+    from tim.training.tasks import class_names
+
+    names = class_names(SimpleNamespace(), 1000)
+    assert len(names) == 1000 and names[0].startswith("tench") and names[207].startswith("golden retriever")

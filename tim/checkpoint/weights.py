@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from tim.files import replacing, sha256
 from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
 
+OTHER_FORMAT = {".bin": ".safetensors", ".safetensors": ".bin"}
 PARTS = {"ema": "ema", "raw": "model"}  # kinds of weights, and what a checkpoint calls them
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckp
         FileNotFoundError: when there are none.
         ValueError: when the checkpoint is damaged, or has none of this kind.
     """
-    path, folder = Path(source), None
+    path, folder = _there(Path(source), name), None
     if path.is_file():
         return Weights(path, kind or "file")
     if (path / "checkpoints").is_dir():
@@ -107,6 +111,15 @@ def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckp
         raise ValueError(f"checkpoint {folder} has no EMA weights; ask for the raw ones (--weights raw)")
     kind = kind or ("ema" if has_weights(folder, "ema") else "raw")
     return Weights(folder if is_sharded(folder) else folder / f"{PARTS[kind]}.safetensors", kind, folder)
+
+
+def _there(path: Path, name: str) -> Path:
+    """A path, or the same weights in the other format when only those are there."""
+    sibling = path.with_suffix(OTHER_FORMAT[path.suffix]) if path.suffix in OTHER_FORMAT else path
+    if path.exists() or not sibling.is_file():
+        return path
+    logger.info("%s %s is not there, %s beside it is taken", name, path, sibling.name)
+    return sibling
 
 
 def empty_network(config: Config) -> nn.Module:

@@ -23,6 +23,7 @@ class Images:
     def __init__(self, files: Folder | Shards, image_size: int, mirror: bool) -> None:
         self.files, self.image_size, self.mirror = files, image_size, mirror
         self.num_labels = int(files.labels.max()) + 1
+        self.class_names = getattr(files, "class_names", None)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,6 +53,7 @@ class Latents:
         self.files, self.image_size, self.mirror, self.num_classes = files, image_size, mirror, num_classes
         self.num_labels = files.num_folders
         self.numbered = isinstance(files, Folder) and check_classes(files.root)
+        self.class_names = files.class_names if isinstance(files, Folder) and self.numbered else None
         self.shape: list[int] | None = None
         self.shape = list(first_readable(self, range(min(PROBED, len(self))))["latent"].shape)
 
@@ -95,6 +97,7 @@ class PackageDataset:
     """
 
     num_labels = 10
+    class_names = tuple(map(str, range(10)))
 
     def __init__(self, name: str) -> None:
         loaders = {"digits": _digits, "mnist": _mnist}

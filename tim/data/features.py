@@ -50,6 +50,7 @@ class CachedFeatures:
         if not isinstance(files, Folder):
             raise ValueError("data.dataset.features_dir needs images or latents in class folders")
         self.samples, self.num_labels = samples, samples.num_labels
+        self.class_names = getattr(samples, "class_names", None)
         root = Path(str(dataset.features_dir))
         if not (root / RECORD).is_file():
             raise FileNotFoundError(

@@ -21,7 +21,7 @@ class Folder:
 
     Attributes:
         root: as given. paths: kind -> a file for each sample.
-        labels: (n,) int64, numbers of the class folders. num_folders: how many there are.
+        labels: (n,) int64, numbers of the class folders. num_folders: how many there are. class_names: what they are called.
 
     Raises:
         FileNotFoundError: when root is missing or holds no folder.
@@ -35,6 +35,7 @@ class Folder:
             if not found:
                 raise ValueError(f"class folder {folder} is empty; fill or remove it")
         self.kind, self.root, self.num_folders = kind, Path(root), len(folders)
+        self.class_names = [folder.name for folder in folders]
         self.paths = {kind: [path for found in files for path in found]}
         self.labels = np.repeat(np.arange(len(folders)), [len(found) for found in files])
 

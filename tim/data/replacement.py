@@ -45,6 +45,8 @@ class LabelledSamples(Samples, Protocol):
 
     Attributes:
         num_labels: labels lie in [0, num_labels).
+
+    A dataset may also have `class_names`, what its classes are called, for the list of what previews show.
     """
 
     num_labels: int

@@ -75,9 +75,11 @@ def read_runs(sample_dir: Path) -> list[Run]:
         ValueError: when runs with the same number of evaluations differ in weights, seed, steps or guidance.
     """
     runs: dict[int, Run] = {}
-    for path in sorted(sample_dir.rglob("run.json")):
+    # Beside their folders, as X.run.json; once they were inside.
+    for path in sorted(sample_dir.rglob("*run.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        samples = _samples(path.parent, record["settings"])
+        folder = path.parent if path.name == "run.json" else path.with_name(path.name.removesuffix(".run.json"))
+        samples = _samples(folder, record["settings"])
         if not record["complete"] or not samples:
             continue
         run = runs.setdefault(record["nfe"], Run(record["nfe"], record))

@@ -1,19 +1,25 @@
 """The sampling commands: parse, read what is to be drawn, draw. Heavy imports wait until the command line has been read."""
 
 import argparse
+import logging
 import shlex
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tim.cli import command_parser
-from tim.generation.settings import add_sample_arguments, settings_from
+from tim.generation.settings import add_sample_arguments, settings_from, unlike_published
 
 if TYPE_CHECKING:
     from tim.config import Config
     from tim.generation.prompt_sets import PromptSet
+    from tim.generation.sampler import Sampler
+
+DATA_TYPES = {"geneval": "geneval", "dpgbench": "dpgbench", "mjhq": "mjhq30k", "mjhq30k": "mjhq30k"}  # and their programs
+MAX_NAME = 200  # bytes of a folder's name, which endings are added to
+
+logger = logging.getLogger(__name__)
 
 
 def sample_c2i(argv: list[str] | None = None) -> None:
@@ -29,6 +35,7 @@ def sample_c2i(argv: list[str] | None = None) -> None:
     classes.add_argument("--class-labels", default="cycle", help="cycle | random | a list such as 207,360")
     classes.add_argument("--npz", action="store_true", help="also pack the images for ADM's evaluator")
     args = parser.parse_args(argv)
+    settings_from(args)  # mistakes are told before anything is imported
 
     from tim.config import load_config
     from tim.generation.conditions import NO_CLASSES
@@ -58,16 +65,21 @@ def sample_t2i(argv: list[str] | None = None) -> None:
     own.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of a prompt, each of its own noise")
     _add_text_padding(own)
     args = parser.parse_args(argv)
+    sizes = [(args.height, args.width)]
+    if args.size:
+        sizes = [_parse_size(text) for text in args.size]
+        args.given = {*getattr(args, "given", ()), "height", "width"}
+    runs = [{"height": height, "width": width, "num_steps": n} for height, width in sizes for n in args.num_steps]
+    for run in runs:
+        settings_from(args, **run)
 
     from tim.generation.engine import save_prompt_grids
     from tim.generation.prompt_sets import PromptFiles, read_prompts
 
     prompt_set = PromptFiles(args.prompts or read_prompts(args.prompt_file), args.images_per_prompt)
-    sizes = [_parse_size(text) for text in args.size] if args.size else [(args.height, args.width)]
-    runs = [{"height": height, "width": width, "num_steps": n} for height, width in sizes for n in args.num_steps]
 
     def finish(*folders: Path) -> None:
-        save_prompt_grids(prompt_set, folders, args.num_steps)
+        save_prompt_grids(prompt_set, folders, args.num_steps, args.name)
 
     _draw(args, _caption_config(args), prompt_set, "prompts-", runs, finish)
 
@@ -128,7 +140,13 @@ def _parse_benchmark(
     group.add_argument("--num-classes", type=int, help=argparse.SUPPRESS)  # in published command lines, means nothing here
     _add_text_padding(group)
     group.add_argument(own_flag, **own_keywords)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    settings_from(args)
+    program = DATA_TYPES.get(args.data_type, data_type)
+    if program != data_type:
+        right = f"projects/sample/sample_t2i_{program}_ddp.py"
+        raise ValueError(f"--data-type {args.data_type} is drawn by {right}; run that with the same flags")
+    return args
 
 
 def _add_text_padding(group: argparse._ArgumentGroup) -> None:
@@ -142,8 +160,6 @@ def _draw_benchmark(args: argparse.Namespace, prompt_set: "PromptSet") -> None:
     if args.num_classes is not None:
         warnings.warn("--num-classes has no effect on text-to-image sampling", stacklevel=4)  # of the script
     if args.num_fid_samples is not None:
-        if args.num_fid_samples < 1:
-            raise ValueError(f"--num-fid-samples must be >= 1, got {args.num_fid_samples}")
         # still the same set, whose folder can be completed later
         prompt_set.groups = min(args.num_fid_samples, prompt_set.groups)
     _draw(args, _caption_config(args), prompt_set, f"{args.data_type}-")
@@ -178,31 +194,54 @@ def _draw(
         runs: settings of each that are not those of the command line.
         finish: what the main process does in the end with the folders of all runs.
     """
+    for flag, name in (("--name", args.name), ("--data-type", prefix or None)):
+        if name is not None and (name != Path(name).name or not name.isprintable() or name[:1] in ("", ".", "-")):
+            raise ValueError(f"{flag} {name!r} is no plain name for a folder; leave out slashes, and dots and dashes in front")
+        if name is not None and len(name.encode()) > MAX_NAME:
+            raise ValueError(f"{flag} is longer than {MAX_NAME} bytes")
+
     from accelerate import PartialState
 
     from tim.checkpoint.weights import find_weights
     from tim.distributed import use_cpu
     from tim.generation.engine import run_sampling
-    from tim.generation.sampler import load_sampler
+    from tim.generation.sampler import load_sampler, not_finite
 
     weights = find_weights(args.ckpt)
     state = PartialState(cpu=use_cpu())
     images = prompt_set.groups * prompt_set.per_group
-    settings = [replace(settings_from(args), num_fid_samples=images, **run) for run in runs]
+    settings = [settings_from(args, num_fid_samples=images, **run) for run in runs]
     loaded = load_sampler(config, weights, settings[0], state.device)
     samplers = [loaded.at(own) for own in settings]  # all settings are checked before anything is drawn
-    folders = [Path(args.sample_dir) / sampler.settings.folder_name(weights.stem, prefix) for sampler in samplers]
+    folders = _folders(args, samplers, weights.stem, prefix)
+    if state.is_main_process and (values := unlike_published(args, samplers[0].settings)):
+        logger.info(values)
+    broken: list[str] = []
     for sampler, folder in zip(samplers, folders, strict=True):
-        run_sampling(sampler, prompt_set, folder, weights, state)
+        broken += [f"{folder.name}: {name}" for name in run_sampling(sampler, prompt_set, folder, weights, state)]
+    if broken:
+        raise ValueError(not_finite(broken, images * len(folders)))
     if state.is_main_process:
         if finish:
             finish(*folders)
         print(f"next: python {prompt_set.evaluation.format(folder=shlex.join(map(str, folders)), n=prompt_set.per_group)}")
 
 
+def _folders(args: argparse.Namespace, samplers: "Sequence[Sampler]", stem: str, prefix: str) -> list[Path]:
+    """The folder of every run: --name, with size and steps where there are several runs, else all settings in its name."""
+    settings = [sampler.settings for sampler in samplers]
+    if args.name is None:
+        names = [s.folder_name(stem, prefix) for s in settings]
+    elif len(settings) == 1:
+        names = [args.name]
+    else:
+        names = [f"{args.name}-{s.height}x{s.width}-Step-{s.num_steps}" for s in settings]
+    return [Path(args.sample_dir) / name for name in names]
+
+
 def _parse_size(text: str) -> tuple[int, int]:
     """`768x512` to (height, width); ValueError for anything else."""
     height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit()):
+    if not (height.isdecimal() and width.isdecimal()):
         raise ValueError(f"--size {text!r} is not of the form HxW, such as 768x512")
     return int(height), int(width)

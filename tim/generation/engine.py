@@ -1,128 +1,230 @@
 """Sampling runs: the images of a prompt set in a folder, on any number of processes, continued after interruptions."""
 
+import glob
 import json
+import logging
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import tim
 from tim.checkpoint.weights import Weights
-from tim.files import claim, replacing, write_json
+from tim.files import claim, replacing, run_record, write_json
 from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Sampler
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
 
-NEUTRAL = ("compile_vae", "num_fid_samples", "per_proc_batch_size", "save_latent", "slice_vae")  # do not change an image
+# Do not change an image: dtype stands for what identity holds as network.dtype.
+NEUTRAL = ("compile_vae", "dtype", "num_fid_samples", "per_proc_batch_size", "save_latent", "slice_vae")
+REMEDY = "choose another --sample-dir or --name"
+BESIDE = (".run.json", ".png", ".npz")  # what a run writes beside its folder, whose files are all images
 OVERVIEW_IMAGES, OVERVIEW_SIDE = 64, 256
 GRID_ROWS, GRID_IMAGES = 16, 4  # prompts, and images of each prompt and number of steps, in a labelled grid
 
+logger = logging.getLogger(__name__)
 
-def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights: Weights, state: PartialState) -> None:
-    """Draw all images of `prompt_set` into `folder`, continuing what is there, and write run.json beside them.
+
+def run_sampling(sampler: Sampler, prompt_set: PromptSet, folder: Path, weights: Weights, state: PartialState) -> list[str]:
+    """Draw all images of `prompt_set` into `folder`, continuing what is there, and write the run's record beside it.
 
     A batch always holds the same groups of images, whichever process draws it, so that files do not depend on the number
-    of processes or on interruptions.
+    of processes or on interruptions. Images that are not finite are not written.
 
     Args:
         prompt_set: how many groups of images there are, and how a group is written.
         state: the processes that share the work.
 
+    Returns:
+        names of the images that are not finite.
+
     Raises:
         ValueError: when the folder belongs to a run with other settings, or another run is at work there.
     """
-    path = folder / "run.json"
-    with locked(folder, state):
-        record = first_process(state, lambda: _claim(path, sampler, prompt_set, weights))
-        drawn, seconds = _draw_missing(sampler, prompt_set, folder, state)
+    path = run_record(folder)
+    with locked(folder, state, folder.parent / f".{folder.name}.lock"):
+        record = first_process(state, lambda: _claim(folder, sampler, prompt_set, weights))
+        was_complete = record["complete"]
+        blocks, missing = _find_missing(sampler, prompt_set, folder, state)
+        if missing:
+            first_process(state, lambda: write_json(path, record | {"complete": False}))
+        drawn, seconds, broken = _draw_missing(sampler, prompt_set, folder, blocks, state)
         if state.is_main_process:
-            speed = {"images_drawn": drawn, "seconds": round(seconds, 2), "images_per_second": round(drawn / seconds, 3)}
+            asked_for_all = record["settings"]["num_fid_samples"] == sampler.settings.num_fid_samples
             record |= {
-                "complete": True,
+                "complete": (asked_for_all or was_complete) and not broken,
+                "not_finite": len(broken),
                 "nfe": sampler.nfe,
                 "processes": state.num_processes,
-                "speed": speed if drawn else json.loads(path.read_bytes()).get("speed"),  # of the run that drew something
                 "versions": {"tim": tim.__version__, "python": platform.python_version()}
                 | {"torch": torch.__version__, "accelerate": version("accelerate"), "diffusers": version("diffusers")},
             }
+            speed = {"images_drawn": drawn, "seconds": round(seconds, 2), "images_per_second": round(drawn / seconds, 3)}
+            if drawn:
+                record["speed"] = speed
             write_json(path, record)
             save_overview(folder, prompt_set)
-            print(f"{prompt_set.groups * prompt_set.per_group} images and run.json in {folder}, the first in {folder}.png")
+            count = prompt_set.groups * prompt_set.per_group - len(broken)
+            print(f"{count} images in {folder}, their record in {path}, the first in {folder}.png")
             print(f"{drawn} drawn now, NFE {sampler.nfe} per image, {speed['images_per_second']} images/s")
     state.wait_for_everyone()
+    return broken
 
 
-def _draw_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: PartialState) -> tuple[int, float]:
-    """Draw and write what is not there; images drawn by all processes, and seconds."""
-    size = max(1, sampler.settings.per_proc_batch_size // prompt_set.per_group)
+def latent_files(prompt_set: PromptSet, folder: Path, group: int) -> list[Path]:
+    """The latents of a group's images, in a folder beside theirs."""
+    n = prompt_set.per_group
+    names = [f"{group:06d}" if n == 1 else f"{group:06d}-{j:02d}" for j in range(n)]
+    return [folder.parent / f"{folder.name}.latents" / f"{name}.safetensors" for name in names]
+
+
+def _find_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: PartialState) -> tuple[list[Block], int]:
+    """This process's blocks with missing or damaged files, and images of all processes to draw; says what comes. Collective."""
+    s, n = sampler.settings, prompt_set.per_group
 
     def done(group: int) -> bool:
-        return all(path.is_file() for path in prompt_set.files(folder, group))
+        latents = latent_files(prompt_set, folder, group) if s.save_latent else []
+        return prompt_set.is_done(folder, group) and all(map(_is_whole_latent, latents))
 
-    blocks = own_blocks(prompt_set.groups, size, done, state)
-    began, drawn = time.perf_counter(), 0
+    size = max(1, s.per_proc_batch_size // n)
+    desc = "looking for finished images" if any(folder.iterdir()) else None
+    blocks = own_blocks(prompt_set.groups, size, done, state, desc)
+    missing = total_over_processes(n * sum(len(block.missing) for block in blocks))
+    if state.is_main_process:
+        steps = f"{s.num_steps} step{'s' * (s.num_steps > 1)} (NFE {sampler.nfe}) each"
+        where = f"{s.per_proc_batch_size} at once on {state.num_processes} x {sampler.device.type}, into {folder}"
+        logger.info("drawing %d of %d images %dx%d, %s, %s", missing, prompt_set.groups * n, *s.size, steps, where)
+    return blocks, missing
+
+
+def _is_whole_latent(path: Path) -> bool:
+    """Whether a file of latents is there to its end; safetensors compares its length with its header."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys()) == ["latent"]
+    except (OSError, SafetensorError):
+        return False
+
+
+def _draw_missing(
+    sampler: Sampler, prompt_set: PromptSet, folder: Path, blocks: list[Block], state: PartialState
+) -> tuple[int, float, list[str]]:
+    """Draw and write what is not there; images drawn by all processes, seconds, and names of those that are not finite."""
+    began, drawn, broken = time.perf_counter(), 0, []
     with progress_bar(blocks, state, None, each=prompt_set.per_group) as bar:
         for block in blocks:
-            drawn += _draw_groups(sampler, prompt_set, folder, block)
+            broken += _draw_groups(sampler, prompt_set, folder, block)
+            drawn += len(block.items) * prompt_set.per_group
             bar.update(len(block.missing) * prompt_set.per_group)
-    return total_over_processes(drawn), time.perf_counter() - began
+    return total_over_processes(drawn), time.perf_counter() - began, sorted(gather_object(broken))
 
 
-def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: Block) -> int:
-    """Draw all images of a block, in calls of at most per_proc_batch_size, and write the missing groups."""
-    s, n = sampler.settings, prompt_set.per_group
+def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: Block) -> list[str]:
+    """Draw all images of a block, in calls of at most per_proc_batch_size, and write what is missing.
+
+    Returns:
+        names of the missing images that are not finite.
+    """
+    s, n, broken = sampler.settings, prompt_set.per_group, []
     keys = [(prompt_set.prompts[g], g, j) for g in block.items for j in range(n)]
     size = s.per_proc_batch_size
-    parts = [sampler.draw(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
+    parts = [sampler.attempt(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
     images, latents = np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    finite = np.concatenate([p[2] for p in parts])
     for g in block.missing:
-        own = slice((g - block.items.start) * n, (g - block.items.start + 1) * n)
-        if s.save_latent:
-            for j, latent in enumerate(latents[own]):
-                name = f"{g:06d}" if n == 1 else f"{g:06d}-{j:02d}"
-                with replacing(folder / "latents" / f"{name}.safetensors") as partial:
-                    save_file({"latent": latent.cpu().contiguous()}, partial)
-        prompt_set.write(folder, g, images[own])
-    return len(keys)
+        own = range((g - block.items.start) * n, (g - block.items.start + 1) * n)
+        broken += [prompt_set.image_name(g, k - own.start) for k in own if not finite[k]]
+        if not prompt_set.is_done(folder, g):
+            prompt_set.write(folder, g, [images[k] if finite[k] else None for k in own])
+        for path, k in zip(latent_files(prompt_set, folder, g), own, strict=True) if s.save_latent else ():
+            if finite[k] and not _is_whole_latent(path):
+                with replacing(path) as partial:
+                    save_file({"latent": latents[k].cpu().contiguous()}, partial)
+    return broken
 
 
-def _claim(path: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weights) -> dict[str, Any]:
-    """Create the folder of run.json, or make sure that it holds the same run; returns the content of run.json."""
+def _claim(folder: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weights) -> dict[str, Any]:
+    """Make sure that a folder holds the same run, or none, and write the record beside it; returns the record."""
     settings = asdict(sampler.settings)
     neutral = {key: settings.pop(key) for key in NEUTRAL}
-    identity = settings | prompt_set.identity | sampler.conditions.identity | {"weights_sha256": weights.digest()}
-    claim(path, identity, "images", "choose another --sample-dir", key="settings", write=False)
-    (path.parent / "latents" if sampler.settings.save_latent else path.parent).mkdir(parents=True, exist_ok=True)
-    record = {"settings": identity | neutral, "weights": str(weights.source), "complete": False}
-    if not path.is_file():
-        write_json(path, record)
+    known = settings | prompt_set.identity | sampler.conditions.identity | {"weights_sha256": weights.digest()}
+    if known.get("text_padding") == "batch":  # an image depends on its batch
+        known["per_proc_batch_size"] = neutral.pop("per_proc_batch_size")
+    identity = known | sampler.identity | {"autoencoder": sampler.vae and sampler.vae.identity}
+    path, inside = run_record(folder), folder / "run.json"  # where it was once
+    if inside.is_file() and not path.is_file():  # what an old record does not know of is taken to be as it is now
+        before = _read_record(inside)
+        claim(inside, {k: v for k, v in identity.items() if k in before["settings"]}, "images", REMEDY, "settings", write=False)
+    else:
+        before = _read_record(path)
+        claim(path, identity, "images", REMEDY, "settings", files="[!.]*", write=False, folder=folder)
+    there, asked = before["settings"].get("num_fid_samples", 0), neutral["num_fid_samples"]
+    if asked < there:
+        state = "all" if before.get("complete") else "not all"
+        logger.info("%s is of %d images, %s of them there; this run looks after the first %d", folder, there, state, asked)
+    settings = identity | neutral | {"num_fid_samples": max(asked, there)}
+    is_complete = bool(before.get("complete")) and asked <= there
+    record = before | {"settings": settings, "weights": str(weights.source), "complete": is_complete}
+    write_json(path, record)
+    _tidy(folder, sampler.settings.save_latent)
     return record
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A run's record; one without settings when there is none, or it is damaged."""
+    try:
+        record = json.loads(path.read_bytes())
+        return record if isinstance(record["settings"], dict) else {"settings": {}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"settings": {}}
+
+
+def _tidy(folder: Path, save_latent: bool) -> None:
+    """Clear away what killed and older runs have left in and beside a folder whose record is written; make that of latents."""
+    latents = folder.parent / f"{folder.name}.latents"
+    if (folder / "latents").is_dir() and not latents.exists():  # where they, the record and the lock were once
+        (folder / "latents").rename(latents)
+    for name in ("run.json", ".lock"):
+        (folder / name).unlink(missing_ok=True)
+    if save_latent:
+        latents.mkdir(exist_ok=True)
+    own = (glob.escape(f".{(folder.name + suffix)[:200]}.") for suffix in BESIDE)
+    partials = chain(*(folder.parent.glob(f"{name}????????.part") for name in own), latents.glob(".*.????????.part"))
+    for partial in partials:
+        partial.unlink(missing_ok=True)
 
 
 def save_overview(folder: Path, prompt_set: PromptSet) -> None:
     """The first images as a grid in `<folder>.png`, large ones scaled down."""
     paths = [prompt_set.files(folder, g)[0] for g in range(min(OVERVIEW_IMAGES, prompt_set.groups))]
+    paths = [path for path in paths if path.is_file()]  # not those that are not finite
+    if not paths:
+        return
     images = [np.asarray(shrink(Image.fromarray(read_png(path)), OVERVIEW_SIDE)) for path in paths]
     columns = 10 if len(images) > 10 else len(images)
     grid = make_grid(np.stack(images), columns, scale=max(1, 64 // images[0].shape[1]))
     save_png(folder.with_name(f"{folder.name}.png"), grid)
 
 
-def save_prompt_grids(prompt_set: PromptSet, folders: Sequence[Path], steps: list[int]) -> None:
+def save_prompt_grids(prompt_set: PromptSet, folders: Sequence[Path], steps: list[int], name: str | None = None) -> None:
     """prompts.json in every folder, and one labelled grid a size beside them: prompts down, numbers of steps across.
 
     Args:
         folders: of the runs, for each size one of every number of steps.
+        name: goes in front of the grids' names.
     """
     prompts = [str(prompt) for prompt in prompt_set.prompts]
     for folder in folders:
@@ -134,6 +236,6 @@ def save_prompt_grids(prompt_set: PromptSet, folders: Sequence[Path], steps: lis
         own = folders[start : start + len(steps)]
         rows = [[read_png(path) for folder in own for path in prompt_set.files(folder, g)[:repeats]] for g in shown]
         height, width = rows[0][0].shape[:2]
-        path = own[0].parent / f"grid-{height}x{width}.png"
+        path = own[0].parent / f"{f'{name}-' if name else ''}grid-{height}x{width}.png"
         save_png(path, labelled_grid(rows, prompts[: len(rows)], labels, min(256, max(96, height, width))))
         print(f"grid in {path}")

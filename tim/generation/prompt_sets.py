@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from tim import rng
-from tim.files import parse_json, read_text, replacing, write_json_lines
-from tim.images import make_grid, read_png, save_image, save_png
+from tim.files import parse_json, published, read_json_lines, read_text, replacing, write_json_lines
+from tim.images import is_whole, make_grid, read_png, save_image
 from tim.listing import check_inside, list_files
 
 IMAGENET_CLASSES = 1000
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: of another encoding, or of careless JSON
+FETCH = "bash tools/download_benchmarks.sh --only {} fetches it"
+Images = Sequence[np.ndarray | None]  # of a group, (H, W, 3) uint8; None for one that is not finite
 
 
 class PromptSet:
@@ -48,6 +52,9 @@ class PromptSet:
     ) -> None:
         if per_group < 1:
             raise ValueError(f"--images-per-prompt must be >= 1, got {per_group}")
+        broken = next((p for p in prompts if isinstance(p, str) and SURROGATE.search(p)), None)
+        if broken is not None:
+            raise ValueError(f"prompt {broken!r} holds half a character; write prompts in UTF-8")
         self.prompts, self.per_group, self.groups = prompts, per_group, len(prompts)
         self.names = [f"{i:05d}" for i in range(self.groups)] if names is None else names
         digest = hashlib.sha256(json.dumps([self.names, self.prompts]).encode()).hexdigest()
@@ -57,11 +64,17 @@ class PromptSet:
         """The files of a group, the one for the overview first; all there means done."""
         return [folder / self.file_name.format(name=self.names[group], j=j) for j in range(self.per_group)]
 
-    def write(self, folder: Path, group: int, images: np.ndarray) -> None:
-        """Write the files of a group, images (per_group, H, W, 3) uint8; each file whole or absent."""
-        for path, image in zip(self.files(folder, group), images, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_image(path, image)
+    def image_name(self, group: int, repetition: int) -> str:
+        """What to call an image in a message."""
+        return self.names[group] if self.per_group == 1 else f"{self.names[group]}-{repetition:02d}"
+
+    def is_done(self, folder: Path, group: int) -> bool:
+        """Whether the files of a group are there and whole."""
+        return all(map(is_whole, self.files(folder, group)))
+
+    def write(self, folder: Path, group: int, images: Images) -> None:
+        """Write the files of a group, each whole or absent, without those of images that are None."""
+        _save(self.files(folder, group), images)
 
 
 class ClassLabels(PromptSet):
@@ -122,10 +135,14 @@ class GenEvalPrompts(PromptSet):
         "--model-path checkpoints/mask2former"
     )
 
-    def __init__(self, path: str, per_group: int = 4) -> None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--caption-dir {path} is not there; a .jsonl file is expected")
+    def __init__(self, path: str | Path, per_group: int = 4) -> None:
+        path = published(str(path))
+        if path.is_dir():
+            raise ValueError(
+                f"--caption-dir {path} is a folder, not GenEval's .jsonl; sample_t2i_dpgbench_ddp.py reads folders"
+            )
         self.metadata = []
+        _check_there(path, "--caption-dir", FETCH.format("geneval"))
         for number, line in enumerate(read_text(path).rstrip("\n").split("\n"), start=1):
             try:
                 entry = parse_json(line)
@@ -137,18 +154,20 @@ class GenEvalPrompts(PromptSet):
         super().__init__([entry["prompt"] for entry in self.metadata], per_group)
 
     def files(self, folder: Path, group: int) -> list[Path]:
-        """Grid, metadata and images."""
-        own = folder / self.names[group]
-        return [own / "grid.png", own / "metadata.jsonl", *super().files(folder, group)]
+        """Grid and images."""
+        return [folder / self.names[group] / "grid.png", *super().files(folder, group)]
 
-    def write(self, folder: Path, group: int, images: np.ndarray) -> None:
+    def is_done(self, folder: Path, group: int) -> bool:
+        """Whether grid, metadata and images are there and whole."""
+        written = read_json_lines(folder / self.names[group] / "metadata.jsonl")
+        return written == [self.metadata[group]] and super().is_done(folder, group)
+
+    def write(self, folder: Path, group: int, images: Images) -> None:
         """Grid, metadata and images."""
-        grid, metadata, *samples = self.files(folder, group)
-        samples[0].parent.mkdir(parents=True, exist_ok=True)
-        for path, image in zip(samples, images, strict=True):
-            save_png(path, image)
-        write_json_lines(metadata, [self.metadata[group]])
-        save_png(grid, make_grid(images, columns=math.ceil(math.sqrt(self.per_group))))
+        grid, *samples = self.files(folder, group)
+        write_json_lines(grid.with_name("metadata.jsonl"), [self.metadata[group]])
+        _save(samples, images)
+        _save([grid], [_join(images, pad=2)])
 
 
 class DPGPrompts(PromptSet):
@@ -158,9 +177,11 @@ class DPGPrompts(PromptSet):
         "projects/evaluate/dpg_bench/compute_dpg_bench.py --image-root-path {folder} --res-path {folder}.txt --pic-num {n}"
     )
 
-    def __init__(self, folder: str, per_group: int = 4) -> None:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--caption-dir {folder} is no folder; DPG-Bench's prompts/*.txt are expected")
+    def __init__(self, folder: str | Path, per_group: int = 4) -> None:
+        folder = published(str(folder))
+        if not folder.is_dir():
+            remedy = "DPG-Bench's prompts/*.txt are expected" if folder.exists() else FETCH.format("dpg")
+            raise FileNotFoundError(f"--caption-dir {folder} is no folder; {remedy}")
         paths = list_files(folder, (".txt",))
         prompts = [read_text(path).strip() for path in paths]
         empty = [path.name for path, prompt in zip(paths, prompts, strict=True) if not prompt]
@@ -172,9 +193,9 @@ class DPGPrompts(PromptSet):
         """One of all images of a prompt."""
         return super().files(folder, group)[:1]
 
-    def write(self, folder: Path, group: int, images: np.ndarray) -> None:
+    def write(self, folder: Path, group: int, images: Images) -> None:
         """One of all images of a prompt."""
-        save_png(self.files(folder, group)[0], make_grid(images, columns=math.ceil(math.sqrt(self.per_group)), pad=0))
+        _save(self.files(folder, group), [_join(images, pad=0)])
 
 
 class MJHQPrompts(PromptSet):
@@ -185,7 +206,22 @@ class MJHQPrompts(PromptSet):
     def __init__(self, path: str, image_format: str = "png") -> None:
         names, prompts = read_mjhq(path)
         super().__init__(prompts, 1, names)
+        self.identity |= {"image_format": image_format}
         self.file_name = f"{{name}}.{image_format}"
+
+
+def _save(paths: Sequence[Path], images: Images) -> None:
+    """Write images, each whole or absent, without those that are None."""
+    for path, image in zip(paths, images, strict=True):
+        if image is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(path, image)
+
+
+def _join(images: Images, pad: int) -> np.ndarray | None:
+    """The images of a prompt in a square, None when one of them is."""
+    whole = [image for image in images if image is not None]
+    return make_grid(np.stack(whole), math.ceil(math.sqrt(len(images))), pad=pad) if len(whole) == len(images) else None
 
 
 def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
@@ -195,12 +231,12 @@ def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
         FileNotFoundError: when there is no such file.
         ValueError: when it is in another form, or a name would leave the folder of the images.
     """
+    path = published(str(path))
+    _check_there(path, "MJHQ-30K's prompts", FETCH.format("mjhq"))
     try:
         meta = parse_json(read_text(path))
         names = [f"{entry['category']}/{key}" for key, entry in meta.items()]
         prompts = [entry["prompt"] for entry in meta.values()]
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is not there; MJHQ-30K's meta_data.json is expected") from None
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not in the form {{key: {{category, prompt}}}} of MJHQ-30K: {error!r}") from error
     for name, prompt in zip(names, prompts, strict=True):
@@ -221,9 +257,14 @@ def read_prompts(path: str) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: when there is no file, or no prompt in it.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no prompt file {path}")
+    _check_there(Path(path), "--prompt-file", "check the path")
     prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
+
+
+def _check_there(path: Path, name: str, remedy: str) -> None:
+    """FileNotFoundError unless a file is there; says what to do."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} {path} is not there; {remedy}")

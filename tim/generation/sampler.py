@@ -1,7 +1,10 @@
 """A loaded model that draws images of any prompts or class labels, each a function of (seed, index, repetition)."""
 
+import json
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,13 @@ from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transports import Transport
+from tim.typed_yaml import constructor_keywords
+
+PUBLISHED = {  # weights, and the config that they belong to
+    "c2i_model_256": "configs/c2i/tim_xl_p2_256.yaml",
+    "c2i_model_512": "configs/c2i/tim_xl_p1_512.yaml",
+    "t2i_model": "configs/t2i/tim_xl_p1_t2i.yaml",
+}
 
 
 @dataclass
@@ -28,6 +38,7 @@ class Sampler:
     Attributes:
         network: on `device`, in the dtype it samples in. vae: its autoencoder, None when the pixels are the latents.
         conditions: of captions or class labels, whichever the network was trained on.
+        identity: class and keywords of network and transport, which decide images together with the weights.
     """
 
     settings: SampleSettings
@@ -36,6 +47,7 @@ class Sampler:
     vae: Autoencoder | None
     conditions: Conditions
     device: torch.device
+    identity: dict[str, Any] = field(default_factory=dict)
 
     def at(self, settings: SampleSettings) -> "Sampler":
         """The same models under other settings.
@@ -45,12 +57,18 @@ class Sampler:
         """
         settings = replace(settings)
         settings.check(self.transport)
+        (T_max, T_min), trained = settings.ends, self.transport
+        if T_max > trained.T_max or T_min < trained.T_min:
+            kind = f"{type(trained).__name__} was trained on [{trained.T_min}, {trained.T_max}]"
+            warnings.warn(f"--T-min {T_min} to --T-max {T_max} go beyond the times that {kind}", stacklevel=2)
         factor, traits = self.vae.factor if self.vae else 1, traits_of(self.network)
-        settings.height = settings.height or traits.latent_shape()[1] * factor
-        settings.width = settings.width or traits.latent_shape()[2] * factor
+        if settings.height is None:
+            settings.height = traits.latent_shape()[1] * factor
+        if settings.width is None:
+            settings.width = traits.latent_shape()[2] * factor
         step = factor * traits.patch_size
         for flag, side in (("--height", settings.height), ("--width", settings.width)):
-            if side <= 0 or side % step:
+            if side % step:
                 below = max(0, side // step * step)
                 near = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
                 raise ValueError(f"{flag} {side} is not a multiple of {step} (autoencoder x patch); the nearest are {near}")
@@ -91,11 +109,23 @@ class Sampler:
             uint8 images (B, H, W, 3) and their latents (B, C, h, w) float32.
 
         Raises:
-            ValueError: for what the network cannot be asked for.
+            ValueError: for what the network cannot be asked for, or images that are not finite.
         """
         indices = range(len(prompts)) if indices is None else indices
+        images, latents, finite = self.attempt(prompts, indices, repetitions)
+        if not finite.all():
+            raise ValueError(
+                not_finite([f"index {k}" for k, good in zip(indices, finite, strict=True) if not good], len(finite))
+            )
+        return images, latents
+
+    def attempt(
+        self, prompts: Sequence[str] | Sequence[int], indices: Sequence[int], repetitions: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, Tensor, np.ndarray]:
+        """As `draw`, but with bools (B,) that say which images are finite; the pixels of others mean nothing."""
         latents = self.latents(indices, repetitions, *self.conditions(prompts, self.settings.cfg_scale > 1))
-        return self.decode(latents), latents
+        images, finite = self.decode(latents)
+        return images, latents, finite
 
     @torch.no_grad()
     def latents(
@@ -121,9 +151,11 @@ class Sampler:
         )  # fmt: skip
         return result.x.float()
 
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """uint8 images (B, H, W, 3) of latents."""
-        return to_uint8(latents if self.vae is None else self.vae.decode(latents))
+    def decode(self, latents: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 images (B, H, W, 3) of latents, and bools (B,) that say which of them are finite."""
+        x = latents if self.vae is None else self.vae.decode(latents)
+        finite = x.flatten(1).isfinite().all(1).cpu().numpy()
+        return to_uint8(x, truncate=self.settings.uint8 == "truncate"), finite
 
 
 def load_sampler(config: Config, weights: Weights, settings: SampleSettings, device: torch.device) -> Sampler:
@@ -140,14 +172,41 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
     set_tf32(settings.tf32)
     dtype = network_dtype(config, settings.dtype, device)
     network = build_network(config.model.network).requires_grad_(False)
-    load_strict(network, weights.read(), weights.source)
+    try:
+        load_strict(network, weights.read(), weights.source)
+    except ValueError as error:
+        theirs = PUBLISHED.get(weights.source.stem)
+        slip = f"; {weights.source.name} belongs to {theirs} (the published 512x512 script names the 256 file by mistake)"
+        raise ValueError(f"{error}{slip if theirs else ''}") from error
     network = network.to(device, dtype).eval()
     vae = None
     if config.model.vae_dir:
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
         vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
+    elif settings.slice_vae or settings.tile_vae or settings.compile_vae:
+        warnings.warn("--slice_vae, --tile-vae and --compile-vae have no effect: the model has no autoencoder", stacklevel=2)
     conditions = build_conditions(config, network, dtype, device)
-    return Sampler(settings, transport, network, vae, conditions, device).at(settings)
+    return Sampler(settings, transport, network, vae, conditions, device, _identity(config, dtype)).at(settings)
+
+
+def _identity(config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """Classes of network and transport with all keywords, so that an error can name the one that differs."""
+    found: dict[str, Any] = {"network.dtype": str(dtype)}
+    for part, target in (("network", config.model.network), ("transport", config.model.transport)):
+        names = sorted({*constructor_keywords(target.resolve()), *target.params})
+        found |= {part: target.target, **{f"{part}.{name}": target.argument(name) for name in names}}
+    return json.loads(json.dumps(found, default=str))
+
+
+def not_finite(names: Sequence[str], total: int) -> str:
+    """What to say of images that hold NaN or infinity.
+
+    Args:
+        names: of them. total: how many were drawn.
+    """
+    shown = ", ".join([*names[:5], *["..."] * (len(names) > 5)])
+    remedy = "check the weights, or try --dtype float32 and --vae-dtype float32"
+    return f"{len(names)} of {total} images are not finite (NaN or infinity): {shown}; {remedy}"
 
 
 def network_dtype(config: Config, wanted: str, device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 """What a sampling run is: its settings, each stated once with its command-line flag, and the name of its folder."""
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -10,40 +11,53 @@ if TYPE_CHECKING:
     from tim.schedulers.transports import Transport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROUNDINGS = ("round", "truncate")
 GROUPS = ("model", "images", "transitions", "guidance", "precision, speed and memory")
 MODEL, IMAGES, TRANSITIONS, GUIDANCE, PRECISION = GROUPS
+SIDE = "pixels (default: the training size)"
+MAX_SIDE, MAX_IMAGES, MAX_STEPS = 2**15, 10**7, 10**5  # beyond which there is a slip
 T = TypeVar("T")
 
 
-def flag(default: T, group: str, description: str, *names: str, minimum: int | None = None, **keywords: Any) -> T:
+def flag(
+    default: T,
+    group: str,
+    description: str,
+    *names: str,
+    minimum: int | None = None,
+    maximum: int | None = None,
+    published: float | None = None,
+    **keywords: Any,
+) -> T:
     """A setting and its flag.
 
     Args:
         group: of the help.
         names: of the flag, where it is not the setting's own with dashes.
-        minimum: smallest value that is allowed.
+        minimum, maximum: smallest and largest value that is allowed.
+        published: the published code's default, where it is another.
         keywords: further ones of `add_argument`.
     """
-    keywords["help"] = description
-    return field(default=default, metadata={"group": group, "names": names, "minimum": minimum, "keywords": keywords})
+    metadata = {"group": group, "names": names, "minimum": minimum, "maximum": maximum, "published": published}
+    return field(default=default, metadata={**metadata, "keywords": {"help": description, **keywords}})
 
 
 @dataclass
 class SampleSettings:
     """What all sampling commands share. None stands for what the config or the transport says."""
 
-    height: int | None = flag(None, IMAGES, "pixels (default: the training size)")
-    width: int | None = flag(None, IMAGES, "pixels (default: the training size)")
+    height: int | None = flag(None, IMAGES, SIDE, minimum=1, maximum=MAX_SIDE, published=256)
+    width: int | None = flag(None, IMAGES, SIDE, minimum=1, maximum=MAX_SIDE, published=256)
     per_proc_batch_size: int = flag(32, IMAGES, "images that a process draws at once", minimum=1)
-    num_fid_samples: int = flag(50000, IMAGES, "number of images", minimum=1)
-    global_seed: int = flag(0, IMAGES, "image k is a function of this seed and k alone", minimum=0)
-    T_max: float | None = flag(None, TRANSITIONS, "time of pure noise, the start (default: the transport's)")
-    T_min: float | None = flag(None, TRANSITIONS, "time of the image, the end (default: the transport's)")
-    cfg_scale: float = flag(1.0, GUIDANCE, "strength of classifier-free guidance; 1 is none", minimum=1)
+    num_fid_samples: int = flag(50000, IMAGES, "number of images", minimum=1, maximum=MAX_IMAGES)
+    global_seed: int = flag(0, IMAGES, "image k is a function of this seed and k alone", minimum=0, maximum=2**64 - 1)
+    T_max: float | None = flag(None, TRANSITIONS, "time of pure noise, the start (default: the transport's)", minimum=0)
+    T_min: float | None = flag(None, TRANSITIONS, "time of the image, the end (default: the transport's)", minimum=0)
+    cfg_scale: float = flag(1.0, GUIDANCE, "strength of classifier-free guidance; 1 is none", minimum=1, published=1.5)
     guidance_low: float = flag(0.0, GUIDANCE, "guide steps that start after this fraction of T-max")
     guidance_high: float = flag(1.0, GUIDANCE, "guide steps that start before this fraction of T-max")
     guide_first_step: bool = flag(False, GUIDANCE, "guide steps that start exactly at these fractions too, as the first does")
-    num_steps: int = flag(250, TRANSITIONS, "transitions from noise to image", minimum=1)
+    num_steps: int = flag(250, TRANSITIONS, "transitions from noise to image", minimum=1, maximum=MAX_STEPS, published=50)
     stochasticity_ratio: float = flag(0.0, TRANSITIONS, "share of the noise that every step draws anew", minimum=0)
     sample_type: str = flag(
         "transition",
@@ -52,7 +66,8 @@ class SampleSettings:
         choices=SAMPLE_TYPES,
     )
     slice_vae: bool = flag(False, PRECISION, "decode one image at a time", "--slice_vae", "--slice-vae")
-    save_latent: bool = flag(False, IMAGES, "also keep the latents, in latents/*.safetensors")
+    save_latent: bool = flag(False, IMAGES, "also keep the latents, in FOLDER.latents/*.safetensors beside the images' folder")
+    uint8: str = flag("round", IMAGES, "pixels to whole numbers; the published code truncates", choices=ROUNDINGS)
     tf32: bool = flag(True, PRECISION, "TF32 in float32 products on a GPU")
     dtype: str = flag("auto", PRECISION, "network; auto: the config's mixed precision, float32 on a CPU", choices=DTYPES)
     vae_dtype: str = flag("float32", PRECISION, "decoder", choices=DTYPES[1:])
@@ -81,15 +96,25 @@ class SampleSettings:
         """Fill T_max and T_min from the transport and refuse impossible values, each by its flag."""
         self.T_max = float(transport.T_max if self.T_max is None else self.T_max)
         self.T_min = float(transport.T_min if self.T_min is None else self.T_min)
-        for f in fields(self):
-            value, minimum = getattr(self, f.name), f.metadata["minimum"]
-            if minimum is not None and value is not None and value < minimum:
-                raise ValueError(f"--{f.name.replace('_', '-')} must be >= {minimum}, got {value}")
+        self.check_values()
         if not self.T_min < self.T_max:
             raise ValueError(f"--T-min must be below --T-max, got {self.T_min} and {self.T_max}")
-        if not 0 <= self.guidance_low < self.guidance_high:
+
+    def check_values(self) -> None:
+        """Refuse what no transport could do, by its flag."""
+        for f in fields(self):
+            value, name = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
+            minimum, maximum = f.metadata["minimum"], f.metadata["maximum"]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+            if minimum is not None and value is not None and value < minimum:
+                raise ValueError(f"{name} must be >= {minimum}, got {value}")
+            if maximum is not None and value is not None and value > maximum:
+                raise ValueError(f"{name} must be <= {maximum}, got {value}")
+        if not 0 <= self.guidance_low < min(1, self.guidance_high):
             raise ValueError(
-                f"--guidance-low must lie in [0, --guidance-high), got {self.guidance_low} and {self.guidance_high}"
+                "--guidance-low must lie in [0, 1), a fraction of T-max, and below --guidance-high, "
+                f"got {self.guidance_low} and {self.guidance_high}"
             )
 
     def folder_name(self, stem: str, prefix: str = "") -> str:
@@ -101,8 +126,16 @@ class SampleSettings:
         )
 
 
+class _Given(argparse.Action):
+    """Keeps a value, and in `args.given` that its setting was on the command line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = {*getattr(namespace, "given", ()), self.dest}
+
+
 def add_sample_arguments(parser: argparse.ArgumentParser, **changes: dict[str, Any]) -> None:
-    """Add --config, --ckpt, --sample-dir and the flags of `SampleSettings`.
+    """Add --config, --ckpt, --sample-dir, --name and the flags of `SampleSettings`.
 
     Args:
         changes: keywords of `add_argument` that are the command's own, by setting.
@@ -111,14 +144,39 @@ def add_sample_arguments(parser: argparse.ArgumentParser, **changes: dict[str, A
     groups[MODEL].add_argument("--config", required=True, metavar="FILE", help="YAML file the weights were trained with")
     groups[MODEL].add_argument("--ckpt", required=True, help="weights file, checkpoint folder or training project folder")
     groups[IMAGES].add_argument("--sample-dir", default="samples", metavar="DIR", help="the run's folder goes under this one")
+    groups[IMAGES].add_argument("--name", help="name of the run's folder (default: weights, size, times, steps and guidance)")
     for f in fields(SampleSettings):
         (kind, *_) = get_args(f.type) or (f.type,)  # of `int | None`, int
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "action": _Given}
         names = f.metadata["names"] or [f"--{f.name.replace('_', '-')}"]
         keywords = {"default": f.default, **how, **f.metadata["keywords"], **changes.get(f.name, {})}
         groups[f.metadata["group"]].add_argument(*names, **keywords)
 
 
-def settings_from(args: argparse.Namespace) -> SampleSettings:
-    """The shared settings among parsed arguments."""
-    return SampleSettings(**{f.name: getattr(args, f.name) for f in fields(SampleSettings)})
+def settings_from(args: argparse.Namespace, **own: Any) -> SampleSettings:
+    """The shared settings among parsed arguments, checked as far as they can be without a model.
+
+    Args:
+        own: settings that are not those of the command line.
+
+    Raises:
+        ValueError: for an impossible value.
+    """
+    settings = SampleSettings(**{f.name: getattr(args, f.name) for f in fields(SampleSettings)} | own)
+    settings.check_values()
+    return settings
+
+
+def unlike_published(args: argparse.Namespace, settings: SampleSettings) -> str | None:
+    """Values that a run takes because they are not on its command line, where the published code would take others.
+
+    Args:
+        settings: of the run, filled in by a sampler.
+    """
+    given = getattr(args, "given", ())
+    found = [
+        f"--{f.name.replace('_', '-')} {getattr(settings, f.name)} ({f.metadata['published']})"
+        for f in fields(settings)
+        if f.metadata["published"] not in (None, getattr(settings, f.name)) and f.name not in given
+    ]
+    return f"not on the command line, so taken as (published code: as): {', '.join(found)}" if found else None

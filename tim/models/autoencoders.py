@@ -1,6 +1,9 @@
 """Frozen image autoencoders of diffusers, AutoencoderKL (SD-VAE) and AutoencoderDC (DC-AE), behind one interface."""
 
+import hashlib
+import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +37,16 @@ class Autoencoder:
         self.factor, self.channels = _factor(config), config.latent_channels
         # AutoencoderDC knows no shift_factor; AutoencoderKL's is null unless the latents are not centred.
         self.scale, self.shift = config.scaling_factor, config.get("shift_factor") or 0.0
+
+    @cached_property
+    def identity(self) -> str:
+        """Short hash of all that encoding and decoding depend on: kind, configuration, weights in their dtype."""
+        known = {key: value for key, value in self.model.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps([type(self.model).__name__, known], sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     @property
     def is_kl(self) -> bool:

@@ -3,7 +3,9 @@
 Both tasks have the attributes of `ClassTask` and its methods, which `CaptionTask` describes only where it differs.
 """
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -14,13 +16,14 @@ from tim.config import Config
 from tim.data.batch import Batch
 from tim.data.features import CachedFeatures, check_features, has_features
 from tim.data.registry import build_c2i_dataset, build_t2i_dataset
-from tim.data.replacement import PROBED, first_readable
+from tim.data.replacement import PROBED, LabelledSamples, first_readable
 from tim.data.sampler import BucketBatchSampler, StepBatchSampler
 from tim.distributed import inference_dtype
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import Network, traits_of
 
 PREVIEW_IMAGES = 40
+IMAGENET_CLASSES = 1000
 
 
 class ClassTask:
@@ -101,7 +104,8 @@ class ClassTask:
         """
         y = torch.arange(PREVIEW_IMAGES, device=self.device) % min(10, self.num_classes)
         side = self.side * (self.vae.factor if self.vae else 1)
-        return {"y": y}, (side, side), [f"class {k}" for k in y.tolist()]
+        names = class_names(self.dataset, self.num_classes)
+        return {"y": y}, (side, side), [names[k] for k in y.tolist()]
 
     def summary(self) -> str:
         """The data in a line."""
@@ -159,6 +163,22 @@ class CaptionTask:
 
 
 Task: TypeAlias = ClassTask | CaptionTask
+
+
+def class_names(dataset: LabelledSamples, num_classes: int) -> Sequence[str]:
+    """What classes are called: as their folders, WordNet's numbers in words, and a thousand nameless ones as ImageNet's."""
+    names: Sequence[str] | None = getattr(dataset, "class_names", None)
+    if names is not None and len(names) != num_classes:
+        names = None
+    if names is None and num_classes != IMAGENET_CLASSES:
+        return [f"class {k}" for k in range(num_classes)]
+    if names is not None and not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from timm.data import ImageNetInfo  # takes seconds to import
+
+    imagenet = ImageNetInfo()
+    words = {synset: imagenet.label_name_to_description(synset) for synset in imagenet.label_names()}
+    return list(words.values()) if names is None else [words.get(name, name) for name in names]
 
 
 def check_latents(shape: tuple[int, ...], network: Network, vae: Autoencoder | None) -> tuple[int, ...]:
