@@ -73,7 +73,8 @@ def test_a_tracker_gets_configuration_records_and_pictures_of_one_run(stub, tmp_
     assert first.config["model.vae_dir"] == "null" and first.config["seed"] == 7
     assert [step for step, _ in first.records] == [1, 2] and [step for step, _ in second.records] == [3]
     assert {"denoising_loss", "grad_norm", "images_per_second"} <= first.records[0][1].keys()
-    assert [(step, name) for step, name, _ in first.pictures] == [(2, "samples")] and first.pictures[0][2][2] == 3
+    assert [(step, name) for step, name, _ in first.pictures] == [(0, "samples"), (2, "samples")]
+    assert first.pictures[0][2][2] == 3 and second.pictures[-1][0] == 3
     run(tmp_path / "another", "wandb", "training.tracker_kwargs={entity: us, name: mine, id: own}")
     third = stub.started[2]
     assert third.kwargs == {"entity": "us", "name": "mine", "id": "own"}
@@ -87,7 +88,7 @@ def test_tensorboard_appends_to_one_folder(tmp_path):
     run(tmp_path, "tensorboard", steps=4)
     events = EventAccumulator(str(tmp_path / "tim")).Reload()
     assert [event.step for event in events.Scalars("denoising_loss")] == [1, 2, 3, 4]
-    assert [event.step for event in events.Images("samples")] == [2, 4]
+    assert [event.step for event in events.Images("samples")] == [0, 2, 4]
     assert not (tmp_path / "tracker.json").exists()
     with pytest.raises(ValueError, match=r"training\.tracker_kwargs=.* do not suit tensorboard: .*entity"):
         run(tmp_path, "tensorboard", "training.tracker_kwargs={entity: us}", steps=5)
