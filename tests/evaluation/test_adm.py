@@ -10,12 +10,14 @@ from helpers.commands import command
 from helpers.images import save_photographs
 from PIL import Image
 
+from tim.evaluation import adm
 from tim.evaluation.adm import STATISTICS, adm_extractor, read_side
-from tim.evaluation.extract import Extraction
+from tim.evaluation.extract import Extraction, FeatureExtractor
 from tim.evaluation.inception import load_inception
+from tim.evaluation.inputs import as_uint8_tensor
 from tim.evaluation.metrics import frechet_distance, statistics
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank")
+pytestmark = pytest.mark.filterwarnings("ignore:.*give a covariance of rank", "ignore:inception score")
 EVALUATOR = "projects/evaluate/adm_evaluator.py"
 
 
@@ -142,6 +144,40 @@ def test_what_the_reference_cannot_give_is_left_out_with_a_warning(folders, ince
     assert "no sFID" in said and "no precision and recall" in said and "n/a" in done.stdout
 
 
+def test_what_few_images_cannot_give_is_left_out(folders, tmp_path, monkeypatch):
+    """Three images have no third neighbour, one has no covariance; whatever fails, the other scores stand."""
+
+    def network(x):
+        pool3 = x.float().flatten(1)[:, :6]
+        return {"pool3": pool3, "spatial": pool3[:, :4], "probs": pool3.softmax(1)}
+
+    identity = dict.fromkeys(("weights_sha256", "resize", "precision"), "")
+    how = Extraction(
+        FeatureExtractor("tiny", identity, as_uint8_tensor, network), PartialState(), tmp_path / "cache", workers=0
+    )
+
+    def scores(name):
+        with pytest.warns(UserWarning) as caught:
+            found = adm.evaluate(folders / "real", name, how)
+        missing = {key for key, value in found["scores"].items() if value is None}
+        return missing, " ".join(str(w.message) for w in caught), found
+
+    three = save_photographs(tmp_path / "three", 3, seed=1)
+    missing, said, found = scores(three)
+    assert missing == {"precision", "recall"} and found["failed"] == {} and "n/a" in adm.table(found)
+    assert "no precision and recall: a side has 3 images, 3 neighbours need more" in said
+    one = save_photographs(tmp_path / "one", 1, seed=1)
+    missing, said, found = scores(one)
+    assert missing == {"fid", "sfid", "precision", "recall"} and "no FID: " in said and "one holds a single image" in said
+
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(adm, "precision_recall", exhausted)
+    missing, _, found = scores(folders / "fake")
+    assert missing == {"precision", "recall"} and found["failed"] == {"precision and recall": "CUDA out of memory"}
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_give_the_numbers_of_one(folders, inception_file, one_thread):
@@ -164,7 +200,10 @@ def test_bad_input_is_named(folders, inception_file, tmp_path):
     np.savez(folders / "nothing.npz", x=np.zeros(3))
     assert "neither images (arr_0) nor statistics" in error("nothing.npz")
     np.savez(folders / "narrow.npz", mu=np.zeros(768), sigma=np.eye(768), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
-    assert "2048 features against 768" in error("narrow.npz")
+    with pytest.warns(UserWarning, match="no precision and recall"):
+        said = error("narrow.npz")
+    assert f"FID: {folders / 'narrow.npz'} (mu and sigma): " in said and "2048 features against 768" in said
+    assert result(folders)["scores"]["fid"] is None and result(folders)["scores"]["sfid"] > 0, "the others are kept"
     np.savez(folders / "torn.npz", mu=np.zeros(2048), sigma=np.eye(5))
     assert "no mean and covariance: (2048,) and (5, 5)" in error("torn.npz")
     np.savez(folders / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))

@@ -11,7 +11,7 @@ from helpers.dpg_models import QUESTIONS, picture, save_blip, save_llava, save_v
 from helpers.paths import GOLDENS
 
 from tim.evaluation.dpg.judges import load_judge, normalise
-from tim.evaluation.dpg.run import check_grids, cut_grid, grid_side
+from tim.evaluation.dpg.run import Grid, check_grids, cut_grid, grid_of
 from tim.evaluation.dpg.scoring import Question, read_answers, read_questions, score_answers, score_crop
 
 HEAD = "item_id,proposition_id,dependency,tuple,question_natural_language\nskipped,1,0,a - b (x),really?\n"
@@ -54,6 +54,14 @@ def test_a_damaged_questions_file_is_refused(text, message, tmp_path):
         questions_of(text, tmp_path)
 
 
+def test_bytes_that_are_no_text_and_endless_fields_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"q\.csv is no CSV after line \d: field larger"):
+        questions_of(f"a,1,0,a (x),{'x' * 200_000}\n", tmp_path)
+    (tmp_path / "q.csv").write_bytes(HEAD.encode() + b"a,1,0,a (x),Is it \xff?\n")
+    with pytest.raises(ValueError, match=r"q\.csv line 3 is not UTF-8 text"):
+        read_questions(tmp_path / "q.csv")
+
+
 def test_a_file_of_other_columns_or_none_says_where_the_questions_are(tmp_path):
     (tmp_path / "other.csv").write_text("item_id,question\na,b\n")
     with pytest.raises(ValueError, match=r"no column proposition_id, .*download_benchmarks.sh"):
@@ -67,6 +75,13 @@ def test_odd_propositions_are_named(tmp_path):
         questions_of("a,2,1,a (x),Is it?\n", tmp_path)
     with pytest.warns(UserWarning, match=r"1 propositions twice; the last one counts: a 1"):
         assert questions_of("a,1,0,a (x),Is it?\na,1,0,a (x),Was it?\n", tmp_path)["a"][0].text == "Was it?"
+
+
+def test_of_several_blocks_of_a_prompt_the_last_counts(tmp_path):
+    """The official scorer starts a prompt's questions afresh whenever the id changes."""
+    with pytest.warns(UserWarning, match=r"1 prompts are in several blocks of rows; the last one counts: a"):
+        found = questions_of("a,1,0,a (x),Is it?\na,2,1,a (x),Was it?\nb,1,0,a (x),Is it?\na,3,0,a (x),Will it?\n", tmp_path)
+    assert {item: [q.proposition for q in own] for item, own in found.items()} == {"a": [3], "b": [1]}
 
 
 def test_a_question_fails_with_its_parent():
@@ -138,32 +153,36 @@ def test_contradicting_answers_are_refused(tmp_path):
 
 def test_a_grid_is_cut_row_by_row():
     image = picture(0, 6, 9)
-    crops = cut_grid(image, 3)
+    crops = cut_grid(image, Grid(3, 3))
     assert [crop.size for crop in crops] == [(2, 3)] * 9
     assert [crop.getpixel((0, 0)) for crop in crops] == [image.getpixel((x, y)) for y in (0, 3, 6) for x in (0, 2, 4)]
-    assert cut_grid(image, 1)[0].tobytes() == image.tobytes()
+    assert cut_grid(image, Grid(1, 1))[0].tobytes() == image.tobytes()
 
 
-def test_only_squares_make_grids():
-    assert [grid_side(n) for n in (1, 4, 9)] == [1, 2, 3]
-    for number in (0, -4, 2, 8):
-        with pytest.raises(ValueError, match=f"--pic-num must be a square .* got {number}"):
-            grid_side(number)
+def test_up_to_four_crops_are_of_the_official_grid_and_more_of_a_square():
+    assert [grid_of(n) for n in (1, 2, 3, 4, 9)] == [(2, 2)] * 4 + [(3, 3)]
+    assert [grid_of(1, sampled) for sampled in (1, 2, 3, 9)] == [(1, 1), (2, 1), (2, 2), (3, 3)]
+    for number in (0, -4, 5, 8):
+        with pytest.raises(ValueError, match=f"--pic-num must be 1 to 4, .* or a square .* got {number}"):
+            grid_of(number)
+    with pytest.raises(ValueError, match=r"--pic-num must lie between 1 and 1, .* got 4"):
+        grid_of(4, sampled=1)
 
 
 def test_images_that_are_no_grid_are_named(tmp_path):
     for name, size in (("a", (64, 64)), ("b", (64, 48)), ("c", (63, 64))):
         picture(0, *size).save(tmp_path / f"{name}.png")
     files = [tmp_path / f"{name}.png" for name in "abc"]
-    check_grids(files[:2], 2)
-    check_grids(files[:1], 2, 32)
+    square = Grid(2, 2)
+    check_grids(files[:2], square)
+    check_grids(files[:1], square, 32)
     with pytest.raises(ValueError, match=r"not 2x2 equal images \(--pic-num, --resolution\): \S+c.png \(63x64\)$"):
-        check_grids(files, 2)
+        check_grids(files, square)
     with pytest.raises(ValueError, match=r"not 2x2 equal images of 32x32 .*b.png \(64x48\), \S+c.png"):
-        check_grids(files, 2, 32)
+        check_grids(files, square, 32)
     (tmp_path / "c.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"c.png cannot be read as an image"):
-        check_grids(files, 2)
+        check_grids(files, square)
 
 
 def test_an_answer_is_cut_to_its_first_word():

@@ -15,7 +15,8 @@ from PIL import Image
 from tim.evaluation.commands import start
 from tim.evaluation.dpg import run
 from tim.evaluation.dpg.judges import load_judge
-from tim.evaluation.dpg.run import Settings, cut_grid, evaluate_folder
+from tim.evaluation.dpg.run import Grid, Settings, cut_grid, evaluate_folder
+from tim.files import run_record
 
 COMPUTE = "projects/evaluate/dpg_bench/compute_dpg_bench.py"
 GOLDEN = GOLDENS / "dpg"
@@ -66,7 +67,7 @@ def test_a_model_of_transformers_judges_under_its_own_name(finished):
     assert record["n"] == 5 and record["prompts_without_image"] == [] and record["images_per_second_and_process"] > 0
     assert text.endswith(f"DPG-Bench score: {record['score']}\n")
     judge = load_judge(str(root / "vilt"), torch.device("cpu"))
-    crops = cut_grid(Image.open(root / "images/p3.png"), 2)
+    crops = cut_grid(Image.open(root / "images/p3.png"), Grid(2, 2))
     expected = [answer for crop in crops for answer in judge(crop, QUESTIONS)]
     rows = [row for row in json.loads((root / "a/r.detail.json").read_text()) if row["image"] == "p3.png"]
     assert [row["answer"] for row in rows] == expected and [row["crop"] for row in rows] == sorted([0, 1, 2, 3] * 4)
@@ -98,15 +99,19 @@ def test_two_processes_give_the_same_files(finished):
 
 
 class RedJudge:
-    """Says yes to red images, and counts what it is asked."""
+    """Says yes to red images, and keeps the sizes of what it is asked about."""
 
     name, identity, is_official = "red", {"name": "red"}, True
 
     def __init__(self):
-        self.crops = 0
+        self.sizes = []
+
+    @property
+    def crops(self):
+        return len(self.sizes)
 
     def __call__(self, image, questions):
-        self.crops += 1
+        self.sizes.append(image.size)
         return ["yes" if image.getpixel((0, 0))[0] > 127 else "no"] * len(questions)
 
 
@@ -140,6 +145,72 @@ def test_crops_count_alike(tmp_path, judge, evaluate):
     assert f"{tmp_path / 'b/images/p2.png'}, 1.0, 1.0, 0.0, 0.0, " in text
 
 
+def quarters(root, size=8):
+    """Every prompt's file shows red in its upper left quarter, green in the next, blue below and white last."""
+    colours = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
+    for k in range(5):
+        image = Image.new("RGB", (2 * size, 2 * size))
+        for n, colour in enumerate(colours):
+            image.paste(colour, (size * (n % 2), size * (n // 2), size * (n % 2) + size, size * (n // 2) + size))
+        image.save(root / f"b/images/p{k}.png")
+
+
+@pytest.mark.parametrize(("pic_num", "score"), [(1, 100), (2, 50), (3, 100 / 3), (4, 50), (None, 50)])
+def test_the_first_crops_are_taken_in_row_order(pic_num, score, tmp_path, judge, evaluate):
+    """Red says yes to red and to white: one is the upper left, as officially."""
+    quarters(tmp_path)
+    if pic_num == 1:
+        with pytest.warns(UserWarning, match="--pic-num 1 takes the upper left image of a 2x2 grid"):
+            evaluate(pic_num=1)
+    else:
+        evaluate(pic_num=pic_num)
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["score"] == pytest.approx(score) and record["crops"] == (pic_num or 4) and judge.crops == 5 * (pic_num or 4)
+
+
+def test_files_with_a_single_image_are_taken_whole(tmp_path, judge, evaluate):
+    quarters(tmp_path)
+    evaluate(pic_num=1, resolution=16)
+    with pytest.raises(ValueError, match=r"r\.parts holds records of another run \(grid: None there, \[2, 2\] now\)"):
+        evaluate(pic_num=1, resolution=8)
+    shutil.rmtree(tmp_path / "r.parts")
+    for result in tmp_path.glob("r.*"):
+        result.unlink()
+    settings = {"num_fid_samples": 5, "images_per_prompt": 1}
+    run_record(tmp_path / "b/images").write_text(json.dumps({"complete": True, "settings": settings}))
+    evaluate()
+    assert judge.sizes == [(16, 16)] * 10
+    with pytest.raises(ValueError, match="--pic-num must lie between 1 and 1, the images of a prompt that were drawn; got 4"):
+        evaluate(pic_num=4)
+
+
+def test_a_part_of_the_prompts_counts_when_its_run_is_finished(tmp_path, judge, evaluate):
+    (tmp_path / "b/images/p3.png").unlink()
+    record, settings = run_record(tmp_path / "b/images"), {"num_fid_samples": 16, "images_per_prompt": 4}
+    record.write_text(json.dumps({"complete": True, "settings": settings}))
+    with pytest.warns(UserWarning, match=r"1 \(p3\) of 5 prompts without an image; the score is over the others"):
+        evaluate()
+    record.write_text(json.dumps({"complete": True, "settings": settings | {"num_fid_samples": 20}}))
+    with pytest.raises(ValueError, match="images holds 4 of the 5 images that sampling has drawn"):
+        evaluate()
+
+
+def test_other_results_are_not_written_over(finished, tmp_path):
+    root, _ = finished
+    details = root / "a/r.detail.json"
+    again = words(root, tmp_path / "r.txt", "--answers", details)
+    command(*again)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    command(*again)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole, "the same results may be written again"
+    others = command(*again, "--pic-num", 2, check=False)
+    assert others.returncode == 2 and "r.txt, which is of other results; choose another" in others.stderr
+    (tmp_path / "r.txt").unlink()
+    judged = command(*words(root, tmp_path / "r.txt", "--vqa-model", root / "vilt"), check=False)
+    assert judged.returncode == 2 and "r.json is there already, from a run that this one cannot continue" in judged.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {k: v for k, v in whole.items() if k != "r.txt"}
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, judge, evaluate):
     whole = (tmp_path / "b/images/p2.png").read_bytes()
     (tmp_path / "b/images/p2.png").write_bytes(whole[: len(whole) // 2])
@@ -169,8 +240,10 @@ def test_images_and_prompts_without_counterpart_are_named(tmp_path, judge, evalu
     (tmp_path / "b/images/p3.png").rename(tmp_path / "b/images/grid.png")
     (tmp_path / "b/images/p4.png").unlink()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b/images/p4.jpg")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"1 \(p3\) of 5 prompts without .* --allow-partial"):
         evaluate()
+    with pytest.warns(UserWarning) as caught:
+        evaluate(allow_partial=True)
     messages = [str(warning.message) for warning in caught]
     assert any("1 (grid.png) of 5 images without questions do not count" in message for message in messages)
     assert any("1 (p3) of 5 prompts without an image; the score is over the others" in message for message in messages)
@@ -188,7 +261,7 @@ def drop_an_answer(root):
 
 
 BAD = {
-    "pic num": (lambda root: None, ["--pic-num", 3], "--pic-num must be a square (1, 4, 9, ...)"),
+    "pic num": (lambda root: None, ["--pic-num", 5], "--pic-num must be 1 to 4, the first images of a 2x2 grid, or a square"),
     "batch": (lambda root: None, ["--batch-size", 0], "--batch-size must be >= 1, got 0"),
     "resolution": (lambda root: None, ["--resolution", 512], "not 2x2 equal images of 512x512"),
     "no folder": (lambda root: shutil.rmtree(root / "images"), [], "no folder"),

@@ -115,6 +115,42 @@ def test_unreadable_images_are_named_and_what_is_done_stays(folder, tmp_path):
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 2, "the two chunks before the damage"
 
 
+def test_features_that_are_not_finite_are_named_and_not_kept(folder, tmp_path):
+    files = find_images(folder)
+
+    def dividing(x):
+        found = moments(x)
+        found["mean"][1] /= 0
+        return found
+
+    with pytest.raises(ValueError, match=f"{files[1].name}: features 'mean' are not finite"):
+        run(ImageFiles(files), tmp_path / "cache", network=dividing, batch_size=16)
+    assert not list((tmp_path / "cache").rglob("*.npz"))
+
+
+def test_chunks_that_are_cut_short_are_computed_again(folder, tmp_path):
+    images = ImageFiles(find_images(folder))
+    first = run(images, tmp_path / "cache", batch_size=16)
+    whole = first.array("pixels")
+    for index, size in ((0, 0), (2, -40)):
+        first.path(index).write_bytes(first.path(index).read_bytes()[:size])
+    again = run(images, tmp_path / "cache", batch_size=16)
+    assert again.images_per_second is not None
+    np.testing.assert_array_equal(again.array("pixels"), whole)
+    damaged = bytearray(first.path(1).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    first.path(1).write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"000001\.npz: pixels cannot be read: .*; delete it and run the same command again"):
+        run(images, tmp_path / "cache", batch_size=16).array("pixels")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_in_the_order_of_fortran_are_the_same_images(save, pictures, tmp_path):
+    save(tmp_path / "x.npz", arr_0=np.asfortranarray(pictures))
+    found = open_images(tmp_path / "x.npz", tmp_path / "scratch")
+    np.testing.assert_array_equal(torch.stack([found[k] for k in range(70)]), pictures.transpose(0, 3, 1, 2))
+
+
 def test_odd_sizes_empty_folders_and_wrong_files_are_refused(folder, tmp_path):
     save_png(folder / "a" / "odd.png", np.zeros((8, 8, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match=r"most are 5x6, but not .*odd\.png \(8x8\)"):

@@ -95,18 +95,36 @@ def test_inception_features_are_those_of_the_network(tmp_path, inception_file):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_two_processes_give_the_numbers_of_one(digits, one_thread):
-    words = (digits / "run", "--features", "digits", "--include", "weak/*")
-    command(EVALUATOR, digits / "real", *words, "--cache", digits / "one", "--out", digits / "one.json")
-    one = json.loads((digits / "one.json").read_text())
-    command(EVALUATOR, digits / "real", *words, "--cache", digits / "two", "--out", digits / "two.json", processes=2)
-    two = json.loads((digits / "two.json").read_text())
+def test_two_processes_give_the_numbers_of_one(digits, tmp_path, one_thread):
+    """Also where one of them comes upon a picture that cannot be read: the other folders are finished together."""
+    for k in range(200):
+        save_png(tmp_path / f"{k:03d}.png", np.zeros((8, 8, 3), dtype=np.uint8))
+    (tmp_path / "199.png").write_bytes(b"")
+    words = (tmp_path, digits / "run/weak", "--features", "digits")
+    for name, processes in (("one", 1), ("two", 2)):
+        flags = ("--cache", digits / name, "--out", digits / f"{name}.json")
+        done = command(EVALUATOR, digits / "real", *words, *flags, processes=processes, check=False)
+        assert done.returncode and "199.png cannot be read as an image: " in done.stderr
+    one, two = (json.loads((digits / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert list(one["scores"]) == list(two["scores"]) == ["weak"]
     for name, row in one["scores"].items():
         for key in ("frechet_distance", "kernel_distance", "precision", "recall", "n"):
             assert two["scores"][name][key] == pytest.approx(row[key], rel=1e-12)
 
 
-def test_wrong_pictures_are_named(digits, tmp_path):
-    save_png(tmp_path / "large.png", np.zeros((9, 8, 3), dtype=np.uint8))
-    done, _ = evaluate(digits, tmp_path, "--features", "digits", check=False)
-    assert done.returncode == 2 and "8x8 images, got 8x9" in done.stderr and "large.png" in done.stderr
+def test_wrong_pictures_are_named_and_what_is_finished_is_kept(digits, tmp_path):
+    """One folder cannot be read, one has too few images for precision and recall, one is fine."""
+    for name, count, height in (("large", 1, 9), ("few", 3, 8)):
+        (tmp_path / name).mkdir()
+        for k in range(count):
+            save_png(tmp_path / name / f"{k}.png", np.full((height, 8, 3), 60 * k, dtype=np.uint8))
+    folders = (tmp_path / "large", tmp_path / "few", digits / "run/weak")
+    with pytest.warns(UserWarning, match="few: .* 3 images for 64 features"):
+        done, _ = evaluate(digits, *folders, "--features", "digits", check=False)
+    assert done.returncode == 2 and "8x8 images, got 8x9" in done.stderr and "large/0.png" in done.stderr
+    assert "few: precision and recall: " in done.stderr and "out.json" in done.stderr
+    rows = json.loads((digits / "out.json").read_text())["scores"]
+    assert list(rows) == ["few", "weak"] and rows["few"]["precision"] is None and rows["few"]["frechet_distance"] > 0
+    assert rows["weak"]["precision"] > 0 and "n/a" in done.stdout
+    done, _ = evaluate(digits, tmp_path / "large", "--features", "digits", "--out", tmp_path / "none.json", check=False)
+    assert done.returncode == 2 and not (tmp_path / "none.json").exists(), "there is nothing to write"

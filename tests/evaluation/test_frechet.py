@@ -65,3 +65,37 @@ def test_bad_statistics_are_refused_and_few_images_warn():
     few = streaming_statistics(lambda: [np.random.default_rng(0).normal(size=(5, 8))])
     with pytest.warns(UserWarning, match="FID: 5 images for 8 features give a covariance of rank 4"):
         distance(few, few, "FID")
+
+
+MEAN, COV = np.zeros(4), np.diag([4.0, 3.0, 2.0, 1.0])
+NAN, SKEW, NEGATIVE = COV + np.diag([0, 0, 0, np.nan]), COV + np.eye(4, k=1), COV - 1.5 * np.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("mean", "cov", "message"),
+    [
+        (MEAN.astype(np.float16), COV, "mu is float16; a distance needs float32 or float64"),
+        (MEAN, COV.astype(np.float16), "sigma is float16; a distance needs"),
+        (MEAN, COV.astype(int), "sigma is int64; a distance needs"),
+        (MEAN + np.inf, COV, r"mu is not finite \(NaN or infinity\)"),
+        (MEAN, NAN, "sigma is not finite"),
+        (MEAN, SKEW, "sigma is no covariance: it is not symmetric"),
+        (MEAN, NEGATIVE, r"sigma is no covariance: it has the negative eigenvalue -0\.5 \(the largest is 2\.5\)"),
+        (np.zeros(0), np.zeros((0, 0)), r"mu and sigma are no mean and covariance: \(0,\) and \(0, 0\)"),
+        (MEAN[:, None], COV, r"mu and sigma are no mean and covariance: \(4, 1\) and \(4, 4\)"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused_by_file_and_array(mean, cov, message):
+    with pytest.raises(ValueError, match=r"^f\.npz: " + message):
+        Statistics.checked(mean, cov, "f.npz")
+
+
+def test_rounding_is_no_damage():
+    """Covariances of fewer images than features, saved in float32, have eigenvalues a little below zero."""
+    mean, cov = statistics(np.random.default_rng(0).normal(size=(40, 96)))
+    rounded = Statistics.checked(mean.astype(np.float32), cov.astype(np.float32), "f.npz")
+    assert np.linalg.eigvalsh(rounded.cov)[0] < 0
+    assert distance(rounded, Statistics(mean, cov), "FID") == pytest.approx(0, abs=1e-4)
+    Statistics.checked(np.zeros(3), np.zeros((3, 3)), "f.npz")
+    with pytest.raises(ValueError, match=r"FID: f\.npz \(mu and sigma\): .* 96 features against 4"):
+        distance(rounded, Statistics(MEAN, COV), "FID")

@@ -86,7 +86,13 @@ def test_result_lines_escape_what_is_not_ascii_and_slashes():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no result"), ('{"tag": "a"}\n', "line 1 .*filename|line 1 .*metadata"), ("\n\n{oops\n", "line 3")],
+    [
+        ("", "holds no result"),
+        ('{"tag": "a"}\n', "line 1 .*filename|line 1 .*metadata"),
+        ("\n\n{oops\n", "line 3"),
+        ('{"tag": "a", "correct": "yes", "metadata": "{}", "details": "{}"}', "line 1 .*`correct` must be true or false"),
+        ("[" * 99999, "line 1 is no result of GenEval"),
+    ],
 )
 def test_files_that_are_no_results_are_refused(tmp_path, text, message):
     path = tmp_path / "r.jsonl"
@@ -161,6 +167,15 @@ def test_overlapping_objects_of_a_class_are_dropped_below_max_overlap_one():
     assert len(keep_objects(found, Options(max_overlap=0.4), "colors")["bench"]) == 3
 
 
+def test_overlap_is_of_whole_pixels_and_reaching_it_is_enough():
+    """Boxes of sides 19 + 1 and 9 + 1: 100 of 300 pixels are shared, as (x2 - x1 + 1)(y2 - y1 + 1) counts them."""
+    found = detections({"bench": [[0, 0, 19, 9, 0.9], [10, 0, 29, 9, 0.8]]})
+    for overlap, left in ((1 / 3, 1), (0.3334, 2), (0.0, 1), (1.0, 2)):
+        assert len(keep_objects(found, Options(max_overlap=overlap), "colors")["bench"]) == left, overlap
+    apart = detections({"bench": [[0, 0, 19, 9, 0.9], [100, 0, 119, 9, 0.8]]})
+    assert len(keep_objects(apart, Options(max_overlap=0.0), "colors")["bench"]) == 1, "none reaches at least 0, as originally"
+
+
 def test_position_holds_for_the_best_objects_to_the_best_targets():
     metadata = {"include": [{"class": "cow", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]}
     assert reasons(metadata, {"cow": [[*B, 0.9]], "dog": [[*A, 0.9], [200, 0, 220, 10, 0.8]]}) == []
@@ -174,7 +189,7 @@ def test_colors_are_counted_among_the_best_objects():
     metadata = {"include": [{"class": "cow", "count": 2, "color": "red"}]}
     found = {"cow": [[*A, 0.9], [*B, 0.8], [0, 50, 20, 60, 0.7]]}
     assert reasons(metadata, found, colors=["red", "red"]) == []
-    assert reasons(metadata, found, colors=["blue", "red"]) == ["expected red cow>=2, found 1 red; and 1 blue"]
+    assert reasons(metadata, found, colors=["blue", "red"]) == ["expected red cow>=2, found 1 red; and 1 red, 1 blue"]
     assert reasons(metadata, found, colors=["white", "pink"]) == ["expected red cow>=2, found 0 red; and 1 pink, 1 white"]
 
 

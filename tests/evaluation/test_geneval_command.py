@@ -59,9 +59,9 @@ def benches(monkeypatch):
 def evaluate(folder, benches, models, tmp_path):
     """evaluate_folder on the samples with `Benches` and the small CLIP."""
 
-    def call(**options):
+    def call(allow_partial=False, **options):
         settings = Options(clip_model=str(models / "clip"), **options)
-        return evaluate_folder(folder, tmp_path / "r.jsonl", "benches", settings, start())
+        return evaluate_folder(folder, tmp_path / "r.jsonl", "benches", settings, start(), allow_partial)
 
     return call
 
@@ -154,8 +154,10 @@ def test_without_colors_no_color_model_is_loaded(benches, tmp_path):
 
 def test_prompts_with_fewer_images_are_named(evaluate, folder):
     (folder / "00002/samples/00001.png").unlink()
+    with pytest.raises(ValueError, match=r"1 \(00002\) of 3 prompts with fewer than 2 images; .*--allow-partial"):
+        evaluate()
     with pytest.warns(UserWarning, match=r"1 \(00002\) of 3 prompts with fewer than 2 images"):
-        assert evaluate()["images"] == 5
+        assert evaluate(allow_partial=True)["images"] == 5
 
 
 def rewrite(text):

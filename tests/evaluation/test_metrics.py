@@ -1,5 +1,7 @@
 """Inception score, kernel distance, precision and recall against torch-fidelity and by hand."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +25,29 @@ def test_inception_score_equals_torch_fidelity():
     assert std == pytest.approx(theirs["inception_score_std"], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:inception score")
 def test_inception_score_of_sure_and_unsure_classifiers():
     assert inception_score(np.eye(10)[np.arange(50) % 10])[0] == pytest.approx(10)
     assert inception_score(np.full((50, 10), 0.1))[0] == pytest.approx(1)
     assert inception_score(np.eye(10)[np.arange(50) % 10], split_size=40) == pytest.approx((10, 0))
+
+
+def test_a_short_last_split_is_said():
+    probs = np.eye(10)[np.arange(50) % 10]
+    with pytest.warns(UserWarning, match="the last of 2 splits has 10 images instead of 40; .* use a multiple of 40 images"):
+        inception_score(probs, split_size=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inception_score(probs, split_size=25)
+
+
+def test_precision_and_recall_refuse_features_that_are_not_finite(features):
+    samples, real = features
+    samples[7, 3] = np.nan
+    with pytest.raises(ValueError, match="1 of 400 samples have features that are not finite, first number 7"):
+        precision_recall(samples, real)
+    with pytest.raises(ValueError, match="1 of 400 real images have features that are not finite"):
+        precision_recall(real, samples)
 
 
 def test_kernel_distance_equals_torch_fidelity_and_its_definition(features):

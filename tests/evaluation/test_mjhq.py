@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from helpers.commands import command
 from helpers.geneval_models import save_tiny_clip
 from helpers.images import save_photographs
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tim.evaluation.clip import load_clip
 from tim.evaluation.inception import load_inception
@@ -135,12 +136,35 @@ def test_clip_score_is_the_cosine_of_each_image_with_its_own_prompt(benchmark):
     assert list(record["clip"]["weights_sha256"]) == ["model.safetensors"]
 
 
+def test_text_features_of_the_published_code_are_taken(benchmark, tmp_path):
+    """Keyed by `category/key.jpg`, of any length, whatever the suffix of the images; flags without a meaning are accepted."""
+    clip(benchmark, benchmark / "meta.json", tmp_path / "ours.safetensors", "--save-stats")
+    published = {f"{key}.jpg": 3 * row[None] for key, row in load_file(tmp_path / "ours.safetensors").items()}
+    save_file(published, tmp_path / "theirs.safetensors")
+    for name, flags in (("ours", ()), ("theirs", ("--device", "cpu", "--clip-type", "ViT-L/14", "--data-type", "mjhq30k"))):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            clip(benchmark, tmp_path / f"{name}.safetensors", benchmark / "drawn", "--out", tmp_path / f"{name}.json", *flags)
+        said = " ".join(str(warning.message) for warning in caught)
+        assert (
+            ("does not say which CLIP made it" in said) == ("--clip-type ViT-L/14 has no effect" in said) == (name == "theirs")
+        )
+    ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["scores"] for name in ("ours", "theirs"))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    published["art/art02.jpg"][0, 0] = float("nan")
+    save_file(published, tmp_path / "theirs.safetensors")
+    wrong = clip(benchmark, tmp_path / "theirs.safetensors", benchmark / "drawn", check=False)
+    assert wrong.returncode == 2 and "1 (art/art02.jpg) text features are empty or not finite" in wrong.stderr
+
+
 def test_missing_pairs_are_named(benchmark, tmp_path):
     clip(benchmark, benchmark / "meta.json", tmp_path / "t.safetensors", "--save-stats")
     shutil.copytree(benchmark / "drawn", tmp_path / "drawn")
     (tmp_path / "drawn" / "art" / "art02.png").unlink()
+    short = clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn", check=False)
+    assert short.returncode == 2 and "1 (art/art02) of 8 prompts have no image" in short.stderr
     with pytest.warns(UserWarning, match=r"1 \(art/art02\) of 8 prompts have no image"):
-        clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn")
+        clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn", "--allow-partial")
     assert json.loads((tmp_path / "drawn.clip.json").read_text())["missing_images"] == 1
     (tmp_path / "drawn" / "art" / "art03.png").rename(tmp_path / "drawn" / "art" / "stranger.png")
     unknown = clip(benchmark, tmp_path / "t.safetensors", tmp_path / "drawn", check=False)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
+from tim.evaluation.samples import sampled_images
 from tim.files import run_record
 
 SAMPLER = "projects/sample/sample_c2i_ddp.py"
@@ -52,6 +53,7 @@ def test_layout_record_and_npz(weights, tmp_path):
     assert shown == {name, *(f"{name}.{end}" for end in ("run.json", "latents", "png", "npz"))}
     images = [f"{k:06d}.png" for k in range(30)]
     assert sorted(p.name for p in (tmp_path / name).iterdir()) == images, "scorers take every file of the folder"
+    assert [path.name for path in sampled_images(tmp_path)] == images, "what evaluations take of all that was written"
     record = json.loads(run_record(tmp_path / name).read_text())
     assert record["complete"] and record["nfe"] == 7 and "NFE 7" in done.stdout
     assert record["settings"]["global_seed"] == 0 and len(record["settings"]["weights_sha256"]) == 64

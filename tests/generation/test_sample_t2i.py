@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
+from tim.evaluation.samples import sampled_images
 from tim.files import run_record
 from tim.generation.prompt_sets import DPGPrompts, read_prompts
 from tim.generation.sampler import load_sampler
@@ -121,8 +122,11 @@ def test_benchmarks_continue_after_kill_9(models, prompts, tmp_path, name):
     words = arguments(models, prompts, name, tmp_path / "killed", *flags)
     start_and_kill(words, lambda: len(list(killed.rglob("*.png"))) >= 2)
     assert 0 < len(files(killed)) < len(files(folder))
+    with pytest.raises(ValueError, match=r"sampling is not finished|sampling has gaps"):
+        sampled_images(killed)
     command(*arguments(models, prompts, name, tmp_path / "killed", *flags))
     assert files(killed) == files(folder)
+    assert len(sampled_images(killed)) == (28 if name == "geneval" else 7)
 
 
 def sampler_of(models, guided=True, padding="mask", **settings):

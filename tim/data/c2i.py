@@ -125,8 +125,10 @@ def load_square(source: Path | BinaryIO, size: int, flip: bool, name: str | None
 
 
 def _digits() -> tuple[torch.Tensor, np.ndarray]:
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("the digits (data.dataset.name=digits) need scikit-learn: pip install scikit-learn") from error
     bunch = load_digits()
     return torch.from_numpy(bunch.images.astype(np.float32)[:, None] / 8 - 1), bunch.target
 

@@ -1,29 +1,30 @@
 """The command lines that measure the quickstarts' small models. Nothing heavy is imported before the arguments are read."""
 
-import json
-from pathlib import Path
-
 from tim.cli import add_config_arguments, command_parser, parse_with_overrides
+from tim.evaluation.flags import add_allow_partial, check_target, usable_path
 
 
 def digits() -> None:
     """Measure digits drawn by sample_c2i_ddp.py: Fréchet distance and accuracy by number of steps, table, figures, JSON."""
     parser = command_parser(digits.__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--samples", type=Path, help="the --sample-dir of one or more sampling runs")
-    source.add_argument("--show", type=Path, help="print the table of a metrics.json and stop")
-    parser.add_argument("--out", type=Path, help="where metrics.json and the figures go")
-    parser.add_argument("--baseline", type=Path, help="metrics.json of flow matching to compare with")
+    source.add_argument("--samples", type=usable_path, help="the --sample-dir of one or more sampling runs")
+    source.add_argument("--show", type=usable_path, help="print the table of a metrics.json and stop")
+    parser.add_argument("--out", type=usable_path, help="where metrics.json and the figures go")
+    parser.add_argument("--baseline", type=usable_path, help="metrics.json of flow matching to compare with")
+    add_allow_partial(parser)
     args = parser.parse_args()
+    if args.samples and args.out is None:
+        raise ValueError("--samples needs --out")
+    if args.out:
+        check_target(args.out / "metrics.json", "--out")
 
-    from tim.demo.report import real_digits, report, table
+    from tim.demo.report import read_metrics, real_digits, report, table
 
     if args.show:
-        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
+        print(table(read_metrics(args.show)))
         return
-    if args.out is None:
-        raise ValueError("--samples needs --out")
-    report("digits", args.samples, real_digits(), args.out, args.baseline)
+    report("digits", args.samples, real_digits(), args.out, args.baseline, args.allow_partial)
 
 
 def t2i() -> None:
@@ -35,9 +36,11 @@ def t2i() -> None:
     parser = command_parser(t2i.__doc__)
     parser.add_argument("judge", choices=("shapes", "retrieval"))
     add_config_arguments(parser, "YAML file of the model; its data are the real images")
-    parser.add_argument("--samples", type=Path, required=True, help="the --sample-dir of sample_t2i.py")
-    parser.add_argument("--out", type=Path, required=True, help="where metrics.json and the figures go")
+    parser.add_argument("--samples", type=usable_path, required=True, help="the --sample-dir of sample_t2i.py")
+    parser.add_argument("--out", type=usable_path, required=True, help="where metrics.json and the figures go")
+    add_allow_partial(parser)
     args = parse_with_overrides(parser)
+    check_target(args.out / "metrics.json", "--out")
 
     from tim.config import load_config
     from tim.data.registry import build_t2i_dataset
@@ -46,4 +49,4 @@ def t2i() -> None:
 
     config = load_config(args.config, args.overrides)
     real = real_images(build_t2i_dataset(config.data, pixels_per_token(config.model)))
-    report(args.judge, args.samples, real, args.out)
+    report(args.judge, args.samples, real, args.out, allow_partial=args.allow_partial)

@@ -1,8 +1,10 @@
 """Does a small model draw what it is asked for? From folders of samples to a table, a JSON and two figures."""
 
-import json
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,16 @@ from tim.data.t2i import CaptionedImages
 from tim.demo.digits import DigitJudge
 from tim.demo.retrieval import RetrievalJudge
 from tim.demo.shapes import score
+from tim.evaluation.inputs import read_json
 from tim.evaluation.results import columns
+from tim.evaluation.samples import check_complete, find_runs
 from tim.files import replacing, write_json
-from tim.images import labelled_grid, read_png, save_png, to_uint8
+from tim.images import image_size, labelled_grid, read_png, save_png, to_uint8
 
+logger = logging.getLogger(__name__)
 SHOWN = 10  # prompts in samples.png
-CLASSES = 10  # of digits, drawn in turn
+CLASSES, SIDE = 10, 8  # of digits, drawn in turn; pixels
+PROMPTS = "prompts.json"  # in a folder of sample_t2i.py
 Judge = Callable[[Sequence[np.ndarray], Sequence[str]], Mapping[str, Any]]  # images and their prompts to metrics
 JUDGES: dict[str, tuple[str, Callable[[dict[str, np.ndarray]], Judge]]] = {  # what it is, and how it is made of real images
     "digits": ("hidden layer of a digit classifier", lambda real: DigitJudge()),
@@ -48,39 +54,69 @@ class Run:
     prompts: list[str] = field(default_factory=list)
 
 
-def report(judge: str, samples: Path, real: dict[str, np.ndarray], out: Path, baseline: Path | None = None) -> None:
-    """Measure all runs below `samples`, write the report and print its table.
+def report(
+    judge: str, samples: Path, real: dict[str, np.ndarray], out: Path, baseline: Path | None = None, allow_partial: bool = False
+) -> None:
+    """Measure all runs below `samples`, print their table and write the report.
 
     Args:
         judge: see `evaluate`.
         baseline: metrics.json of flow matching to compare with.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_runs` and `evaluate`.
+        FileNotFoundError, ValueError: see `read_runs`, `read_metrics` and `evaluate`; when matplotlib is missing.
     """
-    runs = read_runs(samples)
+    if find_spec("matplotlib") is None:
+        raise ValueError("the report's figures need matplotlib: pip install -e .[demo]")
+    flow_matching = read_metrics(baseline)["nfe"] if baseline else None
+    runs = read_runs(samples, judge == "digits", allow_partial)
     metrics = evaluate(judge, runs, real)
-    if baseline:
-        metrics["flow_matching"] = json.loads(baseline.read_text(encoding="utf-8"))["nfe"]
-    write_report(metrics, runs, real, out)
+    if flow_matching:
+        metrics["flow_matching"] = flow_matching
     print(table(metrics))
+    write_report(metrics, runs, real, out)
     print(f"wrote {out}/metrics.json, samples.png, quality.png")
 
 
-def read_runs(sample_dir: Path) -> list[Run]:
+def read_metrics(path: Path) -> dict[str, Any]:
+    """A metrics.json of `write_report`.
+
+    Raises:
+        FileNotFoundError: when it is missing.
+        ValueError: when it is another file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; a metrics.json of this command is expected")
+    metrics = read_json(path)
+    try:
+        table(metrics)
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        raise ValueError(f"{path} is no metrics.json of this command: {error!r}") from error
+    return metrics
+
+
+def read_runs(sample_dir: Path, digits: bool = False, allow_partial: bool = False) -> list[Run]:
     """Finished runs of the samplers under sample_dir, folders of several sizes joined, fewest evaluations first.
+
+    Args:
+        digits: look for runs of sample_c2i_ddp.py that drew digits, else for those of sample_t2i.py; others are named in the
+            log and left out.
+        allow_partial: leave out runs that are not finished, and measure what is there of those with fewer images.
 
     Raises:
         FileNotFoundError: when there is none.
-        ValueError: when runs with the same number of evaluations differ in weights, seed, steps or guidance.
+        ValueError: when one is not finished, or runs with the same number of evaluations differ in weights, seed, steps or
+            guidance.
     """
+    if not sample_dir.is_dir():
+        raise FileNotFoundError(f"no folder {sample_dir}")
     runs: dict[int, Run] = {}
-    # Beside their folders, as X.run.json; once they were inside.
-    for path in sorted(sample_dir.rglob("*run.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        folder = path.parent if path.name == "run.json" else path.with_name(path.name.removesuffix(".run.json"))
-        samples = _samples(folder, record["settings"])
-        if not record["complete"] or not samples:
+    for folder, record in sorted(find_runs(sample_dir).items()):
+        samples = _digits(folder, record) if digits else _captioned(folder)
+        if samples:
+            check_complete(folder, record, len(samples), allow_partial)
+        if not samples or not isinstance(record.get("nfe"), int):  # the number of evaluations is written at the end
+            logger.info("%s is left out: no finished samples of this kind", folder)
             continue
         run = runs.setdefault(record["nfe"], Run(record["nfe"], record))
         for key in ("num_steps", "cfg_scale", "weights_sha256", "global_seed"):
@@ -93,13 +129,32 @@ def read_runs(sample_dir: Path) -> list[Run]:
     return [runs[nfe] for nfe in sorted(runs)]
 
 
-def _samples(folder: Path, settings: dict[str, Any]) -> list[tuple[Path, str]]:
-    """Images of a run with their prompts: of sample_t2i.py, or the digits of sample_c2i_ddp.py."""
-    path = folder / "prompts.json"
+def _digits(folder: Path, record: dict[str, Any]) -> list[tuple[Path, str]]:
+    """Digits of a run of sample_c2i_ddp.py that drew the classes in turn, with their names; none of other runs."""
+    settings = record["settings"]
+    in_turn = settings.get("class_labels", "cycle") == "cycle" and settings.get("num_classes") in (None, CLASSES)
+    files = [path for path in sorted(folder.glob("*.png")) if re.fullmatch(r"\d{6}", path.stem)]
+    files = files[: settings.get("num_fid_samples")]
+    if not files or not in_turn or (folder / PROMPTS).is_file() or image_size(files[0]) != (SIDE, SIDE):
+        return []
+    return [(path, str(int(path.stem) % CLASSES)) for path in files]
+
+
+def _captioned(folder: Path) -> list[tuple[Path, str]]:
+    """Images of a run of sample_t2i.py with their prompts; none of other runs.
+
+    Raises:
+        ValueError: for images without a prompt.
+    """
+    path = folder / PROMPTS
     if not path.is_file():
-        return [(folder / f"{k:06d}.png", str(k % CLASSES)) for k in range(settings.get("num_fid_samples", 0))]
-    prompts = json.loads(path.read_text(encoding="utf-8"))
-    return [(file, prompts[int(file.stem.split("-")[0])]) for file in sorted(folder.glob("?????-??.png"))]
+        return []
+    try:
+        prompts = read_json(path)
+        files = [file for file in sorted(folder.glob("*.png")) if re.fullmatch(r"\d{5}-\d{2}", file.stem)]
+        return [(file, prompts[int(file.stem[:5])]) for file in files]
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} does not hold the prompts of the images beside it: {error!r}") from error
 
 
 def real_images(dataset: CaptionedImages) -> dict[str, np.ndarray]:
@@ -140,8 +195,8 @@ def evaluate(name: str, runs: Sequence[Run], real: dict[str, np.ndarray]) -> dic
             **judge(run.images, run.prompts),
             "num_steps": settings.get("num_steps"),
             "cfg_scale": settings.get("cfg_scale"),
-            "images_per_second": (run.record["speed"] or {}).get("images_per_second"),
-            "weights_sha256": settings["weights_sha256"],
+            "images_per_second": (run.record.get("speed") or {}).get("images_per_second"),
+            "weights_sha256": settings.get("weights_sha256"),
         }
     if isinstance(judge, DigitJudge):
         metrics["real"] = judge.measure_real()

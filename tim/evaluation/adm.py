@@ -1,7 +1,7 @@
 """The ADM suite: FID, sFID, inception score, precision and recall of Inception-2015 features (Dhariwal & Nichol 2021)."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import numpy as np
 from tim.evaluation.extract import Extraction, FeatureExtractor, Features
 from tim.evaluation.inception import TENSORFLOW_RESIZE, InceptionV3
 from tim.evaluation.inputs import ImageFiles, as_uint8_tensor, npz_arrays, npz_names, open_images
-from tim.evaluation.metrics import Statistics, distance, inception_score, precision_recall
-from tim.evaluation.results import columns, describe_samples
+from tim.evaluation.metrics import NEIGHBOURS, Statistics, distance, inception_score, precision_recall
+from tim.evaluation.results import columns, describe_samples, keeping
+from tim.evaluation.samples import check_complete, read_run, sampled_images
 from tim.files import sha256
 
 REFERENCE_ROWS = 10_000  # real images in precision and recall, as many as ADM's reference batches hold
 STATISTICS = {"pool3": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # names in ADM's reference batches
 SCORES = {"fid": "FID", "sfid": "sFID", "inception_score": "IS", "precision": "Precision", "recall": "Recall"}
+ORDER = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall")  # in the result
 
 
 @dataclass
@@ -54,12 +56,15 @@ def read_statistics(path: Path, pairs: Mapping[str, tuple[str, str]] = STATISTIC
     for feature, pair in pairs.items():
         if all(name in names for name in pair):
             mean, cov = npz_arrays(path, pair)
-            found[feature] = Statistics.checked(mean, cov, f"{path}: {' and '.join(pair)}")
+            found[feature] = Statistics.checked(mean, cov, path, pair)
     return found
 
 
-def read_side(path: Path, how: Extraction, desc: str) -> ImageSet:
+def read_side(path: Path, how: Extraction, desc: str, files: Sequence[Path] | None = None) -> ImageSet:
     """Statistics and features of a folder of images or an `.npz` with arr_0 and/or statistics.
+
+    Args:
+        files: the images of a folder that count; all when None.
 
     Raises:
         FileNotFoundError, ValueError: when there is neither, or the images cannot be read; the message names them.
@@ -72,49 +77,67 @@ def read_side(path: Path, how: Extraction, desc: str) -> ImageSet:
             if not ready:
                 raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
             return ImageSet(ready, {"path": str(path), "sha256": sha256(path), "n": None})
-    images = open_images(path, how.cache, progress)
+    images = open_images(path, how.cache, progress, files)
     features = how.run(images, desc)
     facts = describe_samples(path, images.files) if isinstance(images, ImageFiles) else {"path": str(path), "n": len(images)}
     if path.is_file() and progress:
         facts["sha256"] = sha256(path)
     if not progress:  # one process computes the scores
         return ImageSet({}, facts, features)
-    ready |= {name: features.statistics(name) for name in STATISTICS if name not in ready}
+    if len(features) > 1:  # one image has no covariance
+        ready |= {name: features.statistics(name) for name in STATISTICS if name not in ready}
     return ImageSet(ready, facts | {"images_per_second": features.images_per_second}, features)
 
 
-def evaluate(reference: Path, samples: Path, how: Extraction) -> dict[str, Any] | None:
-    """All scores of `samples` against `reference`; what the reference cannot give is None, with a warning.
+def evaluate(reference: Path, samples: Path, how: Extraction, allow_partial: bool = False) -> dict[str, Any] | None:
+    """All scores of `samples` against `reference`; what the two sides cannot give is None, with a warning.
 
     Returns:
-        scores and facts on the main process, None on the others.
+        scores and facts on the main process, None on the others; `failed` says by score what went wrong.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_side`; also when the samples are statistics without images.
+        FileNotFoundError, ValueError: see `read_side`; also when the samples are statistics without images, or of a
+            sampling run that is not finished, unless `allow_partial`.
     """
-    if samples.is_file() and "arr_0" not in npz_names(samples):
-        raise ValueError(f"{samples} holds no images (arr_0); samples must be a folder or an .npz of images")
+    if not samples.exists():
+        raise FileNotFoundError(f"{samples} is neither a folder of images nor an .npz")
+    files = sampled_images(samples, allow_partial) if samples.is_dir() else None
+    if files is None:
+        if "arr_0" not in npz_names(samples):
+            raise ValueError(f"{samples} holds no images (arr_0); samples must be a folder or an .npz of images")
+        drawn = len(open_images(samples, how.cache))
+        check_complete(samples, read_run(samples.with_name(samples.name.removesuffix(".npz"))), drawn, allow_partial)
     real = read_side(reference, how, "reference")
-    fake = read_side(samples, how, "samples")
+    fake = read_side(samples, how, "samples", files)
     if not how.state.is_main_process or fake.features is None:
         return None
-    scores: dict[str, float | None] = {}
+    scores: dict[str, float | None] = dict.fromkeys(ORDER)
+    failed: dict[str, str] = {}
     for score, feature in (("fid", "pool3"), ("sfid", "spatial")):
-        scores[score] = None
-        if feature in real.statistics:
-            scores[score] = distance(fake.statistics[feature], real.statistics[feature], SCORES[score])
+        with keeping(failed, SCORES[score]):
+            if feature not in real.statistics:
+                what = f"{reference} holds neither two images nor {' and '.join(STATISTICS[feature])}"
+                warnings.warn(f"no {SCORES[score]}: {what}", stacklevel=2)
+            elif feature not in fake.statistics:
+                warnings.warn(f"no {SCORES[score]}: {samples} holds a single image", stacklevel=2)
+            else:
+                scores[score] = distance(fake.statistics[feature], real.statistics[feature], SCORES[score])
+    with keeping(failed, SCORES["inception_score"]):
+        scores["inception_score"], scores["inception_score_std"] = inception_score(fake.features.array("probs"))
+    with keeping(failed, "precision and recall"):
+        if real.features is None:
+            warnings.warn(f"no precision and recall: {reference} holds no images (arr_0)", stacklevel=2)
+        elif (fewest := min(len(fake.features), len(real.features))) <= NEIGHBOURS:
+            warnings.warn(
+                f"no precision and recall: a side has {fewest} images, {NEIGHBOURS} neighbours need more", stacklevel=2
+            )
         else:
-            warnings.warn(f"{reference} holds neither images nor {STATISTICS[feature]}: no {SCORES[score]}", stacklevel=2)
-    scores["inception_score"], scores["inception_score_std"] = inception_score(fake.features.array("probs"))
-    scores["precision"] = scores["recall"] = None
-    if real.features is None:
-        warnings.warn(f"{reference} holds no images (arr_0): no precision and recall", stacklevel=2)
-    else:
-        rows = reference_rows(len(real.features))
-        found = precision_recall(fake.features.array("pool3"), real.features.array("pool3")[rows], device=how.state.device)
-        scores["precision"], scores["recall"] = found.precision, found.recall
-        real.facts["rows_of_precision_recall"] = len(rows)
-    return result_of_features(scores, how.extractor, fake, real)
+            rows = reference_rows(len(real.features))
+            real.facts["rows_of_precision_recall"] = len(rows)
+            pool3 = fake.features.array("pool3"), real.features.array("pool3")[rows]
+            found = precision_recall(*pool3, device=how.state.device)
+            scores["precision"], scores["recall"] = found.precision, found.recall
+    return result_of_features(scores, how.extractor, fake, real, failed=failed)
 
 
 def result_of_features(

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tim.cli import command_parser
-from tim.evaluation import BATCH, CACHE, CLIP, FEATURES, PROTOCOLS
+from tim.evaluation import CLIP, FEATURES, PROTOCOLS
+from tim.evaluation.flags import (
+    add_allow_partial,
+    add_extract_arguments,
+    add_ignored,
+    add_inception_arguments,
+    check_target,
+    parse_arguments,
+    usable_path,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -20,14 +29,14 @@ def adm() -> None:
     """FID, sFID, inception score, precision and recall as ADM measures them."""
     parser = command_parser(adm.__doc__)
     real = "an .npz of ADM (images and/or statistics) or a folder of real images"
-    parser.add_argument("reference", metavar="REF", type=Path, help=real)
-    parser.add_argument("samples", metavar="SAMPLES", type=Path, help="a folder of generated images or an .npz of them")
-    _add_inception_arguments(parser)
-    args = _parse(parser)
+    parser.add_argument("reference", metavar="REF", type=usable_path, help=real)
+    parser.add_argument("samples", metavar="SAMPLES", type=usable_path, help="a folder of generated images or an .npz of them")
+    add_inception_arguments(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.adm import adm_extractor, evaluate, table
 
-    result = evaluate(args.reference, args.samples, _inception_extraction(args, adm_extractor))
+    result = evaluate(args.reference, args.samples, _inception_extraction(args, adm_extractor), args.allow_partial)
     _publish(args.out or _beside(args.samples, "adm.json"), "adm", result, table)
 
 
@@ -37,20 +46,20 @@ def folder() -> None:
     Fréchet distance, kernel distance (KID), precision and recall. Numbers of different features do not compare.
     """
     parser = command_parser(folder.__doc__)
-    parser.add_argument("real", metavar="REAL", type=Path, help="folder of real images")
-    parser.add_argument("samples", metavar="SAMPLES", type=Path, nargs="+", help="folders of generated images")
+    parser.add_argument("real", metavar="REAL", type=usable_path, help="folder of real images")
+    parser.add_argument("samples", metavar="SAMPLES", type=usable_path, nargs="+", help="folders of generated images")
     parser.add_argument("--features", required=True, choices=FEATURES, help="the network that looks at the images")
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="a row for each pattern of relative paths")
-    parser.add_argument("--inception", type=Path, help="weights for --features inception")
-    _add_extract_arguments(parser)
-    args = _parse(parser)
+    parser.add_argument("--inception", type=usable_path, help="weights for --features inception")
+    add_extract_arguments(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.features import feature_extractor
     from tim.evaluation.folders import compare_folders, table
 
-    state = start()
+    state = start(args.device)
     how = _extraction(args, state, feature_extractor(args.features, state.device, args.inception))
-    result = compare_folders(args.real, args.samples, args.include, how)
+    result = compare_folders(args.real, args.samples, args.include, how, args.allow_partial)
     out = args.out or _beside(args.samples[0], f"folder-{args.features}.json")
     _publish(out, "folder", result, table)
 
@@ -59,16 +68,23 @@ def mjhq_fid() -> None:
     """FID of MJHQ-30K, overall and by category: REF DIR, or REF OUT.npz --save-stats"""
     parser = command_parser(mjhq_fid.__doc__)
     real = "real images, a subfolder a category, or statistics written with --save-stats"
-    parser.add_argument("reference", metavar="REF", type=Path, help=real)
-    parser.add_argument("samples", metavar="DIR", type=Path, help="generated images alike, or the file to write")
+    parser.add_argument("reference", metavar="REF", type=usable_path, help=real)
+    parser.add_argument("samples", metavar="DIR", type=usable_path, help="generated images alike, or the file to write")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="tim", help="how images are resized")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of REF and stop")
-    _add_inception_arguments(parser)
-    args = _parse(parser)
+    add_inception_arguments(parser)
+    add_ignored(parser, data="REF and DIR say it", dims="pool3 has 2048 features")
+    add_ignored(parser, is_switch=True, use_dinov2="the features are Inception's")
+    args = parse_arguments(parser)
+    if args.save_stats:
+        check_target(args.samples, "DIR with --save-stats", ".npz")
 
     from tim.evaluation import mjhq
     from tim.evaluation.inception import pool3_extractor
+    from tim.evaluation.samples import BY_CATEGORY, sampled_images
 
+    is_folder = not args.save_stats and args.samples.suffix != ".npz"
+    files = sampled_images(args.samples, args.allow_partial, (BY_CATEGORY,)) if is_folder else None
     how = _inception_extraction(args, lambda network: pool3_extractor(network, *mjhq.RESIZES[args.protocol]))
     reference = mjhq.read_set(args.reference, args.protocol, how, "reference")
     if args.save_stats:
@@ -76,7 +92,7 @@ def mjhq_fid() -> None:
             mjhq.save_statistics(args.samples, reference, args.protocol, how.extractor.identity["weights_sha256"])
             print(f"wrote {args.samples}")
         return
-    samples = mjhq.read_set(args.samples, args.protocol, how, "samples")
+    samples = mjhq.read_set(args.samples, args.protocol, how, "samples", files)
     result = mjhq.fid_result(reference, samples, how.extractor) if how.state.is_main_process else None
     out = args.out or _beside(args.samples, f"fid-{args.protocol}.json")
     _publish(out, f"mjhq-fid-{args.protocol}", result, lambda found: mjhq.table(found, "FID"))
@@ -88,25 +104,33 @@ def mjhq_clip() -> None:
     The first form writes the text features of all prompts, the second compares the images of DIR (category/key.*) with them.
     """
     parser = command_parser(mjhq_clip.__doc__)
-    parser.add_argument("source", type=Path, metavar="META.json|F.safetensors", help="the prompts, or their text features")
-    parser.add_argument("target", type=Path, metavar="F.safetensors|DIR", help="the file to write, or generated images")
+    parser.add_argument(
+        "source", type=usable_path, metavar="META.json|F.safetensors", help="the prompts, or their text features"
+    )
+    parser.add_argument("target", type=usable_path, metavar="F.safetensors|DIR", help="the file to write, or generated images")
     parser.add_argument("--save-stats", action="store_true", help="write text features and stop")
     model = "transformers folder or hub id, or open_clip:ARCHITECTURE:TAG"
     parser.add_argument("--clip-model", default=CLIP, help=model)
-    _add_extract_arguments(parser)
-    args = _parse(parser)
+    add_extract_arguments(parser)
+    add_ignored(parser, clip_type="--clip-model names the model", data_type="the features say which prompts there are")
+    args = parse_arguments(parser)
+    if args.save_stats:
+        check_target(args.target, "F.safetensors")
 
     from tim.evaluation import mjhq
     from tim.evaluation.clip import load_clip
+    from tim.files import published
 
-    state = start()
+    state = start(args.device)
     clip = load_clip(args.clip_model, state.device)
     if args.save_stats:
         if state.is_main_process:
-            print(f"{mjhq.write_text_features(args.source, args.target, clip)} text features in {args.target}")
+            count = mjhq.write_text_features(published(str(args.source)), args.target, clip)
+            print(f"{count} text features in {args.target}")
         return
     text = mjhq.read_text_features(args.source, clip)
-    result = mjhq.clip_score(text, args.target, clip, _extraction(args, state, mjhq.clip_extractor(clip)))
+    how = _extraction(args, state, mjhq.clip_extractor(clip))
+    result = mjhq.clip_score(text, args.target, clip, how, args.allow_partial)
     out = args.out or _beside(args.target, "clip.json")
     _publish(out, "mjhq-clip", result, lambda found: mjhq.table(found, "CLIP"))
 
@@ -117,22 +141,22 @@ def geneval() -> None:
     DIR holds {prompt:05d}/metadata.jsonl and {prompt:05d}/samples/*.png, as sample_t2i_geneval_ddp.py writes them.
     """
     parser = command_parser(geneval.__doc__)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of the images")
-    parser.add_argument("--outfile", type=Path, help="result file, .jsonl (default: beside DIR)")
+    parser.add_argument("folder", metavar="DIR", type=usable_path, help="folder of the images")
+    parser.add_argument("--outfile", type=usable_path, help="result file, .jsonl (default: beside DIR)")
     parser.add_argument("--model-path", required=True, help="the detector: a folder, an mmdet checkpoint or a hub id")
-    parser.add_argument("--model-config", help="no effect: the checkpoint says which detector it is")
     keys = "threshold, counting_threshold, max_objects, max_overlap, position_threshold, crop, bgcolor, clip_model"
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help=keys)
-    args = _parse(parser)
+    add_ignored(parser, model_config="the checkpoint says which detector it is")
+    add_allow_partial(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.geneval.rules import parse_options
     from tim.evaluation.geneval.run import evaluate_folder
     from tim.evaluation.geneval.summary import summary_text
 
-    if args.model_config is not None:
-        warnings.warn(f"--model-config {args.model_config} has no effect and is ignored", stacklevel=1)
     outfile = args.outfile or _beside(args.folder, "geneval.jsonl")
-    scores = evaluate_folder(args.folder, outfile, args.model_path, parse_options(args.options), start())
+    options = parse_options(args.options)
+    scores = evaluate_folder(args.folder, outfile, args.model_path, options, start(), args.allow_partial)
     if scores is not None:
         print(summary_text(scores))
         print(f"wrote {outfile} and {outfile.with_suffix('.json')}")
@@ -141,8 +165,10 @@ def geneval() -> None:
 def geneval_summary() -> None:
     """Print the scores of a result file of evaluate_images.py."""
     parser = command_parser(geneval_summary.__doc__)
-    parser.add_argument("results", metavar="F.jsonl", type=Path, help="a result file, ours or the published evaluation's")
-    args = _parse(parser)
+    parser.add_argument(
+        "results", metavar="F.jsonl", type=usable_path, help="a result file, ours or the published evaluation's"
+    )
+    args = parse_arguments(parser)
 
     from tim.evaluation.geneval.summary import read_results, summarize, summary_text
 
@@ -158,19 +184,22 @@ def dpg() -> None:
     add = parser.add_argument
     results = "result file; F.json (scores, provenance) and F.detail.json (all answers) go beside it"
     judges = "mplug (the official judge, see requirements_mplug.txt), mplug:FOLDER, or a transformers folder or hub id"
-    add("--image-root-path", required=True, type=Path, metavar="DIR", dest="folder", help="folder of the images")
-    add("--res-path", required=True, type=Path, metavar="F.txt", help=results)
-    add("--pic-num", type=int, default=4, help="images in a file: 4 are a 2x2 grid")
+    add("--image-root-path", required=True, type=usable_path, metavar="DIR", dest="folder", help="folder of the images")
+    add("--res-path", required=True, type=usable_path, metavar="F.txt", help=results)
+    add("--pic-num", type=int, help="how many images of a file, row by row (default: all, 4 where no sampling run tells)")
     add("--resolution", type=int, help="pixels along a side of one image (default: from the file)")
-    add("--csv", type=Path, default=Path("datasets/dpg_bench/dpg_bench.csv"), help="the questions")
+    add("--csv", type=usable_path, default=Path("datasets/dpg_bench/dpg_bench.csv"), help="the questions")
     add("--vqa-model", default="mplug", help=judges)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of a transformers model")
     add("--batch-size", type=int, default=16, help="questions that a transformers model answers at once")
-    add("--answers", type=Path, metavar="F.detail.json", help="score these ready answers, ask no model")
-    args = _parse(parser)
+    add("--answers", type=usable_path, metavar="F.detail.json", help="score these ready answers, ask no model")
+    add_allow_partial(parser)
+    args = parse_arguments(parser)
 
     from tim.evaluation.dpg.run import DETAILS, Settings, evaluate_folder
+    from tim.files import published
 
+    args.csv = published(str(args.csv))
     settings = Settings(**vars(args))
     text = evaluate_folder(settings, start())
     if text is not None:
@@ -178,44 +207,32 @@ def dpg() -> None:
         print(f"wrote {settings.res_path}, {settings.beside('.json')} and {settings.beside(DETAILS)}")
 
 
-def start() -> "PartialState":
-    """The processes that share the images; TF32 products are off, as published numbers want."""
+def start(device: str | None = None) -> "PartialState":
+    """The processes that share the images; TF32 products are off, as published numbers want. The main one alone warns.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`; None takes a CUDA device where there is one.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    import torch
     from accelerate import PartialState
 
     from tim.distributed import set_tf32, use_cpu
 
+    kind, _, number = (device or "").partition(":")
+    if device and (kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdecimal()))):
+        raise ValueError(f"--device {device} is neither cpu, cuda nor cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} is not there; there are {torch.cuda.device_count()} CUDA devices")
     set_tf32(False)
-    return PartialState(cpu=use_cpu())
-
-
-def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments, with sizes in range.
-
-    Raises:
-        ValueError: names the flag that is not.
-    """
-    args = parser.parse_args()
-    for name, least in (("batch_size", 1), ("resolution", 1), ("workers", 0)):
-        value = getattr(args, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}")
-    return args
-
-
-def _add_extract_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of feature extraction."""
-    parser.add_argument("--batch-size", type=int, default=BATCH, help="images a batch")
-    parser.add_argument("--workers", type=int, help="processes that read images (default: up to 8)")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of kept features")
-    parser.add_argument("--out", type=Path, help="result file (default: beside the samples)")
-
-
-def _add_inception_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of evaluations with Inception features."""
-    _add_extract_arguments(parser)
-    parser.add_argument("--inception", type=Path, help=".pth of torch-fidelity or classify_image_graph_def.pb")
-    rough = "of products; tf32 and bfloat16 are faster and move scores a little"
-    parser.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="float32", help=rough)
+    if number and kind == "cuda":
+        torch.cuda.set_device(int(number))
+    state = PartialState(cpu=kind == "cpu" or use_cpu())
+    if not state.is_main_process:
+        warnings.simplefilter("ignore")
+    return state
 
 
 def _inception_extraction(args: argparse.Namespace, make: Callable[["InceptionV3"], "FeatureExtractor"]) -> "Extraction":
@@ -223,7 +240,7 @@ def _inception_extraction(args: argparse.Namespace, make: Callable[["InceptionV3
     from tim.distributed import set_tf32
     from tim.evaluation.inception import load_inception
 
-    state = start()
+    state = start(args.device)
     set_tf32(args.precision == "tf32")
     return _extraction(args, state, make(load_inception(args.inception, state.device, args.precision)))
 
@@ -235,14 +252,27 @@ def _extraction(args: argparse.Namespace, state: "PartialState", extractor: "Fea
 
 
 def _beside(samples: Path, ending: str) -> Path:
-    return samples.with_name(f"{samples.name}.{ending}")
+    from tim.listing import fit_name
+
+    named = samples if samples.name not in ("", "..") else samples.resolve()
+    return named.with_name(fit_name(named.name, f".{ending}"))
 
 
 def _publish(path: Path, protocol: str, result: dict[str, Any] | None, table: Callable[[dict[str, Any]], str]) -> None:
-    """Write a result and print its table; other processes than the main have none."""
+    """Write a result and print its table; other processes than the main have none.
+
+    Raises:
+        ValueError: after that, for the parts that could not be computed.
+    """
     from tim.evaluation.results import write_result
 
-    if result is not None:
-        write_result(path, protocol, result)
-        print(table(result))
-        print(f"wrote {path}")
+    if result is None:
+        return
+    failed = "; ".join(f"{what}: {why}" for what, why in result.pop("failed", {}).items())
+    if not result["scores"]:
+        raise ValueError(failed)
+    write_result(path, protocol, result | ({"failed": failed} if failed else {}))
+    print(table(result))
+    print(f"wrote {path}")
+    if failed:
+        raise ValueError(f"{failed} (the other scores are in {path})")

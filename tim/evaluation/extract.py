@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tim.evaluation import BATCH, CACHE
-from tim.evaluation.inputs import ImageArray, ImageFiles, Transform, write_npz
+from tim.evaluation.inputs import ImageArray, ImageFiles, Transform, npz_arrays, write_npz
 from tim.evaluation.metrics import Statistics, streaming_statistics
 from tim.files import claim
 from tim.resumable import first_process, own_blocks, total_over_processes
@@ -61,6 +63,10 @@ class Features:
         """File of a chunk."""
         return self.folder / f"{index:06d}.npz"
 
+    def is_whole(self, index: int) -> bool:
+        """Whether a chunk is there, and not cut short; an `.npz` ends with its table of contents."""
+        return zipfile.is_zipfile(self.path(index))
+
     def chunks(self) -> list[range]:
         """The images of each chunk."""
         return [range(start, min(start + self.chunk, self.count)) for start in range(0, self.count, self.chunk)]
@@ -68,8 +74,10 @@ class Features:
     def parts(self, name: str, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
         """Feature `name` chunk after chunk, (n, D) float32 each; of the images at `rows` alone, in ascending order."""
         for index, images in enumerate(self.chunks()):
-            with np.load(self.path(index)) as arrays:
-                part = arrays[name]
+            try:
+                (part,) = npz_arrays(self.path(index), [name])
+            except ValueError as error:
+                raise ValueError(f"{error}; delete it and run the same command again") from error
             if rows is not None:
                 part = part[rows[(rows >= images.start) & (rows < images.stop)] - images.start]
             if len(part):
@@ -108,7 +116,8 @@ class Extraction:
         earlier call has written, also an interrupted one, are taken as they are.
 
         Raises:
-            ValueError: names images that cannot be read; chunks written before stay.
+            ValueError: names images that cannot be read or have no finite features, on all processes; chunks that are
+                finished stay.
         """
         # few images are spread over chunks too, so that every process has some
         batches = -(-len(images) // self.batch_size)
@@ -117,11 +126,17 @@ class Extraction:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         features = Features(self.cache / key, len(images), chunk)
         first_process(self.state, lambda: claim(features.folder / "identity.json", identity, "features"))
-        blocks = own_blocks(len(features.chunks()), 1, lambda k: features.path(k).is_file(), self.state)
+        blocks = own_blocks(len(features.chunks()), 1, features.is_whole, self.state)
         own = {block.items.start: features.chunks()[block.items.start] for block in blocks}
         began = time.perf_counter()
-        if own:
-            self._extract(images, features, own, desc)
+        problem = None
+        try:
+            if own:
+                self._extract(images, features, own, desc)
+        except ValueError as error:  # of one process: the others hear of it, and go on with whatever comes next together
+            problem = str(error)
+        if problems := [words for words in gather_object([problem]) if words]:
+            raise ValueError("; ".join(problems))
         extracted = total_over_processes(sum(map(len, own.values())))
         if extracted:
             features.images_per_second = extracted / (time.perf_counter() - began)
@@ -149,11 +164,14 @@ class Extraction:
         with tqdm(total=total, desc=desc, unit="img", disable=not self.state.is_main_process, dynamic_ncols=True) as bar:
             for index, rows in own.items():
                 found: dict[str, list[np.ndarray]] = {}
-                for batch in islice(loader, -(-len(rows) // size)):
+                for start, batch in zip(rows[::size], islice(loader, -(-len(rows) // size)), strict=True):
                     if isinstance(batch, list):
                         raise ValueError("; ".join(batch))
                     for name, values in self.extractor.network(batch.to(device, non_blocking=True)).items():
-                        found.setdefault(name, []).append(values.float().cpu().numpy())
+                        part = values.float().cpu().numpy()
+                        if len(broken := np.flatnonzero(~np.isfinite(part).all(axis=1))):
+                            raise ValueError(f"{images.name(start + broken[0])}: features {name!r} are not finite")
+                        found.setdefault(name, []).append(part)
                     bar.update(len(batch))
                 write_npz(features.path(index), {name: np.concatenate(parts) for name, parts in found.items()})
 

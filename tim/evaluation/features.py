@@ -1,5 +1,6 @@
 """Feature networks of the small-scale check: a digit classifier, EfficientNet-lite0, Inception."""
 
+import copy
 import functools
 import hashlib
 from pathlib import Path
@@ -29,7 +30,7 @@ def feature_extractor(name: str, device: torch.device, inception: Path | None = 
         FileNotFoundError: when there are no Inception weights.
     """
     if name == "digits":
-        classifier = train_digit_classifier()[0].to(device)
+        classifier = copy.deepcopy(train_digit_classifier()[0]).to(device)
         return FeatureExtractor(
             "hidden layer (64) of a classifier of scikit-learn's digits",
             {"network": name, "weights_sha256": _weights_digest(classifier)},
@@ -80,6 +81,7 @@ class DigitClassifier(nn.Module):
         return features, self.out(features)
 
 
+@functools.lru_cache(maxsize=1)
 def train_digit_classifier(seed: int = 0, epochs: int = 30) -> tuple[DigitClassifier, Tensor]:
     """Train on a fixed four fifths of scikit-learn's digits (seconds on a CPU); deterministic in `seed`.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tim.files import replacing
+from tim.files import parse_json, read_text, replacing
 from tim.images import IMAGE_SUFFIXES, image_size, read_png
 from tim.listing import list_files
 
@@ -42,6 +42,18 @@ def find_images(folder: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        ValueError: names one that is damaged.
+    """
+    try:
+        return parse_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def shown(names: Sequence[str], most: int = SHOWN) -> str:
@@ -105,6 +117,10 @@ class ImageFiles(Dataset[Tensor | str]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def name(self, index: int) -> str:
+        """An image, for messages."""
+        return str(self.files[index])
+
     def __getitem__(self, index: int) -> Tensor | str:
         path = self.files[index]
         try:
@@ -114,25 +130,32 @@ class ImageFiles(Dataset[Tensor | str]):
 
 
 class ImageArray(Dataset[Tensor | str]):
-    """Images of an array (N, H, W, 3) uint8, such as a memory map."""
+    """Images of an array (N, H, W, 3) uint8, such as a memory map; `source` names it in messages."""
 
-    def __init__(self, array: np.ndarray, fingerprint: str) -> None:
-        self.array, self.fingerprint = array, fingerprint
+    def __init__(self, array: np.ndarray, fingerprint: str, source: str | Path = "array") -> None:
+        self.array, self.fingerprint, self.source = array, fingerprint, source
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def name(self, index: int) -> str:
+        """An image, for messages."""
+        return f"{self.source}: image {index}"
 
     def __getitem__(self, index: int) -> Tensor:
         return as_uint8_tensor(np.asarray(self.array[index]))
 
 
-def open_images(path: str | Path, scratch: Path, progress: bool = False) -> ImageFiles | ImageArray:
+def open_images(
+    path: str | Path, scratch: Path, progress: bool = False, files: Sequence[Path] | None = None
+) -> ImageFiles | ImageArray:
     """The images of a folder, all of one size, or of an `.npz` in ADM's form, as uint8 tensors.
 
     Args:
         path: folder, or .npz with arr_0 (N, H, W, 3) uint8.
         scratch: folder where a compressed arr_0 is unpacked to.
         progress: show a bar while sizes are checked.
+        files: the images of a folder that count; all when None.
 
     Raises:
         FileNotFoundError: when there is no such file or folder.
@@ -140,7 +163,7 @@ def open_images(path: str | Path, scratch: Path, progress: bool = False) -> Imag
     """
     path = Path(path)
     if path.is_dir():
-        files = find_images(path)
+        files = find_images(path) if files is None else files
         check_one_size(files, progress)
         return ImageFiles(files)
     if not path.is_file():
@@ -148,7 +171,7 @@ def open_images(path: str | Path, scratch: Path, progress: bool = False) -> Imag
     array = map_member(path, "arr_0", scratch)
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8 or not len(array):
         raise ValueError(f"{path}: arr_0 must be uint8 images (N, H, W, 3), got {array.dtype} {array.shape}")
-    return ImageArray(array, fingerprint([path]))
+    return ImageArray(array, fingerprint([path]), path)
 
 
 def npz_names(path: Path) -> list[str]:
@@ -207,9 +230,9 @@ def map_member(path: Path, name: str, scratch: Path) -> np.ndarray:
             version = np.lib.format.read_magic(f)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read_header(f)
-            if dtype.hasobject or fortran:
+            if dtype.hasobject:
                 raise ValueError(f"{name} is no plain array")
-            return np.memmap(path, dtype=dtype, mode="r", offset=f.tell(), shape=shape)
+            return np.memmap(path, dtype=dtype, mode="r", offset=f.tell(), shape=shape, order="F" if fortran else "C")
 
 
 @contextmanager

@@ -3,32 +3,61 @@
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ROWS = 2048  # rows of a block of distances
+NEIGHBOURS = 3  # k of precision and recall
+SKEW = 1e-5  # of the largest value: more than float32 rounds by
 
 
 @dataclass
 class Statistics:
-    """Mean (D,), covariance (D, D) and number of features; the number is None where a file does not tell it."""
+    """Mean (D,), covariance (D, D) and number of features; the number is None where a file does not tell it.
+
+    `source` names file and arrays that they were read from.
+    """
 
     mean: np.ndarray
     cov: np.ndarray
     count: int | None = None
+    source: str | None = None
 
     @classmethod
-    def checked(cls, mean: np.ndarray, cov: np.ndarray, source: str) -> "Statistics":
+    def checked(
+        cls, mean: np.ndarray, cov: np.ndarray, path: str | Path, names: tuple[str, str] = ("mu", "sigma")
+    ) -> "Statistics":
         """Statistics read from a file.
 
+        Args:
+            names: of the two arrays in the file.
+
         Raises:
-            ValueError: names the source of arrays that are no mean (D,) and covariance (D, D).
+            ValueError: names file and array of what is no mean (D,) and covariance (D, D): other shapes or types, values that
+                are not finite, a matrix that is not symmetric or not positive semi-definite.
         """
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise ValueError(f"{source} are no mean and covariance: {mean.shape} and {cov.shape}")
-        return cls(mean.astype(np.float64), cov.astype(np.float64))
+        if mean.ndim != 1 or not len(mean) or cov.shape != (len(mean), len(mean)):
+            raise ValueError(f"{path}: {' and '.join(names)} are no mean and covariance: {mean.shape} and {cov.shape}")
+        for name, values in zip(names, (mean, cov), strict=True):
+            if values.dtype.kind != "f" or values.dtype.itemsize < 4:
+                raise ValueError(f"{path}: {name} is {values.dtype}; a distance needs float32 or float64")
+            if not np.isfinite(values).all():
+                raise ValueError(f"{path}: {name} is not finite (NaN or infinity); compute it again")
+        mean, cov = mean.astype(np.float64), cov.astype(np.float64)
+        if np.abs(cov - cov.T).max() > SKEW * np.abs(cov).max():
+            raise ValueError(f"{path}: {names[1]} is no covariance: it is not symmetric; compute it again")
+        try:  # Cholesky's factor tells in a tenth of the time that eigenvalues take
+            np.linalg.cholesky((cov + cov.T) / 2 + SKEW * (np.abs(cov).max() or 1.0) * np.eye(len(cov)))
+        except np.linalg.LinAlgError:
+            variances = np.linalg.eigvalsh((cov + cov.T) / 2)
+            raise ValueError(
+                f"{path}: {names[1]} is no covariance: it has the negative eigenvalue {variances[0]:.3g} "
+                f"(the largest is {variances[-1]:.3g}); compute it again, in float64"
+            ) from None
+        return cls(mean, cov, source=f"{path} ({' and '.join(names)})")
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +106,7 @@ def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, 
     if mean_a.shape != mean_b.shape or cov_a.shape != cov_b.shape:
         raise ValueError(f"statistics differ in width: {len(mean_a)} features against {len(mean_b)}; use the same network")
     if not all(np.isfinite(u).all() for u in (mean_a, cov_a, mean_b, cov_b)):
-        raise ValueError("statistics are not finite (NaN or infinite features)")
+        raise ValueError("statistics are not finite (NaN or infinity)")
     trace_root = np.linalg.svd(_factor(cov_a).T @ _factor(cov_b), compute_uv=False).sum()
     squared = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root
     return max(0.0, float(squared))  # rounding can leave a little less than nothing
@@ -87,10 +116,10 @@ def distance(a: Statistics, b: Statistics, what: str) -> float:
     """Fréchet distance; warns when a covariance cannot have full rank.
 
     Args:
-        what: name of the features in the warning.
+        what: name of the features in messages.
 
     Raises:
-        ValueError: see `frechet_distance`.
+        ValueError: see `frechet_distance`; names the files that the statistics are of.
     """
     for found in (a, b):
         if found.count is not None and found.count <= len(found.mean):
@@ -99,7 +128,11 @@ def distance(a: Statistics, b: Statistics, what: str) -> float:
                 f"{found.count - 1} at most; the distance is biased, use more images",
                 stacklevel=2,
             )
-    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    try:
+        return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+    except ValueError as error:
+        files = [found.source for found in (a, b) if found.source is not None]
+        raise ValueError(": ".join([what, *files, str(error)])) from error
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
@@ -118,9 +151,18 @@ def _factor(cov: np.ndarray) -> np.ndarray:
 def inception_score(probs: np.ndarray, split_size: int = 5000) -> tuple[float, float]:
     """exp E KL(p(y|x) || p(y)) (Salimans et al. 2016) of class probabilities (N, K), over consecutive splits as ADM takes them.
 
+    Warns of a last split that is short, which counts like the others.
+
     Returns:
         mean and standard deviation over the splits.
     """
+    if last := len(probs) % split_size:
+        splits = -(-len(probs) // split_size)
+        warnings.warn(
+            f"inception score: the last of {splits} splits has {last} images instead of {split_size}; "
+            f"scores of short splits are biased, use a multiple of {split_size} images",
+            stacklevel=2,
+        )
     scores = []
     for start in range(0, len(probs), split_size):
         p = probs[start : start + split_size].astype(np.float64)
@@ -164,7 +206,9 @@ class PrecisionRecall:
     recall: float
 
 
-def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = 3, device: torch.device | None = None) -> PrecisionRecall:
+def precision_recall(
+    samples: np.ndarray, real: np.ndarray, k: int = NEIGHBOURS, device: torch.device | None = None
+) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019): balls that reach to the k-th nearest neighbour.
 
     Args:
@@ -172,10 +216,16 @@ def precision_recall(samples: np.ndarray, real: np.ndarray, k: int = 3, device: 
         device: where distances are computed.
 
     Raises:
-        ValueError: when a set has k images or fewer.
+        ValueError: when a set has k images or fewer, or features that are not finite, which lie in no ball.
     """
     if min(len(samples), len(real)) <= k:
         raise ValueError(f"precision and recall with k={k} need more images, got {len(samples)} and {len(real)}")
+    for name, features in (("samples", samples), ("real images", real)):
+        broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(broken):
+            raise ValueError(
+                f"{len(broken)} of {len(features)} {name} have features that are not finite, first number {broken[0]}"
+            )
     # balls around the real images hold the samples that could be real, and the other way round
     a, b = (torch.from_numpy(u).to(device).contiguous() for u in (samples, real))
     return PrecisionRecall(_share_inside(a, b, _radii(b, k)), _share_inside(b, a, _radii(a, k)))

@@ -20,9 +20,11 @@ from tim.evaluation.extract import Extraction, FeatureExtractor
 from tim.evaluation.inception import SIDE, TENSORFLOW_RESIZE, tensorflow_resize
 from tim.evaluation.inputs import Transform, find_images, npz_arrays, npz_names, some, write_npz
 from tim.evaluation.metrics import distance
-from tim.evaluation.results import columns, describe_samples
+from tim.evaluation.results import columns, describe_samples, keeping, warn_of_replacing
+from tim.evaluation.samples import BY_CATEGORY, check_prompts, sampled_images
 from tim.files import replacing, sha256
 from tim.generation.prompt_sets import read_mjhq
+from tim.images import IMAGE_SUFFIXES
 
 OVERALL = "overall"
 TEXTS = 256  # prompts a batch
@@ -58,8 +60,11 @@ def places_of(folder: Path, files: list[Path]) -> dict[str, np.ndarray]:
     return {OVERALL: np.arange(len(files))} | {name: np.array(places) for name, places in sorted(found.items())}
 
 
-def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
+def read_set(path: Path, protocol: str, how: Extraction, desc: str, files: list[Path] | None = None) -> ImageSet:
     """Statistics of a folder of images, or those that `save_statistics` wrote.
+
+    Args:
+        files: the images of a folder that count; all when None.
 
     Raises:
         FileNotFoundError, ValueError: for a missing or empty folder, unreadable images (named), or statistics of
@@ -67,7 +72,9 @@ def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
     """
     if path.suffix == ".npz":
         return load_statistics(path, protocol, how.extractor.identity["weights_sha256"])
-    files = find_images(path)
+    files = find_images(path) if files is None else files
+    if len(files) < 2:
+        raise ValueError(f"{path} holds a single image; a Fréchet distance needs two at least")
     features = how.run_files(files, desc)
     facts = describe_samples(path, files) | {"images_per_second": features.images_per_second}
     if not how.state.is_main_process:
@@ -79,10 +86,13 @@ def read_set(path: Path, protocol: str, how: Extraction, desc: str) -> ImageSet:
 
 def save_statistics(path: Path, images: ImageSet, protocol: str, weights_sha256: str) -> None:
     """Write all statistics, the protocol and the weights' digest to an `.npz`; `mu` and `sigma` are those of all images."""
+    warn_of_replacing(path)
     arrays: dict[str, Any] = {"protocol": protocol, "weights_sha256": weights_sha256}
     for name, found in images.statistics.items():
         prefix = "" if name == OVERALL else f"{name}/"
-        arrays |= {f"{prefix}mu": found.mean, f"{prefix}sigma": found.cov, f"{prefix}n": found.count}
+        arrays |= {f"{prefix}mu": found.mean, f"{prefix}sigma": found.cov}
+        if found.count is not None:
+            arrays[f"{prefix}n"] = found.count
     write_npz(path, arrays)
 
 
@@ -105,31 +115,43 @@ def load_statistics(path: Path, protocol: str, weights_sha256: str) -> ImageSet:
     statistics = read_statistics(path, {name: (f"{prefix}mu", f"{prefix}sigma") for name, prefix in prefixes.items()})
     for name, found in statistics.items():
         if (key := f"{prefixes[name]}n") in names:
-            found.count = int(npz_arrays(path, [key])[0])
+            found.count = _count(path, key)
     return ImageSet(statistics, {"path": str(path), "sha256": sha256(path), "n": statistics[OVERALL].count})
 
 
-def fid_result(reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor) -> dict[str, Any]:
-    """The result: FID overall and of every category, and where it comes from.
+def _count(path: Path, key: str) -> int:
+    """Number of images behind statistics."""
+    (value,) = npz_arrays(path, [key])
+    if value.shape != () or value.dtype.kind not in "iu":
+        raise ValueError(f"{path}: {key} is no number of images: {value.dtype} {value.shape}; make it again with --save-stats")
+    return int(value)
 
-    Raises:
-        ValueError: names categories that one side alone has.
+
+def fid_result(reference: ImageSet, samples: ImageSet, extractor: FeatureExtractor) -> dict[str, Any]:
+    """The result: FID overall and of every category that both sides have, and where it comes from.
+
+    `failed` says what went wrong, as with categories that one side alone has.
     """
     real, drawn = reference.statistics, samples.statistics
+    failed: dict[str, str] = {}
     alone = sorted(real.keys() ^ drawn.keys())
     # one folder may have no categories, as where they were not kept; then only the overall scores compare
     if alone and min(len(real), len(drawn)) > 1:
         side = "samples" if alone[0] in drawn else "reference"
-        raise ValueError(f"categories differ: {', '.join(alone)} (the first is in the {side} alone)")
-    scores = {name: distance(drawn[name], real[name], f"FID {name}") for name in drawn if name in real}
+        failed["categories differ"] = f"{', '.join(alone)} (the first is in the {side} alone)"
+    scores: dict[str, float] = {}
+    for name in drawn:
+        if name in real:
+            with keeping(failed, f"FID {name}"):
+                scores[name] = distance(drawn[name], real[name], f"FID {name}")
     counts = {name: found.count for name, found in drawn.items()}
-    return result_of_features(scores, extractor, samples, reference, images_by_category=counts)
+    return result_of_features(scores, extractor, samples, reference, images_by_category=counts, failed=failed)
 
 
 def table(result: dict[str, Any], metric: str) -> str:
     """Scores by category as text, overall last."""
     scores, counts = result["scores"], result["images_by_category"]
-    ordered = [*(k for k in scores if k != OVERALL), OVERALL]
+    ordered = sorted(scores, key=lambda k: k == OVERALL)
     rows = [[k, "-" if counts.get(k) is None else counts[k], f"{scores[k]:.4f}"] for k in ordered]
     return columns([["category", "images", metric], *rows], [f"<{max(map(len, scores))}", ">8", ">10"])
 
@@ -151,13 +173,14 @@ def write_text_features(metadata: Path, out: Path, clip: Clip) -> int:
         for place, row in zip(places, clip.encode_texts([prompts[k] for k in places]).cpu(), strict=True):
             features[names[place]] = row.clone()
     out.parent.mkdir(parents=True, exist_ok=True)
+    warn_of_replacing(out)
     with replacing(out) as partial:
         save_file(features, partial, metadata={"clip": clip.identity["name"], "weights": _weights(clip)})
     return len(features)
 
 
 def read_text_features(path: Path, clip: Clip) -> dict[str, Tensor]:
-    """Features of `write_text_features`.
+    """Features of `write_text_features`, or of a file of others, whose keys may end in .jpg, brought to unit length.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -176,7 +199,19 @@ def read_text_features(path: Path, clip: Clip) -> dict[str, Tensor]:
             f"{path} was made with other weights ({made.get('clip')}) than {clip.identity['name']}; "
             "make it again with --save-stats"
         )
-    return features
+    broken = [key for key, row in features.items() if not row.numel() or not row.isfinite().all()]
+    if broken or not features:
+        raise ValueError(f"{path}: {some(broken)} text features are empty or not finite; make it again with --save-stats")
+    if "weights" in made:
+        return features
+    warnings.warn(f"{path} does not say which CLIP made it; {clip.identity['name']} is taken", stacklevel=2)
+    return {_without_suffix(key): nnf.normalize(row.flatten(), dim=0) for key, row in features.items()}
+
+
+def _without_suffix(key: str) -> str:
+    """`category/key` of `category/key.jpg`."""
+    path = Path(key)
+    return path.with_suffix("").as_posix() if path.suffix.lower() in IMAGE_SUFFIXES else key
 
 
 def clip_extractor(clip: Clip) -> FeatureExtractor:
@@ -185,7 +220,9 @@ def clip_extractor(clip: Clip) -> FeatureExtractor:
     return FeatureExtractor("CLIP", identity, clip.squash, lambda x: {"features": clip.encode_images(x)})
 
 
-def clip_score(text: dict[str, Tensor], folder: Path, clip: Clip, how: Extraction) -> dict[str, Any] | None:
+def clip_score(
+    text: dict[str, Tensor], folder: Path, clip: Clip, how: Extraction, allow_partial: bool = False
+) -> dict[str, Any] | None:
     """CLIP score, 100 x the cosine between an image and its prompt (Hessel et al. 2021), overall and by category.
 
     Args:
@@ -196,18 +233,20 @@ def clip_score(text: dict[str, Tensor], folder: Path, clip: Clip, how: Extractio
         mean scores and facts on the main process, None on the others.
 
     Raises:
-        FileNotFoundError, ValueError: for a folder without images, unreadable images, or images without a prompt (named).
+        FileNotFoundError, ValueError: for a folder without images, unreadable images, images without a prompt (named), text
+            features of another width, or a folder that is not complete, unless `allow_partial`.
     """
-    files = find_images(folder)
+    files = sampled_images(folder, allow_partial, (BY_CATEGORY,))
     keys = [path.relative_to(folder).with_suffix("").as_posix() for path in files]
-    _check_pairs(keys, text, folder)
+    _check_pairs(keys, text, folder, allow_partial)
     features = how.run_files(files, "features")
     if not how.state.is_main_process:
         return None
-    wanted = torch.stack([text[key] for key in keys]).numpy()
     image = features.array("features")
-    if image.shape != wanted.shape:
-        raise ValueError(f"text features have width {wanted.shape[1]}, the images' {image.shape[1]}: they are of other models")
+    other = [f"{key} {tuple(text[key].shape)}" for key in keys if text[key].shape != image.shape[1:]]
+    if other:
+        raise ValueError(f"text features are of another model than the images', which have {image.shape[1]}: {some(other)}")
+    wanted = torch.stack([text[key] for key in keys]).numpy()
     cosine = 100 * (image.astype(np.float64) * wanted).sum(axis=1)
     groups = places_of(folder, files)
     return {
@@ -221,8 +260,8 @@ def clip_score(text: dict[str, Tensor], folder: Path, clip: Clip, how: Extractio
     }
 
 
-def _check_pairs(keys: list[str], text: dict[str, Tensor], folder: Path) -> None:
-    """Every image needs a prompt; prompts without an image are only said, since samples may be a part of the benchmark."""
+def _check_pairs(keys: list[str], text: dict[str, Tensor], folder: Path, allow_partial: bool) -> None:
+    """Every image needs a prompt; prompts without an image are only said where a sampling run is known to be finished."""
     unknown = [key for key in keys if key not in text]
     if unknown:
         raise ValueError(f"{folder}: {some(unknown)} images have no prompt")
@@ -231,7 +270,7 @@ def _check_pairs(keys: list[str], text: dict[str, Tensor], folder: Path) -> None
         raise ValueError(f"{folder}: {some(twice)} prompts have several images")
     missing = sorted(text.keys() - set(keys))
     if missing:
-        warnings.warn(f"{folder}: {some(missing)} of {len(text)} prompts have no image", stacklevel=3)
+        check_prompts(folder, f"{some(missing)} of {len(text)} prompts have no image", allow_partial)
 
 
 def _weights(clip: Clip) -> str:

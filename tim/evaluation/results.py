@@ -1,19 +1,25 @@
 """Results: collecting them image by image, writing them as JSON with their provenance, showing them as text."""
 
 import importlib.metadata
+import itertools
 import json
+import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 
 from tim.evaluation.inputs import some, stamp
+from tim.evaluation.samples import read_run
 from tim.files import write_json
 from tim.resumable import map_items
 
+logger = logging.getLogger(__name__)
 PACKAGES = (
     *("tim", "torch", "torchvision", "numpy", "pillow", "scipy"),
     *("torch-fidelity", "transformers", "open_clip_torch", "timm"),
@@ -34,24 +40,54 @@ def versions() -> dict[str, str]:
 
 def describe_samples(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
     """What is known of a folder of generated images: path, number, file formats, and settings of the sampling run."""
-    run = folder / "run.json"
     return {
         "path": str(folder),
         "n": len(files),
         "image_format": sorted({path.suffix.lstrip(".").lower() for path in files}),
-        "run": json.loads(run.read_text(encoding="utf-8")) if run.is_file() else None,
+        "run": read_run(folder),
     }
 
 
+@contextmanager
+def keeping(failed: dict[str, str], what: str) -> Iterator[None]:
+    """Note in `failed` why one part of a result cannot be computed; the others are kept."""
+    try:
+        yield
+    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        failed[what] = str(error) or type(error).__name__
+
+
 def write_result(path: Path, protocol: str, facts: dict[str, Any]) -> None:
-    """Write a result with its protocol's name and the versions behind it.
+    """Write a result with its protocol's name and the versions behind it; other scores that are there are kept beside.
 
     Args:
         path: `.json` file.
         protocol: name of the protocol, e.g. 'adm'.
         facts: scores, n, resize, weights' sha256, inputs.
     """
-    write_json(path, {"protocol": protocol, **facts, "versions": versions()})
+    result = {"protocol": protocol, **facts, "versions": versions()}
+    if path.is_file() and _scores(path) != _of_scores(result):
+        free = next(aside for k in itertools.count(1) if not (aside := path.with_name(f"{path.name}.{k}")).exists())
+        path.replace(free)
+        logger.warning("%s held another result, which is now %s", path, free)
+    write_json(path, result)
+
+
+def warn_of_replacing(path: Path) -> None:
+    """Say that a file is there already."""
+    if path.exists():
+        logger.warning("%s was there already and is replaced", path)
+
+
+def _scores(path: Path) -> Any:
+    """What two results must share to be the same; None for other files."""
+    with suppress(ValueError, AttributeError):
+        return _of_scores(json.loads(path.read_text(encoding="utf-8")))
+    return None
+
+
+def _of_scores(result: dict[str, Any]) -> list[Any]:
+    return json.loads(json.dumps([result.get(key) for key in ("protocol", "scores", "score", "n")]))
 
 
 def columns(rows: Sequence[Sequence[object]], formats: Sequence[str]) -> str:
@@ -59,14 +95,17 @@ def columns(rows: Sequence[Sequence[object]], formats: Sequence[str]) -> str:
     return "\n".join(" ".join(f"{cell:{how}}" for cell, how in zip(row, formats, strict=True)) for row in rows)
 
 
-def check_continuable(result: Path, parts: Path) -> None:
-    """Refuse a result file whose run cannot be continued, because the judgements it was made of are gone.
+def check_continuable(results: Sequence[Path], parts: Path) -> None:
+    """Refuse result files whose run cannot be continued, because the judgements they were made of are gone.
 
     Raises:
         ValueError: names the file.
     """
-    if result.exists() and not parts.is_dir():
-        raise ValueError(f"{result} is there already, from a run that this one cannot continue; delete it or choose another")
+    for result in results:
+        if result.exists() and not parts.is_dir():
+            raise ValueError(
+                f"{result} is there already, from a run that this one cannot continue; delete it or choose another"
+            )
 
 
 def judge_images(

@@ -3,15 +3,15 @@
 import csv
 import io
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tim.evaluation.inputs import shown
-from tim.files import parse_json, read_text
+from tim.evaluation.inputs import read_json, shown
+from tim.files import read_text
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 DOWNLOAD = "bash tools/download_benchmarks.sh --only dpg fetches it"
@@ -46,7 +46,10 @@ Answers = Mapping[tuple[str, int, int], str]  # by image file's name, crop, prop
 
 
 def read_questions(path: Path) -> dict[str, list[Question]]:
-    """Questions by prompt id, in the file's order. The first data row does not count, as in the official scores.
+    """Questions by prompt id, in the file's order.
+
+    As in the official scores, the first data row does not count, and where the rows of a prompt are in several blocks, the
+    last block alone counts.
 
     Raises:
         FileNotFoundError: when there is no such file; the message says how to get it.
@@ -55,26 +58,44 @@ def read_questions(path: Path) -> dict[str, list[Question]]:
     if not path.is_file():
         raise FileNotFoundError(f"no questions {path}; {DOWNLOAD}")
     found: dict[str, dict[int, Question]] = {}
-    twice = []
-    with io.StringIO(read_text(path)) as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} has no column {', '.join(missing)}; DPG-Bench's dpg_bench.csv is expected, {DOWNLOAD}")
-        next(reader, None)  # the official scorer skips the first row
-        for row in reader:
-            item, question = _parse(row, f"{path} line {reader.line_num}")
-            own = found.setdefault(item, {})
-            if question.proposition in own:
-                twice.append(f"{item} {question.proposition}")
-            own[question.proposition] = question
+    twice, again, before = [], [], ""
+    for row, where in _rows(path):
+        item, question = _parse(row, where)
+        if item != before:  # a new block, which takes the place of an earlier one
+            again += [item] * (item in found)
+            found[item] = {}
+        own, before = found[item], item
+        if question.proposition in own:
+            twice.append(f"{item} {question.proposition}")
+        own[question.proposition] = question
     if not found:
         raise ValueError(f"{path} holds no questions after its first row; {DOWNLOAD}")
     orphans = [f"{item} {q.proposition}" for item, own in found.items() for q in own.values() if not own.keys() >= {*q.parents}]
-    for names, what in ((twice, "twice; the last one counts"), (orphans, "with a parent that is not asked; it bars nothing")):
+    for names, what in (
+        (again, "prompts are in several blocks of rows; the last one counts"),
+        (twice, "propositions twice; the last one counts"),
+        (orphans, "propositions with a parent that is not asked; it bars nothing"),
+    ):
         if names:
-            warnings.warn(f"{path}: {len(names)} propositions {what}: {shown(names)}", stacklevel=2)
+            warnings.warn(f"{path}: {len(names)} {what}: {shown(names)}", stacklevel=2)
     return {item: list(own.values()) for item, own in found.items()}
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, str | None], str]]:
+    """Rows of the questions but the first, which the official scorer skips, and where each is, for messages."""
+    with io.StringIO(read_text(path)) as file:
+        reader = csv.DictReader(file)
+        try:
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(
+                    f"{path} has no column {', '.join(missing)}; DPG-Bench's dpg_bench.csv is expected, {DOWNLOAD}"
+                )
+            next(reader, None)
+            for row in reader:
+                yield row, f"{path} line {reader.line_num}"
+        except csv.Error as error:
+            raise ValueError(f"{path} is no CSV after line {reader.line_num}: {error}; {DOWNLOAD}") from error
 
 
 def _parse(row: dict[str, str | None], where: str) -> tuple[str, Question]:
@@ -120,10 +141,7 @@ def read_answers(path: Path) -> Answers:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file of answers {path}")
-    try:
-        rows = parse_json(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} is no list of answers")
     answers: dict[tuple[str, int, int], str] = {}

@@ -40,7 +40,7 @@ class Options:
         threshold: objects count when their score is above it.
         counting_threshold: the same for prompts of the tag `counting`.
         max_objects: most objects kept of a class.
-        max_overlap: below 1, of two objects of a class whose boxes overlap more (intersection over union) the better stays.
+        max_overlap: below 1, of two objects of a class whose boxes overlap so much (intersection over union) the better stays.
         position_threshold: gap between box centres, in summed box sizes, up to which they do not differ in position.
         crop: 1 shows CLIP the object's box, 0 the whole image.
         bgcolor: what replaces the background of an object before its colour is read; 'original' keeps it.
@@ -126,14 +126,23 @@ def keep_objects(detections: Detections, options: Options, tag: str) -> dict[str
         rows = np.flatnonzero((detections.labels == label) & (detections.scores > np.float32(threshold)))
         rows = rows[np.argsort(-detections.scores[rows], kind="stable")][: options.max_objects]
         if options.max_overlap < 1:
-            boxes, scores = torch.from_numpy(detections.boxes[rows]), torch.from_numpy(detections.scores[rows])
-            rows = rows[nms(boxes, scores, options.max_overlap).numpy()]
+            rows = rows[_without_overlap(detections.boxes[rows], detections.scores[rows], options.max_overlap)]
         if len(rows):
             masks = detections.masks
             kept[name] = [
                 Instance(detections.boxes[k], float(detections.scores[k]), None if masks is None else masks[k]) for k in rows
             ]
     return kept
+
+
+def _without_overlap(boxes: np.ndarray, scores: np.ndarray, max_overlap: float) -> np.ndarray:
+    """Places of the boxes that stay: whatever overlaps a better one by `max_overlap` or more goes.
+
+    As in the original, boxes reach to the end of their last pixel: their sides are longer by 1.
+    """
+    whole = torch.from_numpy(boxes + np.array([0, 0, 1, 1])).double()
+    # torchvision drops what lies above the threshold
+    return nms(whole, torch.from_numpy(scores).double(), math.nextafter(max_overlap, -1)).numpy()
 
 
 def judge(
@@ -178,8 +187,8 @@ def _unmet(
     if color := clause.get("color"):
         found = read_colors(name, group)
         if found.count(color) < count:
-            others = ", ".join(f"{found.count(c)} {c}" for c in COLORS if c in found and c != color)
-            return f"expected {color} {name}>={count}, found {found.count(color)} {color}; and {others}"
+            every = ", ".join(f"{found.count(c)} {c}" for c in COLORS if c in found)
+            return f"expected {color} {name}>={count}, found {found.count(color)} {color}; and {every}"
     if "position" not in clause:
         return None
     expected, target = clause["position"]

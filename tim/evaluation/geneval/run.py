@@ -1,5 +1,6 @@
 """GenEval on a folder of images: detect objects, read their colours, apply the rules with all processes, write the results."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,45 +20,58 @@ from tim.evaluation.geneval.detection import Detector
 from tim.evaluation.geneval.detectors import load_detector
 from tim.evaluation.geneval.rules import COLORS, ORIGINAL, Instance, Options, check_metadata, details, judge, keep_objects
 from tim.evaluation.geneval.summary import summarize, write_results
-from tim.evaluation.inputs import some
+from tim.evaluation.inputs import read_json, some
 from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
-from tim.files import parse_json, read_text
-from tim.images import open_rgb
+from tim.evaluation.samples import check_complete, check_numbers, read_run, refuse_partial
+from tim.images import IMAGE_SUFFIXES, open_rgb
+from tim.listing import list_files, list_folders
 
 METADATA = "metadata.jsonl"
+NUMBER = re.compile("[0-9]+")  # the name of a prompt's folder, and of an image without its suffix
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
-def find_samples(folder: Path) -> dict[str, dict[str, Any]]:
+def find_samples(folder: Path, allow_partial: bool = False) -> dict[str, dict[str, Any]]:
     """Images `{prompt:05d}/samples/*.png`, by their path within the folder, with `{prompt:05d}/metadata.jsonl`, in order.
+
+    Folders and images whose name is no number do not count; they are named in a warning.
 
     Raises:
         FileNotFoundError: when there is no such folder, or metadata.jsonl is missing somewhere.
-        ValueError: when there is no numbered folder, one without samples, or a prompt that cannot be judged.
+        ValueError: when there is no numbered folder, one without samples, a prompt that cannot be judged, or when prompts or
+            images are missing, unless `allow_partial`.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    prompts = sorted(p for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+    folders = list_folders(folder)
+    prompts = [p for p in folders if NUMBER.fullmatch(p.name)]
     if not prompts:
         raise ValueError(f"{folder} holds no folders 00000, 00001, ...; give the one that sample_t2i_geneval_ddp.py has filled")
     missing = [p.name for p in prompts if not (p / METADATA).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: {some(missing)} of {len(prompts)} prompts without {METADATA}; sample them again")
-    files = {p: sorted(f for f in p.glob("samples/*.png") if not f.name.startswith(".")) for p in prompts}
+    images = {p: list_files(p / "samples", IMAGE_SUFFIXES) if (p / "samples").is_dir() else [] for p in prompts}
+    files = {p: [f for f in own if f.suffix == ".png" and NUMBER.fullmatch(f.stem)] for p, own in images.items()}
+    stray = [p.name for p in folders if p not in files]
+    stray += [f.relative_to(folder).as_posix() for p in prompts for f in images[p] if f not in files[p]]
+    if stray:
+        warnings.warn(f"{folder}: {some(stray)} are no numbered prompts or images and do not count", stacklevel=2)
     empty = [p.name for p in prompts if not files[p]]
     if empty:
         raise ValueError(f"{folder}: {some(empty)} of {len(prompts)} prompts without samples/*.png; sample them again")
+    check_numbers(folder, [(int(p.name),) for p in prompts], allow_partial, "prompts")
     most = max(map(len, files.values()))
     short = [p.name for p in prompts if len(files[p]) < most]
     if short:
-        warnings.warn(f"{folder}: {some(short)} of {len(prompts)} prompts with fewer than {most} images", stacklevel=2)
+        refuse_partial(f"{folder}: {some(short)} of {len(prompts)} prompts with fewer than {most} images", allow_partial)
+    check_complete(folder, read_run(folder), sum(map(len, files.values())), allow_partial)
     metadata = {p: _read_metadata(p / METADATA) for p in prompts}
     return {f.relative_to(folder).as_posix(): metadata[p] for p in prompts for f in files[p]}
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        metadata = parse_json(read_text(path))
+        metadata = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not one line of JSON: {error}") from error
     check_metadata(metadata, str(path))
@@ -98,7 +112,7 @@ def _no_colors(name: str, instances: Sequence[Any]) -> list[str]:
 
 
 def evaluate_folder(
-    folder: Path, outfile: Path, model_path: str, options: Options, state: PartialState
+    folder: Path, outfile: Path, model_path: str, options: Options, state: PartialState, allow_partial: bool = False
 ) -> dict[str, Any] | None:
     """Judge all samples of a folder; write the result file and, beside it, scores and provenance as `.json`.
 
@@ -108,6 +122,7 @@ def evaluate_folder(
         folder: see `find_samples`.
         outfile: the result file, a line an image.
         model_path: see `load_detector`.
+        allow_partial: judge what is there of samples that are not complete.
 
     Returns:
         the scores (see `summarize`) on the main process, None on the others.
@@ -118,8 +133,8 @@ def evaluate_folder(
     if outfile.suffix == ".json":
         raise ValueError(f"--outfile {outfile} must end in .jsonl; scores and provenance go to the .json beside it")
     parts = outfile.with_name(f"{outfile.name}.parts")
-    check_continuable(outfile, parts)
-    samples = find_samples(folder)
+    check_continuable([outfile, outfile.with_suffix(".json")], parts)
+    samples = find_samples(folder, allow_partial)
     detector = load_detector(model_path, state.device)
     colors = None
     if any("color" in clause for metadata in samples.values() for clause in metadata.get("include", [])):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tim.files import read_text, write_text
+from tim.files import parse_json, read_text, write_text
 
 FIELDS = ("filename", "tag", "prompt", "correct", "reason", "metadata", "details")
 
@@ -38,10 +38,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            flat = json.loads(line)
-            metadata, details = json.loads(flat["metadata"]), json.loads(flat["details"])
+            flat = parse_json(line)
+            metadata, details = parse_json(flat["metadata"]), parse_json(flat["details"])
+            if not (isinstance(flat["correct"], bool) and isinstance(flat["tag"], str)):
+                raise TypeError("`correct` must be true or false, `tag` a text")
             judgements.append({**{key: flat[key] for key in FIELDS}, "metadata": metadata, "details": details})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} line {number} is no result of GenEval: {error!r}") from error
     if not judgements:
         raise ValueError(f"{path} holds no result")
