@@ -47,15 +47,19 @@ def test_commands_that_need_no_torch_do_not_import_it():
 
 
 HELP = """
-import runpy, sys
+import contextlib, io, runpy, sys
 
 for path in sys.argv[1:]:
     sys.argv = [path, "--help"]
+    said = io.StringIO()
     try:
-        runpy.run_path(path, run_name="__main__")
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
         assert stop.code == 0, path
     assert "torch" not in sys.modules, path
+    print(said.getvalue())
+    assert ("--config " in said.getvalue()) == ("--allow-code" in said.getvalue()), path
 """
 
 

@@ -11,7 +11,7 @@ import pytest
 from accelerate import PartialState
 from helpers.paths import ROOT
 
-from tim.files import claim, lock, replacing, sha256, write_json, write_json_lines
+from tim.files import claim, lock, parse_json, replacing, sha256, write_json, write_json_lines
 from tim.resumable import first_process, locked, own_blocks
 
 
@@ -161,3 +161,10 @@ def test_an_error_of_the_first_process_keeps_its_words(tmp_path):
         first_process(PartialState(), lambda: (_ for _ in ()).throw(PermissionError("read-only")))
     with locked(tmp_path, PartialState()):
         assert first_process(PartialState(), lambda: 3) == 3
+
+
+def test_brackets_by_the_thousand_are_an_error_like_others():
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}
+    for text in ("[" * 100000, "[" * 100000 + "]" * 100000, "{", b"\xff"):
+        with pytest.raises(ValueError):
+            parse_json(text)

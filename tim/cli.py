@@ -66,12 +66,41 @@ def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = 
     """Add --config and its overrides to a parser or group; see `parse_with_overrides`."""
     parser.add_argument("--config", required=True, metavar="FILE", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    add_allow_code(parser)
+
+
+class AllowCode(argparse.Action):
+    """Calls `tim.targets.allow_code`, which costs an import that other command lines do without."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: object = None
+    ) -> None:
+        from tim.targets import allow_code
+
+        try:
+            allow_code(str(values))
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def add_allow_code(parser: argparse._ActionsContainer) -> None:
+    """Add --allow-code, which every command that reads a configuration has."""
+    what = "let the configuration name classes of this module, which runs its code; may be repeated"
+    parser.add_argument("--allow-code", action=AllowCode, default=argparse.SUPPRESS, metavar="MODULE", help=what)
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse a command line whose overrides may stand among the flags, and be written like flags: `--a.b=c`."""
     words = sys.argv[1:] if argv is None else argv
     return parser.parse_intermixed_args([re.sub(r"^--(?=\w+(\.\w+)+=)", "", word) for word in words])
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """ValueError for the first of these numbers among arguments that is below its least value; None passes."""
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {minimum}, got {value}")
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -120,8 +120,8 @@ def read_json_lines(path: Path) -> list[Any]:
     records = []
     # Not splitlines(): JSON may hold other separators of lines, such as U+2028, as they are.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+        with suppress(ValueError):
+            records.append(parse_json(line))
     return records
 
 
@@ -187,7 +187,7 @@ def claim(
     folder = folder or record.parent
     if record.is_file():
         try:
-            before = json.loads(record.read_text(encoding="utf-8"))
+            before = parse_json(record.read_bytes())
             before = before if key is None else before[key]
             changed = next((k for k in identity if before.get(k) != identity[k]), None)
         except (ValueError, KeyError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """Weights files: formats, wrappers, and everything that must be refused."""
 
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -45,6 +46,63 @@ def test_bad_files_are_named_and_never_run(tmp_path, tiny_c2i, content, suffix, 
     with pytest.raises(ValueError, match=f"weights{suffix}"):
         read_state_dict(path)
     assert "unpickled" not in capsys.readouterr().out
+
+
+def test_code_is_named_and_nobody_is_told_to_run_it(tmp_path):
+    torch.save({"a": Bomb()}, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"w\.pt holds more than tensors and is not loaded: (?i:unsupported) \w+:? .*print"
+    ) as error:
+        read_state_dict(tmp_path / "w.pt")
+    assert "weights_only" not in str(error.value)
+
+
+def in_itself():
+    state = {"a": torch.zeros(2)}
+    state["model"] = {"module": state}
+    return state
+
+
+@pytest.mark.parametrize(
+    "content,match",
+    [
+        (in_itself(), "holds no state dict of tensors"),
+        ({1: torch.zeros(2)}, "holds no state dict of tensors"),
+        ({"a": torch.zeros(1).expand(10**15)}, r"a, \(1000000000000000,\) of torch\.float32, is not stored in full"),
+        ({"a": torch.empty(10**15, device="meta")}, "is not stored in full"),
+        ({"a": torch.eye(3).to_sparse()}, "is not stored in full"),
+    ],
+    ids=["in itself", "number for a key", "expanded", "meta", "sparse"],
+)
+def test_what_claims_to_be_weights(tmp_path, content, match):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"w\.pt.*{match}"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+def test_a_header_of_petabytes_and_a_bomb(tmp_path):
+    header = b'{"a": {"dtype": "F32", "shape": [250000000000000], "data_offsets": [0, 1000000000000000]}}'
+    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0000")
+    (tmp_path / "v.safetensors").write_bytes((2**60).to_bytes(8, "little") + header)
+    for name in ("v", "w"):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors is damaged"):
+            read_state_dict(tmp_path / f"{name}.safetensors")
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+    with pytest.raises(ValueError, match=r"w\.pt is damaged .*members claim to be larger than the file"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+def test_whole_numbers_are_no_weights(tiny_c2i):
+    state = tiny_c2i.state_dict()
+    state["final_layer.linear.bias"] = state["final_layer.linear.bias"].long()
+    with pytest.raises(ValueError, match=r"1 are no floating point numbers, first: final_layer\.linear\.bias: torch\.int64"):
+        load_strict(tiny_c2i, state, "weights.pt")
 
 
 def test_a_missing_file(tmp_path):

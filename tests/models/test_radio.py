@@ -37,6 +37,36 @@ def test_bad_files_are_refused(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        ({"model": "hf-hub:somebody/vit"}, "is no vision transformer"),
+        ({"model": "resnet18"}, "is no vision transformer"),
+        ({"model_kwargs": {"checkpoint_path": "other.pth"}}, r"checkpoint_path.* is no vision transformer"),
+        ({"model_kwargs": {"num_heads": [3]}}, r"num_heads.* is no vision transformer"),
+        ({"model_kwargs": {"num_heads": 5}}, ""),
+        ({"model_kwargs": 3}, ""),
+        ({"model": None}, ""),
+    ],
+)
+def test_arguments_open_nothing_else(tmp_path, change, match):
+    checkpoint = torch.load(CHECKPOINT, weights_only=False)
+    vars(checkpoint["args"]).update(change)
+    torch.save(checkpoint, tmp_path / "radio.pth")
+    with pytest.raises(ValueError, match=rf"radio\.pth is not a RADIO checkpoint: .*{match}"):
+        Radio.from_checkpoint(tmp_path / "radio.pth")
+
+
+def test_claimed_sizes_are_those_of_the_tensors(tmp_path):
+    """A name of billions of parameters builds no more than the file holds."""
+    checkpoint = torch.load(CHECKPOINT, weights_only=False)
+    vars(checkpoint["args"]).update(
+        model="vit_base_patch16_224", model_kwargs={"depth": 10**6, "embed_dim": 10**5, "num_heads": 3}
+    )
+    torch.save(checkpoint, tmp_path / "radio.pth")
+    assert len(Radio.from_checkpoint(tmp_path / "radio.pth").blocks) == 2
+
+
 def test_odd_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         Radio.from_checkpoint(CHECKPOINT)(torch.zeros(1, 3, 30, 32))

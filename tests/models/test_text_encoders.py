@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from tim.config import Model, Target
+from tim.evaluation.pretrained import load_pretrained
 from tim.models.text_encoders import CaptionCache, TextEncoder, build_text_encoder
 
 CAPTIONS = [
@@ -320,6 +321,19 @@ def test_what_does_not_load_is_refused(gemma_folder, tmp_path):
     for file in gemma_folder.glob("token*"):
         file.unlink()
     refuse(gemma_folder, "tokenizer")
+
+
+def test_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
+    """transformers would ask whether to run it, and take whatever is on standard input for the answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="custom code"):
+        TextEncoder(str(tmp_path))
+    with pytest.raises(ValueError, match="custom code"):
+        load_pretrained(str(tmp_path), lambda config: config, "no", torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_identity_follows_all_that_determines_features(originals, gemma_folder):

@@ -179,6 +179,8 @@ def test_process_count_and_accumulation_do_not_change_the_losses(pairs, tmp_path
         ("{reshard_after_forwards: true}", "fsdp_config.reshard_after_forwards; did you mean 'reshard_after_forward'"),
         ("{fsdp_version: 1}", "fsdp_version=1 is not supported"),
         ("{sharding_strategy: HYBRID}", "sharding_strategy='HYBRID' is not one of FULL_SHARD, SHARD_GRAD_OP"),
+        ("{sharding_strategy: [FULL_SHARD]}", "sharding_strategy=\\['FULL_SHARD'\\] is not one of"),
+        ("{transformer_cls_names_to_wrap: 7}", "must be a list of class names, got 7"),
         ("{reshard_after_forward: 2}", "reshard_after_forward must be true or false"),
         ("{mixed_precision_policy: bf16}", r"training\.mixed_precision says"),
         ("{cpu_offload: true}", "cpu_offload"),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tim.checkpoint.formats import put_into
 from tim.checkpoint.store import is_checkpoint, list_checkpoints
-from tim.models.loading import check_state, read_state_dict
+from tim.models.loading import check_state, read_pickled, read_state_dict
+from tim.typed_yaml import first_line
 
 NAME = re.compile(r"checkpoint-(\d+)")
 FILES = (("model.safetensors", "model_1.safetensors"), ("pytorch_model.bin", "pytorch_model_1.bin"))
@@ -99,14 +100,14 @@ def read_moments(path: Path, network: nn.Module, optimizer: torch.optim.Optimize
     """
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW among them
         raise ValueError(f"it has the moments of AdamW, and training.optimizer is {type(optimizer).__name__}")
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_pickled(path)
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         states = {number: dict(saved["state"][number]) for number in numbers if number in saved["state"]}
-    except FileNotFoundError:
-        raise ValueError(f"{path.name} is missing") from None
-    except Exception as error:  # pickle's refusals share no base class
-        raise ValueError(f"{path.name} is no AdamW state: {str(error).splitlines()[0]}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path.name} is no AdamW state: {first_line(error)}") from error
     parameters, names = dict(network.named_parameters()), published_names(network)
     if len(numbers) != len(names):
         names = [name for name in names if parameters[name].requires_grad]

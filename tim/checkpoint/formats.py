@@ -18,10 +18,10 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from tim.checkpoint.sharded import SHARDED, load, read_metadata
 from tim.distributed import is_sharded as is_fsdp
-from tim.models.loading import check_state, left_out, read_state_dict
+from tim.models.loading import check_state, left_out, read_pickled, read_state_dict
 
-SHARDED = ".metadata"  # the file by which a sharded checkpoint is known
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said to a single process, which means to be alone
 
 
@@ -108,10 +108,10 @@ def read_into(
         own = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
         parts = {name: {key: value for key, value in own[name].items() if key in part} for name, part in parts.items()}
         parts["optimizer"] = _stored_moments(path, dcp_state.get_optimizer_state_dict(network, optimizer))
-        dcp.load(parts, checkpoint_id=path, process_group=group)
+        load(parts, path, group)
     else:
-        parts["optimizer"] = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-        if "param_groups" not in parts["optimizer"]:
+        parts["optimizer"] = read_pickled(path / "optimizer.pt", mmap=True)
+        if not isinstance(parts["optimizer"], dict) or "param_groups" not in parts["optimizer"]:
             raise ValueError(
                 f"{path / 'optimizer.pt'} is of an older layout; start a new project from its weights: model.ckpt={path}"
             )
@@ -163,7 +163,7 @@ def read_weights(path: Path, name: str, shapes_only: bool = False) -> dict[str, 
         if key.startswith(f"{name}.") and isinstance(entry, TensorStorageMetadata)
     }
     if not shapes_only:
-        dcp.load(state, checkpoint_id=path)
+        load(state, path)
     return {key.removeprefix(f"{name}."): value for key, value in state.items()}
 
 
@@ -181,7 +181,7 @@ def is_sharded(path: Path) -> bool:
 
 def _entries(path: Path) -> dict[str, Any]:
     """What a sharded checkpoint holds, by name."""
-    return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return read_metadata(path).state_dict_metadata
 
 
 def _stored_moments(path: Path, optimizer_state: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What is in a weights file, a checkpoint or a training project."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from tim.checkpoint.formats import has_weights, is_sharded, read_weights
 from tim.checkpoint.store import find_corruption, is_checkpoint, list_checkpoints
 from tim.checkpoint.weights import empty_network
 from tim.config import load_config
+from tim.files import parse_json
 from tim.models.loading import check_state, read_state_dict
 
 
@@ -66,8 +66,8 @@ def _describe_file(path: Path, configs: Sequence[Path]) -> tuple[list[str], bool
 def _describe_files(folder: Path, problem: str | None) -> list[str]:
     """A checkpoint's step, state and files."""
     try:
-        step = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
+        step = parse_json((folder / "state.json").read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
         step = "unknown"
     kind = "sharded" if is_sharded(folder) else "full"
     lines = [f"{folder.name}: step {step}, {kind}, " + ("valid" if problem is None else f"DAMAGED: {problem}")]

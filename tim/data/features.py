@@ -3,7 +3,6 @@
 features.json in features_dir says what they depend on; `tim.preparation.feature_cache` writes both.
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from tim.data import latents
 from tim.data.c2i import Images, Latents
 from tim.data.folders import Folder, find_beside
 from tim.data.replacement import LabelledSamples
-from tim.files import claim, read_text, sha256, write_tensors
+from tim.files import claim, parse_json, read_text, sha256, write_tensors
 
 RECORD = "features.json"
 
@@ -63,7 +62,7 @@ class CachedFeatures:
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)
-        record = json.loads(read_text(root / RECORD))
+        record = parse_json(read_text(root / RECORD))
         if record.get("antialias", True) != model.enc_antialias:  # files from before there was a choice say nothing
             raise ValueError(
                 f"{root} holds features made with model.enc_antialias={not model.enc_antialias}; set it so, or make them anew"

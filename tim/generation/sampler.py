@@ -22,7 +22,7 @@ from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import guided_steps, sample
 from tim.schedulers.transports import Transport
-from tim.typed_yaml import constructor_keywords
+from tim.targets import constructor_keywords
 
 PUBLISHED = {  # weights, and the config that they belong to
     "c2i_model_256": "configs/c2i/tim_xl_p2_256.yaml",

@@ -68,7 +68,7 @@ class TextEncoder:
         self.name, self.dtype, self.device = text_encoder_dir, dtype, torch.device(device)
         try:
             self._options = options = hub_options(text_encoder_dir)
-            config = AutoConfig.from_pretrained(text_encoder_dir, **options)
+            config = AutoConfig.from_pretrained(text_encoder_dir, trust_remote_code=False, **options)
             config = config if hasattr(config, "hidden_size") else config.get_text_config()
             self.width, positions = config.hidden_size, getattr(config, "max_position_embeddings", None)
             self.folder = Path(cached_file(text_encoder_dir, "config.json", **options)).parent
@@ -265,6 +265,7 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype, **options: bool) -> Pr
     Raises:
         ValueError: when the checkpoint lacks weights of that part, or the part does not encode text.
     """
+    options |= {"trust_remote_code": False}  # None would ask, and a pipe say yes
     config = AutoConfig.from_pretrained(text_encoder_dir, **options)
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5 without its decoder, BERT and its kin
         kind, part = AutoModelForTextEncoding, None
@@ -294,7 +295,7 @@ def load_tokenizer(text_encoder_dir: str, folder: Path, **options: bool) -> PreT
         ValueError: when there is none; transformers 5 would make up an empty one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir, **options)
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir, trust_remote_code=False, **options)
     except Exception as error:  # see TextEncoder.from_pretrained
         raise ValueError(f"its tokenizer does not load: {error}") from error
     vocabularies = tokenizer.vocab_files_names.values()

@@ -1,5 +1,7 @@
 """The trunk that the class-conditional and the text-to-image network share (arXiv 2509.04394, section 3.3)."""
 
+from typing import Annotated
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tim.models.blocks import Block, FinalLayer
 from tim.models.embeddings import PatchEmbed, TimestepEmbedder
 from tim.models.rope import ROPE_GRIDS, grid_positions, rope_table
+from tim.typed_yaml import NotNegative, PositiveFloat, PositiveInt
 
 NEW_CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
@@ -37,22 +40,22 @@ class TransitionTransformer(nn.Module):
 
     def __init__(
         self,
-        input_size: int = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        encoder_depth: int = 8,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        z_dim: int = 768,
-        projector_dim: int = 2048,
+        input_size: Annotated[int, "> 0", "<= 8192"] = 32,
+        patch_size: PositiveInt = 2,
+        in_channels: PositiveInt = 4,
+        hidden_size: PositiveInt = 1152,
+        encoder_depth: NotNegative = 8,
+        depth: Annotated[int, "> 0", "<= 1000"] = 28,
+        num_heads: PositiveInt = 16,
+        mlp_ratio: PositiveFloat = 4.0,
+        z_dim: PositiveInt = 768,
+        projector_dim: PositiveInt = 2048,
         use_checkpoint: bool = False,
         new_condition: str = "t-r",
         use_new_embed: bool = False,
         qk_norm: bool = False,
         distance_aware: bool = False,
-        lora_hidden_size: int | None = None,
+        lora_hidden_size: PositiveInt | None = None,
         rope_grid: str = "legacy",
     ) -> None:
         super().__init__()

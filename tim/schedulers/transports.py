@@ -24,6 +24,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tim.typed_yaml import PositiveFloat, PositiveInt
+
 
 class PathCoefficients(NamedTuple):
     """x_t = alpha x + sigma z and the time derivatives of both coefficients."""
@@ -246,7 +248,7 @@ class OT_FM(Transport):
     """Flow matching along straight paths: x_t = (1-t) x + t z, F* = z - x."""
 
     P_mean: float = 0.0
-    P_std: float = 1.0
+    P_std: PositiveFloat = 1.0
     T_max: float = 1.0
     T_min: float = 0.0
 
@@ -287,7 +289,7 @@ class TrigFlow(Transport):
     """x_t = cos(t) x + sin(t) z, F* = cos(t) z - sin(t) x: TrigFlow (arXiv 2410.11081) with noise of unit variance."""
 
     P_mean: float = -1.0
-    P_std: float = 1.6
+    P_std: PositiveFloat = 1.6
     sigma_d: float = 0.5
     T_max: float = 1.57  # short of pi / 2, where tan diverges
     T_min: float = 0.0
@@ -323,7 +325,7 @@ class EDM(Transport):
     """
 
     P_mean: float = -1.2
-    P_std: float = 1.2
+    P_std: PositiveFloat = 1.2
     sigma_d: float = 0.5
     T_max: float = 80.0
     T_min: float = 0.01
@@ -383,10 +385,10 @@ class VP_SDE(Transport):
     The noise schedule is that of EDM's Tab. 1. T_min is epsilon_t > 0, since b'(t) diverges at 0.
     """
 
-    beta_min: float = 0.1
-    beta_d: float = 19.9
-    epsilon_t: float = 1e-5
-    T: int = 1000
+    beta_min: PositiveFloat = 0.1
+    beta_d: PositiveFloat = 19.9
+    epsilon_t: PositiveFloat = 1e-5
+    T: PositiveInt = 1000
     T_max: float = field(default=1.0, init=False)
     T_min: float = field(init=False)
 
@@ -429,8 +431,8 @@ class VP_SDE(Transport):
 class VE_SDE(Transport):
     """Variance exploding: x_t = x + t z, the network predicts -z; the noise levels are those of EDM's Tab. 1."""
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100.0
     T_max: float = field(init=False)
     T_min: float = field(init=False)
 

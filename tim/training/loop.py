@@ -265,7 +265,8 @@ def closing_line(run: Run) -> str:
     """Where everything is after training, and what to run next."""
     folder, t = run.project_dir, run.config.training
     previews = f"previews in {folder / 'samples'}, " if t.sample_steps else ""
-    paths = shlex.join(["--config", str(folder / "config.yaml"), "--ckpt", str(folder)])
+    own = [word for module in run.config.own_modules() for word in ("--allow-code", module)]
+    paths = shlex.join(["--config", str(folder / "config.yaml"), "--ckpt", str(folder), *own])
     return (
         f"finished {t.max_train_steps} steps: curves in {folder / 'curves.png'}, {previews}checkpoints in "
         f"{folder / 'checkpoints'}; draw with: python {run.task.draw_with} {paths}"
