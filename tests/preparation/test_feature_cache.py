@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.commands import command
+from helpers.commands import command, small_disk
 from helpers.companions import save_tiny_kl
 from helpers.paths import GOLDENS, ROOT
 from PIL import Image
@@ -156,6 +156,18 @@ def test_only_missing_and_damaged_files_are_made_again(source, half, tmp_path):
         assert "6 images in" in done.stdout and ", 3 to encode" in done.stdout
         assert (files_of(folder) == want) is not dry
     assert (folder / "c0/2.safetensors").stat().st_mtime_ns == intact
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, half, tmp_path):
+    with small_disk(3000):
+        done = cache(source, tmp_path / "features", "--batch-size", 4, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path}/features/c0/0.safetensors cannot be written" in done.stderr
+    assert set(files_of(tmp_path / "features")) == {"features.json"}
+    cache(source, tmp_path / "features", "--batch-size", 4)
+    assert files_of(tmp_path / "features") == files_of(half)
+    (tmp_path / "file").touch()
+    assert f"error: {tmp_path}/file: File exists" in cache(source, tmp_path / "file", check=False).stderr
 
 
 @pytest.mark.slow

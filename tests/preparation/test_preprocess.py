@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 import yaml
-from helpers.commands import command, start_and_kill
+from helpers.commands import command, small_disk, start_and_kill
 from helpers.companions import save_tiny_dc, save_tiny_kl
 from helpers.paths import GOLDENS, ROOT
 from PIL import Image
@@ -22,6 +22,7 @@ from tim.models.autoencoders import Autoencoder
 from tim.preparation.settings import Native, Square, from_published
 from tim.typed_yaml import ConfigError, build_typed, read_tree
 
+SETTINGS = (".lock", "config.yaml", "preprocess.json")
 SQUARE, NATIVE = "projects/preprocess/image_latent_c2i.py", "projects/preprocess/image_nr_latent_c2i.py"
 
 
@@ -137,6 +138,28 @@ def test_a_killed_run_is_continued(source, tmp_path):
     assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, whole, tmp_path):
+    words = [SQUARE, "--config", config(source, tmp_path, image_size=32), "--project_dir", tmp_path / "run"]
+    with small_disk(600):
+        done = command(*words, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path}/run/latents/n00/0.safetensors cannot be written" in done.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name not in SETTINGS]
+    command(*words)
+    assert files_of(tmp_path / "run") == files_of(whole)
+
+
+def test_what_is_left_of_a_latent_whose_image_is_gone_spoils_nothing(source, tmp_path):
+    shutil.copytree(source / "train", tmp_path / "train")
+    words = [SQUARE, "--config", config(source, tmp_path, image_size=32, image_dir=str(tmp_path / "train"))]
+    command(*words, "--project_dir", tmp_path / "run")
+    (tmp_path / "run/latents/n00/0.safetensors").write_bytes(b"")
+    (tmp_path / "train/n00/0.JPEG").write_bytes(b"no image")
+    done = command(*words, "--project_dir", tmp_path / "run")
+    assert "0 latents made now, 11 of 12 are there" in done.stdout
+    assert json.loads((tmp_path / "run" / "statistics.json").read_text())["files"] == 11
+
+
 def test_native_sizes(source, tmp_path):
     """Floored to multiples of 16 below the area of 48x48 pixels, scaled to it above; too small images are named."""
     (tmp_path / "train" / "a").mkdir(parents=True)
@@ -196,6 +219,9 @@ def test_mistakes_are_refused(source, whole, tmp_path):
         ([f"latent_dir={whole}/latents", "seed=1"], "latents of another run"),
         ([f"latent_dir={whole}/latents", f"image_dir={tmp_path}/renamed"], "latents of another run (classes_sha256"),
         ([f"latent_dir={tmp_path}/foreign"], "latents of an unknown run"),
+        ([f"latent_dir={path}"], f"error: {path}: File exists"),
+        ([f"latent_dir={path}/a"], f"error: {path}/a: Not a directory"),
+        ([f"latent_dir={tmp_path}/{'n' * 256}"], "File name too long"),
     ]
     for overrides, message in cases:
         done = command(SQUARE, "--config", path, "--project_dir", tmp_path / "run", *overrides, check=False)
