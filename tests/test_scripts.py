@@ -264,3 +264,14 @@ def test_a_launcher_without_pytorch_says_what_to_run(tmp_path):
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: python3 has no PyTorch; run 'bash scripts/setup_venv.sh'")
+
+
+def test_a_training_script_becomes_the_trainer(tmp_path):
+    """Whoever signals or kills the script reaches it, and leaves no orphan at work."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/usr/bin/env bash\necho $$\n")
+    fake.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(fake), "GPUS": "1"}
+    for script in ("scripts/train/c2i/train_tim_c2i_b.sh", "scripts/preprocess/preprocess_imagenet_256.sh"):
+        with subprocess.Popen(["bash", ROOT / script], env=env, stdout=subprocess.PIPE, text=True) as started:
+            assert int(started.stdout.read()) == started.pid

@@ -3,12 +3,13 @@
 import contextlib
 import io
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers.paths import ROOT
@@ -66,6 +67,17 @@ def run_inside(words: list[str], folder: Path = ROOT) -> subprocess.CompletedPro
         os.chdir(before)
         reset_accelerate()
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def small_disk(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def reset_accelerate() -> None:

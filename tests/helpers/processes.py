@@ -13,8 +13,11 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tim.training.loop", "tim.models.c2i.tim_model", "tim.models.t2i.tim_model", "matplotlib.figure"]
-)
+    [
+        "tim.training.loop", "tim.models.c2i.tim_model", "tim.models.t2i.tim_model", "matplotlib.figure",
+        "tim.generation.engine", "pytest",
+    ]
+)  # fmt: skip
 
 
 def run(function, *args, ranks: int = 1, log: Path, timeout: float = 180) -> list[int]:
