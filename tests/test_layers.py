@@ -32,6 +32,7 @@ LAYERS = (
     ("evaluation",),
     ("demo",),
     ("benchmarks",),
+    ("compat",),
 )
 FLOOR = {room: k for k, rooms in enumerate(LAYERS) for room in rooms}
 

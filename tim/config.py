@@ -1,6 +1,7 @@
 """The schema of the training configurations: what each key means, which values it takes, and how keys depend on one another."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from inspect import signature
@@ -24,6 +25,7 @@ class Model:
     transition_loss: keywords of the objective, and optionally `target`, the import path of its class.
     text_padding: `mask` hides padding from the image, `batch` shows it as the published code did.
     text_cache: keep the features of repeated captions in `memory` or in a folder (its path).
+    enc_antialias: resize the encoder's image with antialiasing; without is published.
     ckpt: weights to start from: a file, a checkpoint folder or a project folder. ckpt_allow_missing: patterns (`projector.*`)
     of keys that it may lack.
     """
@@ -39,12 +41,25 @@ class Model:
     text_padding: Literal["mask", "batch"] = "mask"
     text_cache: str | None = None
     enc_dir: str | None = None
+    enc_antialias: bool = False
     proj_coeff: Annotated[float, ">= 0"] = 1.0
     use_dir_loss: bool = True
     use_ema: bool = True
     ema_decay: Fraction = 0.9999
     ckpt: str | None = None
     ckpt_allow_missing: list[str] = field(default_factory=list)
+
+    @property
+    def encoder_file(self) -> str | None:
+        """`enc_dir`; when it is missing the same name under radio/ or one folder up: published files and downloads differ."""
+        if self.enc_dir is None or Path(self.enc_dir).is_file():
+            return self.enc_dir
+        folder, name = Path(self.enc_dir).parent, Path(self.enc_dir).name
+        other = folder.parent / name if folder.name == "radio" else folder / "radio" / name
+        if not other.is_file():
+            return self.enc_dir
+        warnings.warn(f"model.enc_dir={self.enc_dir} is not there; taking {other}", stacklevel=2)
+        return str(other)
 
     @property
     def objective(self) -> Target:
@@ -107,6 +122,7 @@ class Data:
 class Training:
     """The optimisation and its bookkeeping.
 
+    tracker: one of accelerate's, or none. tracker_kwargs: of its constructor, or such by the names of trackers.
     fsdp_config: shard over the processes (FSDP2); keywords of accelerate's FullyShardedDataParallelPlugin, `{}` for its
     defaults. compile: torch.compile the blocks.
     checkpoint_format: `full` (weights in safetensors files, gathered) or `sharded` (every process writes its part).
@@ -115,7 +131,7 @@ class Training:
     """
 
     max_train_steps: PositiveInt
-    tracker: Literal[None, "none", "tensorboard", "wandb"] = None
+    tracker: str | None = None
     tracker_project_name: str = "tim"
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpointing_steps: PositiveInt = 5000
@@ -193,6 +209,11 @@ def parse_config(tree: Any) -> Config:
         from accelerate import FullyShardedDataParallelPlugin
 
         check_keywords(FullyShardedDataParallelPlugin, t.fsdp_config, "training.fsdp_config")
+    if t.tracker not in (None, "none"):
+        from accelerate.utils import LoggerType
+
+        if t.tracker not in LoggerType.list():
+            raise ConfigError(f"training.tracker={t.tracker!r} is not one of none, {', '.join(LoggerType.list())}")
     if (config.data.data_type is None) == (d.target is None):
         raise ConfigError("data.data_type is missing" if d.target is None else "data.dataset.target replaces data.data_type")
     if d.target is not None:

@@ -5,9 +5,10 @@ import zipfile
 
 import pytest
 import torch
+from helpers.networks import randomize
 from safetensors.torch import save_file
 
-from tim.models.loading import load_strict, read_state_dict
+from tim.models.loading import load_strict, match_keys, read_state_dict
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"ema": s, "step": 3}, lambda s: {"state_dict": {"model": s}}])
@@ -118,3 +119,43 @@ def test_another_network_is_reported_key_by_key(tiny_c2i):
         load_strict(tiny_c2i, state, "weights.pt")
     for part in ("weights.pt", "final_layer.linear.bias", "extra.weight", "x_embedder.proj.bias: file (7,), network (48,)"):
         assert part in str(error.value)
+
+
+PREFIXED = {
+    "DDP of compiled": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "compiled of DDP": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+    "compiled blocks": lambda s: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()},
+    "AveragedModel": lambda s: {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in s.items()}},
+    "trainer": lambda s: {f"model.{k}": v for k, v in s.items()},
+    "average in a trainer": lambda s: {f"ema.module.{k}": v for k, v in s.items()} | {"ema.n_averaged": torch.tensor(7)},
+}
+
+
+@pytest.mark.parametrize("kind", PREFIXED)
+def test_prefixes_of_wrappers_are_stripped(kind, tmp_path, tiny_c2i):
+    want = {k: v.clone() for k, v in tiny_c2i.state_dict().items()}
+    torch.save(PREFIXED[kind](want), tmp_path / "w.pt")
+    load_strict(randomize(tiny_c2i, seed=1), read_state_dict(tmp_path / "w.pt"), "w.pt")
+    assert all(torch.equal(v, want[k]) for k, v in tiny_c2i.state_dict().items())
+
+
+def test_both_weights_side_by_side(tmp_path, tiny_c2i):
+    """The average is taken, the trained weights when asked for."""
+    want = tiny_c2i.state_dict()
+    torch.save({f"ema.{k}": v for k, v in want.items()} | {f"model.{k}": v + 1 for k, v in want.items()}, tmp_path / "w.pt")
+    for raw in (False, True):
+        state = match_keys(want, read_state_dict(tmp_path / "w.pt", raw))
+        assert all(torch.equal(state[k], v + raw) for k, v in want.items())
+
+
+def test_prefixes_stay_where_they_are_the_networks_own_or_explain_nothing(tiny_c2i):
+    own = torch.nn.ModuleDict({"model": torch.nn.Linear(2, 2)})
+    state = {k: v + 1 for k, v in own.state_dict().items()}
+    load_strict(own, state, "own.pt")
+    assert torch.equal(own["model"].weight, state["model.weight"])
+    strange = {f"model.{k}": v for k, v in tiny_c2i.state_dict().items()} | {"model.extra": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"unknown keys in the file, first: model\.x_embedder"):
+        load_strict(tiny_c2i, strange, "w.pt")
+    twice = tiny_c2i.state_dict() | {"module.x_embedder.proj.bias": torch.zeros(48)}
+    with pytest.raises(ValueError, match=r"first: module\.x_embedder\.proj\.bias"):
+        load_strict(tiny_c2i, twice, "w.pt")

@@ -70,3 +70,13 @@ def test_claimed_sizes_are_those_of_the_tensors(tmp_path):
 def test_odd_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         Radio.from_checkpoint(CHECKPOINT)(torch.zeros(1, 3, 30, 32))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_the_image_is_resized_to_a_patch_for_each_token(antialias):
+    """As the published code does by default, without antialiasing, which shows where the image is larger."""
+    radio, images = Radio.from_checkpoint(CHECKPOINT), torch.rand(2, 3, 96, 128) * 2 - 1
+    resized = torch.nn.functional.interpolate((images + 1) / 2, (48, 64), mode="bicubic", antialias=antialias)
+    features = radio.tokens(images, (3, 4), antialias)
+    assert features.shape == (2, 12, 192) and torch.equal(features, radio(resized.clamp(0, 1)))
+    assert torch.equal(features, radio.tokens(images, (3, 4))) is not antialias

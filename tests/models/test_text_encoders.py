@@ -25,8 +25,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tim.config import Model, Target
 from tim.evaluation.pretrained import load_pretrained
-from tim.models.text_encoders import CaptionCache, TextEncoder
+from tim.models.text_encoders import CaptionCache, TextEncoder, build_text_encoder
 
 CAPTIONS = [
     "a red circle",
@@ -459,3 +460,24 @@ def test_batch_padding_is_not_cached(originals):
     encoder = TextEncoder(str(originals["gemma"][0]), padding="batch")
     with pytest.raises(ValueError, match=r"text_padding=batch .*text_cache=null"):
         CaptionCache(encoder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_captions_need_no_model(originals, encoders, tmp_path, kind, monkeypatch):
+    """The folder of the features is made with the first of them, and the model loaded for the first that it lacks."""
+    model = Model(
+        Target(""),
+        {},
+        Target(""),
+        text_encoder_dir=str(originals[kind][0]),
+        text_cache=str(tmp_path / "cache"),
+        max_seq_length=12,
+    )
+    cache = build_text_encoder(model, torch.float32, "cpu")
+    assert not (tmp_path / "cache").exists() and cache.width == encoders[kind].width
+    want, _ = cache(["a dog", ""])
+    monkeypatch.setattr("tim.models.text_encoders.load_model", lambda *_, **__: pytest.fail("the model is loaded"))
+    again = build_text_encoder(model, torch.float32, "cpu")
+    assert torch.equal(again(["a dog", ""])[0], want) and again.identity == cache.identity
+    monkeypatch.undo()
+    assert again(["a cat"])[0].shape[2] == again.width

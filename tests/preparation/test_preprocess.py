@@ -19,8 +19,8 @@ from tim.config import load_config
 from tim.data.latents import find_corruption
 from tim.images import center_crop, open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
-from tim.preparation.settings import Native, Square
-from tim.typed_yaml import build_typed, read_tree
+from tim.preparation.settings import Native, Square, from_published
+from tim.typed_yaml import ConfigError, build_typed, read_tree
 
 SETTINGS = (".lock", "config.yaml", "preprocess.json")
 SQUARE, NATIVE = "projects/preprocess/image_latent_c2i.py", "projects/preprocess/image_nr_latent_c2i.py"
@@ -321,3 +321,28 @@ def test_launchers_start_their_configs(tmp_path):
     settings = build_typed(Square, read_tree(ROOT / "configs/preprocess/imagenet_512_dc_ae.yaml"))
     assert (settings.latent_dir, settings.vae_dir) == (training.data.dataset.latent_dir, training.model.vae_dir)
     assert settings.image_size == training.data.dataset.image_size
+
+
+def test_the_published_form_of_file_and_command(source, tmp_path):
+    """model.vae, data.dataset.{data_dir, target_dir, resolution} and --seed; the same latents as by our own keys."""
+    published = {
+        "model": {"vae": str(source / "kl")},
+        "data": {
+            "dataset": {"data_dir": str(source / "train"), "target_dir": f"{tmp_path}/latents", "resolution": 32, "flip": True},
+            "dataloader": {"num_workers": 0, "batch_size": 4},
+        },
+    }
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump(published))
+    words = ["--project_dir", tmp_path, "--seed", 3]
+    with pytest.warns(UserWarning, match="flip has no effect in preprocessing"):
+        command(SQUARE, "--config", tmp_path / "published.yaml", *words)
+    command(SQUARE, "--config", config(source, tmp_path, image_size=32, seed=3), "--project_dir", tmp_path / "own")
+    latents = {path: data for path, data in files_of(tmp_path).items() if path.endswith(".safetensors")}
+    assert len(latents) == 12 and latents.items() <= files_of(tmp_path / "own").items()
+    with pytest.warns(UserWarning, match="flip has no effect"):
+        refused = command(SQUARE, "--config", tmp_path / "published.yaml", *words[:2], "--seed", -1, check=False)
+        native = build_typed(Native, from_published(published, Native) | {"min_size": 8})
+    assert refused.returncode == 2 and "seed must be >= 0" in refused.stderr
+    with pytest.raises(ConfigError, match="must be mappings, got 3"):
+        from_published({"model": 3, "data": None}, Square)
+    assert (native.max_size, native.latent_dir) == (32, f"{tmp_path}/latents")

@@ -121,11 +121,6 @@ def test_schedules_and_resume_continue_the_learning_rate(tmp_path, scheduler):
     assert losses(tmp_path / "part") == losses(tmp_path / "whole")[3:]
 
 
-def test_trackers_write(tmp_path):
-    in_process(tmp_path, ["training.max_train_steps=2", "training.tracker=tensorboard", "data.dataloader.batch_size=4"])
-    assert list(tmp_path.rglob("events.out.tfevents*"))
-
-
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_latents_repa_and_mixed_precision(tmp_path, precision):
     """Preprocessed latents, the image beside them and RADIO features train together, in bfloat16 too."""
@@ -157,6 +152,16 @@ def test_latents_repa_and_mixed_precision(tmp_path, precision):
     assert 0.9 < projection[0] < 1.1 and projection[-1] < projection[0] - 0.05
     in_process(tmp_path / "null", [*options, "model.enc_dir=null"])
     assert losses(tmp_path / "null", "proj_loss") == [0.0] * 12
+
+
+def test_stored_latents_without_previews_need_no_autoencoder(tmp_path):
+    (tmp_path / "latents" / "c").mkdir(parents=True)
+    tensors = {"latent": torch.randn(2, 1, 8, 8), "label": torch.tensor(0)}
+    save_file(tensors, tmp_path / "latents" / "c" / "0.safetensors")
+    options = ["data.data_type=latent", f"data.dataset.latent_dir={tmp_path}/latents", "model.vae_dir=absent/vae"]
+    in_process(tmp_path / "run", options, dry_run=True)
+    with pytest.raises(ValueError, match="vae_dir='absent/vae'"):
+        in_process(tmp_path / "run", [*options, "training.sample_steps=1"], dry_run=True)
 
 
 def test_a_label_beyond_the_classes_is_named(tmp_path):
@@ -214,12 +219,6 @@ def test_every_transport_trains_on_transitions(tmp_path, kind, derivative):
     assert len(losses(tmp_path / "run")) == 20 and all(map(math.isfinite, losses(tmp_path / "run")))
     assert losses(tmp_path / "run", "dropped") == [0.0] * 20
     assert all(torch.isfinite(v).all() for v in weights_of(tmp_path / "run", 20).values())
-
-
-def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"training\.tracker=wandb needs the package wandb"):
-        in_process(tmp_path / "run", ["training.tracker=wandb"])
 
 
 def test_images_are_encoded_on_the_fly_and_model_guidance_trains(tmp_path):

@@ -6,6 +6,8 @@ torch.distributed.checkpoint's format, every rank writing its own part. Both can
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from tim.checkpoint.sharded import SHARDED, load, read_metadata
 from tim.distributed import is_sharded as is_fsdp
-from tim.models.loading import check_state, read_pickled, read_state_dict
+from tim.models.loading import check_state, left_out, read_pickled, read_state_dict
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said to a single process, which means to be alone
 
@@ -57,6 +59,9 @@ def take_snapshot(
     gathered = not sharded and is_fsdp(modules["model"])  # through the CPU: no GPU has room for the whole state
     options = dcp_state.StateDictOptions(full_state_dict=not sharded, cpu_offload=gathered or stager is None)
     parts: dict[str, dict[str, Any]] = {name: dcp_state.get_model_state_dict(m, options=options) for name, m in modules.items()}
+    for key in left_out(modules["model"]):  # untrained, often larger than the rest
+        for part in parts.values():
+            part.pop(key, None)  # where rank 0 gathers, the others have nothing
     parts["optimizer"] = dcp_state.get_optimizer_state_dict(modules["model"], optimizer, options=options)
     if stager is not None:
         if not sharded and dist.is_initialized() and dist.get_rank() != 0:
@@ -76,10 +81,8 @@ def build_stager(device: torch.device) -> BlockingAsyncStager:
 def write_snapshot(folder: Path, snapshot: Snapshot, rank: int, group: dist.ProcessGroup | None) -> list[Path]:
     """Write this rank's files of a snapshot, and return them. Collective over `group`."""
     if snapshot.sharded:
-        try:
+        with _causes():
             dcp.save(snapshot.parts, checkpoint_id=folder, process_group=group)
-        except CheckpointException as error:  # is no Exception; what is behind it says more
-            raise next(iter(error.failures.values()))[0] from error
         return [*sorted(folder.glob(f"__{rank}_*")), *([folder / SHARDED] if rank == 0 else [])]
     if rank != 0:
         return []
@@ -110,7 +113,8 @@ def read_into(
         check_state(module, parts[name], path if sharded else path / f"{name}.safetensors")
     fresh = dcp_state.get_optimizer_state_dict(network, optimizer)
     if sharded:
-        parts = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
+        own = {name: dcp_state.get_model_state_dict(module) for name, module in modules.items()}
+        parts = {name: {key: value for key, value in own[name].items() if key in part} for name, part in parts.items()}
         parts["optimizer"] = _stored_part(fresh, _entries(path))
         load(parts, path, group)
     else:
@@ -120,11 +124,27 @@ def read_into(
                 f"{path / 'optimizer.pt'} is of an older layout; start a new project from its weights: model.ckpt={path}"
             )
     _keep_settings(parts["optimizer"], fresh, optimizer, path)
+    put_into(parts, modules, optimizer, full=not sharded)
+
+
+def put_into(
+    parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, full: bool = True
+) -> None:
+    """Load what was read and checked in place. Collective.
+
+    Args:
+        parts: state dicts of `modules`, and of the optimiser by names of parameters; without `param_groups` these stay.
+        full: all of everything, instead of this rank's part.
+    """
+    network = modules["model"]
+    options = dcp_state.StateDictOptions(full_state_dict=full, strict=False)  # `check_state` was
     for name, module in modules.items():
-        dcp_state.set_model_state_dict(module, parts[name], options=dcp_state.StateDictOptions(full_state_dict=not sharded))
+        dcp_state.set_model_state_dict(module, parts[name], options=options)
     # Parameters that never had a gradient have no moments: none are asked for, and those that torch makes up go again.
     moments = parts["optimizer"]["state"].keys()
-    options = dcp_state.StateDictOptions(full_state_dict=not sharded, strict=False)
+    if "param_groups" not in parts["optimizer"]:
+        own = dcp_state.get_optimizer_state_dict(network, optimizer, options=options)
+        parts["optimizer"]["param_groups"] = own["param_groups"]
     dcp_state.set_optimizer_state_dict(network, optimizer, parts["optimizer"], options=options)
     for name, parameter in network.named_parameters():
         if name not in moments:
@@ -173,6 +193,15 @@ def tensor_files(path: Path, modules: list[str]) -> set[str]:
     if not is_sharded(path):
         return {"optimizer.pt", *(f"{name}.safetensors" for name in modules)}
     return {SHARDED, *(place.relative_path for place in read_metadata(path).storage_data.values())}
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise what is behind an error of torch.distributed.checkpoint, whose own class is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _entries(path: Path) -> dict[str, Any]:

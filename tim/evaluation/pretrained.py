@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tim.models.hub import hub_options
 from tim.models.loading import model_identity
 
 
@@ -34,6 +35,7 @@ def load_pretrained(
 
     safe = {"trust_remote_code": False}  # None would ask, and a pipe say yes
     try:
+        safe |= hub_options(name)
         config = AutoConfig.from_pretrained(name, **safe)
         build, kind, *processors = choose(config)
         model, report = kind.from_pretrained(name, output_loading_info=True, **options, **safe)

@@ -171,14 +171,14 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
     replace(settings).check(transport)
     set_tf32(settings.tf32)
     dtype = network_dtype(config, settings.dtype, device)
-    network = build_network(config.model.network)
+    network = build_network(config.model.network).requires_grad_(False)
     try:
         load_strict(network, weights.read(), weights.source)
     except ValueError as error:
         theirs = PUBLISHED.get(weights.source.stem)
         slip = f"; {weights.source.name} belongs to {theirs} (the published 512x512 script names the 256 file by mistake)"
         raise ValueError(f"{error}{slip if theirs else ''}") from error
-    network = network.to(device, dtype).eval().requires_grad_(False)
+    network = network.to(device, dtype).eval()
     vae = None
     if config.model.vae_dir:
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)

@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from tim.files import sha256
 from tim.typed_yaml import first_line
 
 WRAPPERS = ("ema", "model", "state_dict", "module")  # keys under which training frameworks nest a state dict
+PREFIXES = ("module.", "_orig_mod.", "ema.", "model.")  # what DDP, torch.compile and trainers put before a network's keys
+PROJECTOR = "projector."  # REPA's layers, which checkpoints of runs without REPA leave out
 
 
 def read_state_dict(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
@@ -36,6 +38,9 @@ def read_state_dict(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
             state = next((state[k] for k in wrappers if isinstance(state.get(k), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise ValueError(f"{path} holds no state dict of tensors")
+    averaged = {key.removeprefix("ema.") for key in state if key.startswith("ema.")}
+    if averaged and averaged == {key.removeprefix("model.") for key in state if key.startswith("model.")}:
+        state = {key: value for key, value in state.items() if not key.startswith("ema." if raw else "model.")}
     for key, value in state.items():
         if value.layout is not torch.strided or value.is_meta or value.nbytes > value.untyped_storage().nbytes():
             raise ValueError(f"{path}: {key}, {tuple(value.shape)} of {value.dtype}, is not stored in full")
@@ -76,26 +81,65 @@ def read_pickled(path: Path, classes: Sequence[type] = (), mmap: bool = False) -
         raise ValueError(f"{path} holds more than tensors and is not loaded: {said}") from error
 
 
+def match_keys(own: Collection[str], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without `PREFIXES`, nested in any way, when every key then is one of the network's and none is twice.
+
+    Args:
+        own: keys of the network.
+        state: returned as it is when they do not match.
+    """
+    matched: dict[str, Tensor] = {}
+    for key, value in state.items():
+        rest = key.replace("._orig_mod.", ".")
+        while rest not in own and (prefix := next((p for p in PREFIXES if rest.startswith(p)), None)):
+            rest = rest.removeprefix(prefix)
+        if rest == "n_averaged" and rest not in own:
+            continue  # how often torch's AveragedModel was updated
+        if rest not in own or rest in matched:
+            return state
+        matched[rest] = value
+    return matched
+
+
 def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Load a state dict that must match the network key for key.
+    """Load a state dict that must match the network as `check_state` says.
 
     Raises:
         ValueError: names the source and the first differing keys and shapes.
     """
-    check_state(network, state, source)
-    network.load_state_dict(state, strict=True)
+    network.load_state_dict(check_state(network, state, source), strict=False)  # it has told what is missing
 
 
-def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+def left_out(network: nn.Module) -> list[str]:
+    """The keys of a projector that nothing trains: checkpoints do without them."""
+    projector = {key: p for key, p in network.named_parameters() if key.startswith(PROJECTOR)}
+    return [] if any(p.requires_grad for p in projector.values()) else list(projector)
+
+
+def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """Compare keys and shapes of a state dict with the network's, sharded or not.
+
+    The projector may be missing as a whole where nothing trains it.
+
+    Returns:
+        The state under the network's own keys (`match_keys`).
 
     Raises:
         ValueError: names the source and the first differing keys and shapes.
     """
     # By hand, since load_state_dict reports all keys at once, which for another architecture are hundreds of lines.
     own = network.state_dict()
+    state = match_keys(own, state)
+    missing = [k for k in own if k not in state]
+    if missing == [k for k in own if k.startswith(PROJECTOR)] and not any(k.startswith(PROJECTOR) for k in state):
+        if missing and not left_out(network):
+            raise ValueError(
+                f"{source} has no projector: the run that wrote it had no REPA. Set model.enc_dir=null, or start anew from its "
+                "weights with model.ckpt and model.ckpt_allow_missing=[projector.*]"
+            )
+        missing = []
     problems = {
-        "keys missing from the file": [k for k in own if k not in state],
+        "keys missing from the file": missing,
         "unknown keys in the file": [k for k in state if k not in own],
         "shapes differ": [
             f"{k}: file {tuple(state[k].shape)}, network {tuple(own[k].shape)}"
@@ -109,6 +153,7 @@ def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path
     found = [f"{len(items)} {what}, first: {'; '.join(items[:3])}" for what, items in problems.items() if items]
     if found:
         raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(found)}")
+    return state
 
 
 def model_identity(name: str, config: Any = None) -> dict[str, Any]:

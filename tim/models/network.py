@@ -20,7 +20,7 @@ class Network(Protocol):
     * forward keyword `jvp`, True in the passes that only serve dF/dt, and `attn_type`, 'vanilla_attn' under forward-mode AD:
       not passed to a network that does not take them.
     * forward keyword `return_zs` (return the REPA projection (B, N, z_dim) beside F) and `projector`, the layers that make
-      it: needed with model.enc_dir alone.
+      it: needed with model.enc_dir alone, else neither trained nor kept in checkpoints.
     * `blocks`, the units of torch.compile: the whole network is compiled. `use_checkpoint`, set by FSDP's
       activation_checkpointing.
     * `caption_keys_values(y)`, what may replace the caption features y in all steps of a sampling run: y is passed as it is.

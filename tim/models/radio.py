@@ -103,10 +103,10 @@ class Radio(nn.Module):
         tokens = self.blocks(torch.cat([prefix.to(tokens.dtype), tokens], dim=1))
         return tokens[:, len(self.prefix_tokens) :]  # the prefix belongs to no patch
 
-    def tokens(self, images: Tensor, grid: Sequence[int]) -> Tensor:
+    def tokens(self, images: Tensor, grid: Sequence[int], antialias: bool = False) -> Tensor:
         """Features (B, h * w, width) of images (B, 3, H, W) in [-1, 1], resized so that one patch meets one of h x w tokens."""
         size = [self.patch_size * side for side in grid]
-        images = nnf.interpolate((images.float() + 1) / 2, size, mode="bicubic", antialias=True, align_corners=False)
+        images = nnf.interpolate((images.float() + 1) / 2, size, mode="bicubic", antialias=antialias, align_corners=False)
         return self(images.clamp(0, 1))  # bicubic overshoots at edges
 
     def _position_grid(self, h: int, w: int) -> Tensor:

@@ -16,6 +16,7 @@ coefficients with closed forms, which are better conditioned in float32; the tes
 coefficients and time laws are those of Tab. 7 and 8 of the paper.
 """
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -469,6 +470,24 @@ class VE_SDE(Transport):
     def weight_tangent(self, t: Tensor) -> Tensor:
         """t / sigma_d: the time itself is a noise level, whose tangent means nothing."""
         return t / self.sigma_d
+
+
+def draw_times(transport: Transport, normal: Tensor, device: torch.device | str) -> Tensor:
+    """Times (batch_size,) float32 by the transport's law, each a function of its own standard normal draw.
+
+    Args:
+        normal: standard normal draws (batch_size,). A subclass that overrides `sample_t(batch_size, dtype, device)` alone draws
+            for itself: one time after the other, torch's generator being seeded by the sample's normal.
+    """
+    known = inspect.signature(transport.sample_t).parameters.values()
+    if any(p.name == "normal" or p.kind is p.VAR_KEYWORD for p in known):
+        return transport.sample_t(len(normal), torch.float32, device, normal=normal)
+    times = []
+    with torch.random.fork_rng(devices=[]):
+        for bits in normal.cpu().float().view(torch.int32).tolist():
+            torch.manual_seed(bits)  # which reads no more than 32 bits
+            times.append(transport.sample_t(1, torch.float32, torch.device("cpu")).reshape(1))
+    return torch.cat(times).clamp(transport.T_min, transport.T_max).to(device)
 
 
 def _pin_ends(grid: Tensor, T_max: float, T_min: float) -> Tensor:

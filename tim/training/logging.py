@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -35,13 +36,19 @@ class RunLogger:
         self.bar.update()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write one record; adds images_per_second and data_wait, the share of time spent waiting for data."""
+        """Write one record.
+
+        Adds images_per_second, data_wait (the share of time spent waiting for data) and, on a GPU, gpu_memory_gib, the most
+        that tensors of rank 0 took so far.
+        """
         if not self.accelerator.is_main_process:
             return
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         record: dict[str, Any] = {"step": step, **values}
         record["images_per_second"] = round(self.images / elapsed, 2)
         record["data_wait"] = round(self.waited / elapsed, 4)
+        if self.accelerator.device.type == "cuda":
+            record["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30, 3)
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
         append_json_lines(self.path, [record])
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)

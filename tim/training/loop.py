@@ -26,6 +26,7 @@ from tim.training.resume import CheckpointManager
 from tim.training.setup import Run, build_loader, build_run
 from tim.training.sharding import clip_gradients, set_gradient_sync
 from tim.training.tasks import Task
+from tim.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
 EARLY_PREVIEW = 50  # step whose preview, beside that of the start, shows soon whether anything is learned
@@ -68,7 +69,7 @@ def train(
             return
         first_process(state, lambda: keep_config(project_dir, config, start_step))
         accelerator.wait_for_everyone()
-        accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
+        start_trackers(accelerator, config, project_dir, seed)
         run_log = RunLogger(accelerator, project_dir, start_step, t.max_train_steps)
         try:
             run_steps(run, checkpoints, run_log, start_step, samples_seen)
@@ -261,7 +262,8 @@ def repa_target(run: Run, batch: Batch, x: Tensor) -> Tensor | None:
     if run.encoder is None:
         return None
     patch = traits_of(run.network).patch_size
-    return run.encoder.tokens(batch["image"].to(x.device), [side // patch for side in x.shape[2:]])
+    grid = [side // patch for side in x.shape[2:]]
+    return run.encoder.tokens(batch["image"].to(x.device), grid, run.config.model.enc_antialias)
 
 
 def summary(run: Run) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tim.checkpoint import store
+from tim.checkpoint.accelerate_folder import is_accelerate_folder, latest_folder, load_folder
 from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
 from tim.config import parse_walltime
 from tim.distributed import cpu_group, on_first_rank
@@ -58,7 +59,9 @@ class CheckpointManager:
         self.bad_samples = BadSamples(run.project_dir, accelerator.process_index)  # before any rank meets a new one
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
-        if path is not None:
+        if path is not None and is_accelerate_folder(path):
+            state["step"] = self._import(path)
+        elif path is not None:
             state = store.load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
             self._take_over(state, path)
             logger.info(f"resuming from {path} at step {state['step']}")
@@ -68,6 +71,15 @@ class CheckpointManager:
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
         return state["step"], state.get("samples_seen", state.get("visits", 0))  # version 0.1 wrote visits
+
+    def _import(self, path: Path) -> int:
+        """Go on with a checkpoint of accelerate; returns its step. The order of data begins anew, the schedule goes on."""
+        run = self.run
+        step = load_folder(path, run.modules, run.optimizer.optimizer)
+        run.lr_scheduler.last_epoch = step
+        _set_base_lr(run)
+        logger.info(f"going on from {path}, a checkpoint of accelerate, at step {step}; the order of samples begins anew")
+        return step
 
     def _take_over(self, state: dict[str, Any], path: Path) -> None:
         """Go on where a checkpoint's state says; ValueError when it is of a run that this one cannot continue."""
@@ -129,9 +141,9 @@ class CheckpointManager:
         wanted = self.run.config.training.resume_from_checkpoint
         if wanted == "latest":
             # By the group of checkpoints, whose timeout leaves rank 0 the hours that reading large files may take.
-            return on_first_rank(self.group, self._latest), True
+            return on_first_rank(self.group, lambda: self._latest() or latest_folder(self.run.project_dir)), True
         if wanted is None:
-            if store.list_checkpoints(self.root):
+            if store.list_checkpoints(self.root) or latest_folder(self.run.project_dir):
                 raise ValueError(
                     f"{self.root} holds checkpoints of an earlier run; continue it with "
                     "training.resume_from_checkpoint=latest or choose another --project_dir"

@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tim.models.embeddings import LabelEmbedder
+from tim.models.attention import SelfAttention as Attention
+from tim.models.blocks import FinalLayer
+from tim.models.embeddings import LabelEmbedder, TimestepEmbedder
 from tim.models.trunk import TransitionTransformer
 from tim.typed_yaml import Fraction, PositiveInt
+
+__all__ = ["Attention", "FinalLayer", "LabelEmbedder", "TiM", "TimestepEmbedder"]  # what experiments import from here
 
 
 class TiM(TransitionTransformer):

@@ -5,11 +5,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tim.models.blocks import Block
-from tim.models.embeddings import CaptionEmbedder
+from tim.models.attention import CrossAttention
+from tim.models.attention import SelfAttention as Attention
+from tim.models.blocks import Block, FinalLayer
+from tim.models.embeddings import CaptionEmbedder, TimestepEmbedder
 from tim.models.network import traits_of
 from tim.models.trunk import TransitionTransformer
 from tim.typed_yaml import PositiveInt
+
+# What experiments import from here.
+__all__ = ["Attention", "CaptionEmbedder", "CrossAttention", "FinalLayer", "TiM", "TimestepEmbedder"]
 
 
 class TiM(TransitionTransformer):
