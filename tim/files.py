@@ -275,7 +275,8 @@ def lock(folder: Path, file: Path | None = None) -> Iterator[None]:
         for partial in folder.rglob(".*.????????.part"):  # the names of `replacing`; nobody else is at work here
             partial.unlink(missing_ok=True)
         with suppress(OSError):  # on a full disk there may yet be nothing to write
-            holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _clock(time.time())}))
+            since = {"pid": os.getpid(), "host": socket.gethostname(), "since": _clock(time.time())}
+            holder.write_text(json.dumps(since), encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
