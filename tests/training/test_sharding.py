@@ -30,11 +30,10 @@ GUIDED = ["model.transport.params.enhance_target=true", "model.transport.params.
 CASES = {
     "dde": [],
     "jvp": ["model.transition_loss.derivative_type=jvp", "training.max_grad_norm=0.01"],
-    "guided": [*GUIDED, "model.transition_loss.guidance_path=guided"],
     "recomputed": ["model.network.params.use_checkpoint=true", "training.sample_steps=2"],
     "lopsided": ["data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1"],  # r = t on rank 0, not on rank 1
     "half": ["training.mixed_precision=bf16", "training.dtype=float32"],
-    "compiled": [*GUIDED, "training.compile=true"],
+    "compiled": [*GUIDED, "model.transition_loss.guidance_path=guided", "training.compile=true"],
     "t2i": [],
 }
 SPLITS = {  # processes, samples per process and micro-batch, accumulation: one global batch of 32
