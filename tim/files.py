@@ -252,11 +252,11 @@ def claim(
 def _first_difference(there: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
     """The first key of `now`, dotted where values are dictionaries, under which something else is there; with both values."""
     for key, value in now.items():
-        if (other := there.get(key)) == value:
-            continue
-        deeper = isinstance(other, dict) and isinstance(value, dict)
-        inside = _first_difference(other, dict.fromkeys(other) | value, f"{prefix}{key}.") if deeper else None
-        return inside or f"{prefix}{key}: {other!r} there, {value!r} now"
+        other, inside = there.get(key), None
+        if isinstance(other, dict) and isinstance(value, dict):
+            inside = _first_difference(other, dict.fromkeys(other) | value, f"{prefix}{key}.")
+        if other != value:
+            return inside or f"{prefix}{key}: {other!r} there, {value!r} now"
     return None
 
 
