@@ -118,7 +118,10 @@ def test_links_and_roundabout_paths_lead_to_the_record(drawn, tmp_path):
         with pytest.raises(ValueError, match="sampling is not finished"):
             sampled_images(folder)
     (drawn / "loop").symlink_to(tmp_path)
-    assert list(find_runs(tmp_path)) == [drawn, tmp_path / "links/mine"]
+    write_record(run_record(drawn))
+    assert list(find_runs(tmp_path)) == [drawn], "each run once"
+    with pytest.warns(UserWarning, match=r"4 \(links/mine/000000\.png, .* of 8 images are no samples"):
+        assert len(sampled_images(tmp_path)) == 4
 
 
 def test_geneval_takes_numbered_folders_and_images_alone(tmp_path):

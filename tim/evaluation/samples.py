@@ -44,10 +44,13 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 
 def find_runs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Records of sampling runs by the folder they filled: of this folder, else of those below it."""
+    """Records of sampling runs by the folder they filled: of this folder, else of those below it, each of them once."""
     if own := read_run(folder):
         return {folder: own}
-    return {filled: record for filled in list_folders(folder, deep=True) if (record := read_run(filled))}
+    once: dict[Path, Path] = {}
+    for filled in sorted(list_folders(folder, deep=True), key=lambda path: path.resolve() != path.absolute()):
+        once.setdefault(filled.resolve(), filled)
+    return {filled: record for filled in sorted(once.values()) if (record := read_run(filled))}
 
 
 def sampled_images(folder: Path, allow_partial: bool = False, layouts: Sequence[str] = NUMBERED) -> list[Path]:
