@@ -4,16 +4,18 @@
 # Results: workdir/quickstart/{samples.png,quality.png,metrics.json,folders.json,checkpoints/}. Run it again to continue.
 #   OUT_DIR           folder for all of it (default workdir/quickstart)
 #   --with-baseline   also train and measure plain flow matching (same network and budget) instead of its stored numbers
-source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-source scripts/environment.sh
-
+#   OMP_NUM_THREADS   computing threads of a process (default: the cores that are idle now, at least one)
 BASELINE=0
 for argument in "$@"; do
   case "$argument" in
+    -h | --help) ;;
     --with-baseline) BASELINE=1 ;;
     *) echo "error: unknown argument $argument; the only one is --with-baseline" >&2; exit 2 ;;
   esac
 done
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+source scripts/environment.sh
+
 CONFIG=configs/c2i/digits.yaml
 OUT="$(given_folder "${OUT_DIR:-}" "workdir/quickstart")"
 STORED=configs/c2i/digits_flow_matching.json

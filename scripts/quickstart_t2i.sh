@@ -4,16 +4,18 @@
 # sampler, and measures whether the pictures show what was asked for. Run it again to continue.
 #   quickstart_t2i.sh [openmoji|shapes]   emoji of food, plants and animals (default), or coloured shapes
 #   OUT_DIR     folder of the results (default workdir/quickstart_t2i_NAME); CFG_SCALE   guidance (default 2 or, of shapes, 1)
+#   OMP_NUM_THREADS   computing threads of a process (default: the cores that are idle now, at least one)
 # Results: workdir/quickstart_t2i_NAME/{samples.png,quality.png,metrics.json,folders.json,checkpoints/}
-source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-source scripts/environment.sh
-
 NAME="${1:-openmoji}"
 case "$NAME" in
   openmoji) PICTURES=nature JUDGE=retrieval GUIDANCE=2 REPEATS=1 SIZE=64 AREA=32 BATCH=16 ;;
   shapes) PICTURES=shapes JUDGE=shapes GUIDANCE=1 REPEATS=10 SIZE=40 AREA=24 BATCH=32 ;;
+  -h | --help) ;;
   *) echo "error: unknown argument $NAME; openmoji and shapes are there" >&2; exit 2 ;;
 esac
+source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
+source scripts/environment.sh
+
 CONFIG="configs/t2i/$NAME.yaml"
 if [ "$NAME" = openmoji ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   # on a GPU: all 1,391 emoji at 64x64

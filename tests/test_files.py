@@ -133,6 +133,12 @@ def test_a_folder_belongs_to_its_settings(tmp_path):
     with pytest.raises(ValueError, match=r"run holds images of another run \(seed: 1 there, 2 now\); choose another folder"):
         claim(record, {"seed": 2, "size": [8, 8]}, "images")
     assert json.loads(record.read_text()) == {"seed": 1, "size": [8, 8]}
+    claim(tmp_path / "deep.json", {"options": {"crop": 1, "color": None, "size": 8}}, "images")
+    for options, words in (({"crop": 1, "size": 9}, "size: 8 there, 9 now"), ({"size": 8}, "crop: 1 there, None now")):
+        with pytest.raises(ValueError, match=rf"another run \(options\.{words}\)"):
+            claim(tmp_path / "deep.json", {"options": options}, "images")
+    with pytest.raises(ValueError, match="another run"):
+        claim(tmp_path / "deep.json", {"options": {"crop": 1, "size": 8}}, "images")
     record.write_text("[")
     with pytest.raises(ValueError, match=r"identity\.json does not say what .*run holds"):
         claim(record, {"seed": 1}, "images")

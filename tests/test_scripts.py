@@ -36,10 +36,10 @@ TWO_STEPS = [
 ]
 
 
-def bash(script, *args, cwd=ROOT, **env):
+def bash(script, *args, cwd=ROOT, code=0, **env):
     full = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in env.items()}}
     done = subprocess.run(["bash", ROOT / script, *args], cwd=cwd, env=full, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-5000:]
     return done
 
 
@@ -249,6 +249,12 @@ def test_every_script_answers_help_with_its_variables(flag, tmp_path):
         assert variables.get(script.stem, "OMP_NUM_THREADS") in printed and not printed.startswith("#"), script
         if script.stem not in variables:
             assert {"CONFIG", "GPUS"} <= set(re.findall("[A-Z_]+", printed)) and "--help lists" in printed, script
+
+
+@pytest.mark.parametrize("script", ["quickstart", "quickstart_t2i"])
+def test_a_misspelt_argument_is_told_before_anything_is_installed(script, tmp_path):
+    done = bash(f"scripts/{script}.sh", "--with-basline", cwd=tmp_path, code=2, PYTHON_BASE="/nowhere")
+    assert not done.stdout and "error: unknown argument --with-basline;" in done.stderr
 
 
 def test_a_launcher_without_pytorch_says_what_to_run(tmp_path):

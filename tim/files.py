@@ -238,16 +238,26 @@ def claim(
         try:
             before = parse_json(record.read_bytes())
             before = before if key is None else before[key]
-            changed = next((k for k in identity if before.get(k) != identity[k]), None)
+            changed = _first_difference(before, identity)
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{record} does not say what {folder} holds; {remedy}, or move this one away") from error
         if changed is not None:
-            there, now = before.get(changed), identity[changed]
-            raise ValueError(f"{folder} holds {holds} of another run ({changed}: {there!r} there, {now!r} now); {remedy}")
+            raise ValueError(f"{folder} holds {holds} of another run ({changed}); {remedy}")
     elif files is not None and next(folder.glob(files), None) is not None:
         raise ValueError(f"{folder} holds {holds} of an unknown run (no {record.name}); {remedy}")
     elif write:
         write_json(record, identity if key is None else {key: identity})
+
+
+def _first_difference(there: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
+    """The first key of `now`, dotted where values are dictionaries, under which something else is there; with both values."""
+    for key, value in now.items():
+        other, inside = there.get(key), None
+        if isinstance(other, dict) and isinstance(value, dict):
+            inside = _first_difference(other, dict.fromkeys(other) | value, f"{prefix}{key}.")
+        if other != value:
+            return inside or f"{prefix}{key}: {other!r} there, {value!r} now"
+    return None
 
 
 @contextmanager

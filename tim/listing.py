@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 LEFT_BEHIND = frozenset(
@@ -21,9 +21,13 @@ def is_data(name: str) -> bool:
     return not name.startswith(".") and name not in LEFT_BEHIND
 
 
-def list_folders(folder: str | Path) -> list[Path]:
-    """Folders in a folder, and links to folders, sorted by name."""
-    return sorted(Path(entry.path) for entry in _entries(folder) if _is_folder(entry))
+def list_folders(folder: str | Path, deep: bool = False) -> list[Path]:
+    """Folders in a folder, and links to folders, sorted.
+
+    Args:
+        deep: those in its subfolders too.
+    """
+    return sorted(Path(entry.path) for entry, is_folder in _walk(folder, deep) if is_folder)
 
 
 def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) -> list[Path]:
@@ -35,22 +39,23 @@ def list_files(folder: str | Path, suffixes: Sequence[str], deep: bool = False) 
     Args:
         deep: look into subfolders too.
     """
-    found: list[Path] = []
+    files = (entry for entry, is_folder in _walk(folder, deep) if not is_folder)
+    return sorted(Path(entry.path) for entry in files if os.path.splitext(entry.name)[1].lower() in suffixes)
+
+
+def _walk(folder: str | Path, deep: bool) -> Iterator[tuple[os.DirEntry[str], bool]]:
+    """What is in a folder, and below it, with whether it is a folder; without links to a folder that they are in."""
     stack: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(Path(folder), (_identity(os.stat(folder)),))]
     while stack:
         here, above = stack.pop()
-        for entry in _entries(here):
-            if not _is_folder(entry):
-                if os.path.splitext(entry.name)[1].lower() in suffixes:
-                    found.append(Path(entry.path))
-            elif deep and (own := _identity(entry.stat())) not in above:
-                stack.append((Path(entry.path), (*above, own)))
-    return sorted(found)
-
-
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if is_data(entry.name)]
+        with os.scandir(here) as entries:
+            for entry in filter(lambda entry: is_data(entry.name), entries):
+                is_folder = _is_folder(entry)
+                if deep and is_folder:
+                    if (own := _identity(entry.stat())) in above:
+                        continue
+                    stack.append((Path(entry.path), (*above, own)))
+                yield entry, is_folder
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

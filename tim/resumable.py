@@ -111,7 +111,7 @@ def map_items(
     """
     digest = hashlib.sha256(json.dumps([str(item) for item in items]).encode()).hexdigest()
     identity = {**identity, "batch_size": batch_size, "items": digest}
-    remedy = "delete it or choose another output file"
+    remedy = f"delete it or choose another output file ('items' stands for the list of what is to be done, {len(items)} now)"
     first_process(state, lambda: claim(parts / "identity.json", identity, "records", remedy))
     done = _read_parts(parts)
     state.wait_for_everyone()  # nobody appends before everybody has read

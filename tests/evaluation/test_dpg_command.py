@@ -188,7 +188,7 @@ def test_a_part_of_the_prompts_counts_when_its_run_is_finished(tmp_path, judge, 
     (tmp_path / "b/images/p3.png").unlink()
     record, settings = run_record(tmp_path / "b/images"), {"num_fid_samples": 16, "images_per_prompt": 4}
     record.write_text(json.dumps({"complete": True, "settings": settings}))
-    with pytest.warns(UserWarning, match=r"1 \(p3\) of 5 prompts without an image; the score is over the others"):
+    with pytest.warns(UserWarning, match=r"1 \(p3\) of 5 prompts without an image; the score is over what is there"):
         evaluate()
     record.write_text(json.dumps({"complete": True, "settings": settings | {"num_fid_samples": 20}}))
     with pytest.raises(ValueError, match="images holds 4 of the 5 images that sampling has drawn"):
@@ -246,7 +246,7 @@ def test_images_and_prompts_without_counterpart_are_named(tmp_path, judge, evalu
         evaluate(allow_partial=True)
     messages = [str(warning.message) for warning in caught]
     assert any("1 (grid.png) of 5 images without questions do not count" in message for message in messages)
-    assert any("1 (p3) of 5 prompts without an image; the score is over the others" in message for message in messages)
+    assert any("1 (p3) of 5 prompts without an image; the score is over what is there" in message for message in messages)
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["n"] == 4 and record["prompts"] == 5 and record["prompts_without_image"] == ["p3"]
     assert record["samples"]["image_format"] == ["jpg", "png"]

@@ -97,5 +97,5 @@ def test_rounding_is_no_damage():
     assert np.linalg.eigvalsh(rounded.cov)[0] < 0
     assert distance(rounded, Statistics(mean, cov), "FID") == pytest.approx(0, abs=1e-4)
     Statistics.checked(np.zeros(3), np.zeros((3, 3)), "f.npz")
-    with pytest.raises(ValueError, match=r"FID: f\.npz \(mu and sigma\): .* 96 features against 4"):
+    with pytest.raises(ValueError, match=r"^f\.npz \(mu and sigma\): .* 96 features against 4"):
         distance(rounded, Statistics(MEAN, COV), "FID")

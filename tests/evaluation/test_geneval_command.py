@@ -135,7 +135,7 @@ def test_a_corrupt_image_is_named_and_the_rest_kept(evaluate, benches, folder, t
 
 def test_results_of_other_images_options_or_runs_are_refused(evaluate, folder, tmp_path):
     evaluate()
-    with pytest.raises(ValueError, match=r"records of another run \(options"):
+    with pytest.raises(ValueError, match=r"records of another run \(options\.threshold: 0\.3 there, 0\.5 now\)"):
         evaluate(threshold=0.5)
     image = folder / "00002/samples/00000.png"
     image.write_bytes((folder / "00000/samples/00000.png").read_bytes())

@@ -183,6 +183,7 @@ def test_wrong_files_of_the_clip_score_are_named(benchmark, tmp_path):
 
     assert "--save-stats" in error(tmp_path / "absent.safetensors", benchmark / "drawn")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    assert "meta.json are prompts" in error(benchmark / "meta.json", benchmark / "drawn")
     assert "cut.safetensors is damaged" in error(tmp_path / "cut.safetensors", benchmark / "drawn")
     assert "absent.json is not there" in error(tmp_path / "absent.json", tmp_path / "t.safetensors", "--save-stats")
     (tmp_path / "list.json").write_text("[1, 2]")

@@ -83,6 +83,11 @@ def test_strays_are_named_and_not_scored(drawn, tmp_path):
         (drawn / stray).write_bytes((drawn / "000000.png").read_bytes())
     with pytest.warns(UserWarning, match=r"3 \(000000 \(copy\)\.png, deep/000007\.png, grid\.png\) of 7 images are no samples"):
         assert len(sampled_images(drawn)) == 4
+    own = save_photographs(tmp_path / "own", 2, side=8, names="foxes/{:05d}-00.png")
+    for grid in ("grid-8x8.png", "foxes-grid-8x8.png"):
+        save_photographs(own, 1, side=8, names=grid)
+    write_record(run_record(own / "foxes"), images=2)
+    assert len(sampled_images(own)) == 2, "nor are grids of own prompts worth a word"
     save_samples(tmp_path / "geneval")
     assert len(sampled_images(tmp_path / "geneval")) == 6, "our own grids are left out without a word"
     mjhq = save_photographs(tmp_path / "mjhq", 3, side=8, names="art/key{}.png")
@@ -104,6 +109,21 @@ def test_a_folder_of_runs_counts_what_the_runs_have_drawn(drawn, tmp_path):
         sampled_images(tmp_path)
 
 
+def test_links_and_roundabout_paths_lead_to_the_record(drawn, tmp_path):
+    write_record(run_record(drawn), complete=False)
+    (drawn / "sub").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/mine").symlink_to(drawn)
+    for folder in (tmp_path / "links/mine", tmp_path / "links", drawn / "sub/.."):
+        with pytest.raises(ValueError, match="sampling is not finished"):
+            sampled_images(folder)
+    (drawn / "loop").symlink_to(tmp_path)
+    write_record(run_record(drawn))
+    assert list(find_runs(tmp_path)) == [drawn], "each run once"
+    with pytest.warns(UserWarning, match=r"4 \(links/mine/000000\.png, .* of 8 images are no samples"):
+        assert len(sampled_images(tmp_path)) == 4
+
+
 def test_geneval_takes_numbered_folders_and_images_alone(tmp_path):
     folder = tmp_path / "samples"
     save_samples(folder)
@@ -115,6 +135,10 @@ def test_geneval_takes_numbered_folders_and_images_alone(tmp_path):
     said = r"2 \(00000 \(copy\), 00001/samples/00000-checkpoint\.png\) are no numbered"
     with pytest.warns(UserWarning, match=said):
         assert find_samples(folder) == whole
+    (folder / "00002").rename(folder / "20261126235959")  # counting up to it would take for ever
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"\(2, 3, 4, 5, 6, \.\.\.\) prompts are missing"):
+        find_samples(folder)
+    (folder / "20261126235959").rename(folder / "00002")
     (folder / "00001").rename(folder / "00003")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"1 \(1\) prompts are missing"):
         find_samples(folder)

@@ -127,6 +127,23 @@ def test_slips_of_the_published_scripts_are_named(place):
     done = command(*words, folder=place, check=False)
     assert done.returncode == 2 and "c2i_model_256.safetensors belongs to configs/c2i/tim_xl_p2_256.yaml" in done.stderr
     assert "published 512x512 script" in done.stderr and done.stderr.count("\n") <= 2
+    words = C2I.format("tim_xl_p2_256.yaml", "c2i_model_256.bin", "").replace("checkpoints/", "elsewhere/").split()
+    done = command(*words, folder=place, check=False)
+    assert done.returncode == 2 and "bash tools/download_checkpoints.sh --only c2i-256 fetches" in done.stderr
+
+
+def test_a_model_of_the_other_kind_names_its_program(place):
+    for program, config, right in (
+        ("sample_c2i_ddp.py", "t2i/tim_xl_p1_t2i.yaml", "sample_t2i.py"),
+        (
+            "sample_t2i_mjhq30k_ddp.py --caption-dir datasets/mjhq30k/meta_data.json",
+            "c2i/tim_xl_p2_256.yaml",
+            "sample_c2i_ddp.py",
+        ),
+    ):
+        words = f"projects/sample/{program} --config configs/{config} --ckpt checkpoints/t2i_model.bin".split()
+        done = command(*words, folder=place, check=False)
+        assert done.returncode == 2 and f"projects/sample/{right} draws" in done.stderr
 
 
 def test_prompts_that_are_nowhere_are_downloaded_by_a_named_command(place, tmp_path):

@@ -104,12 +104,19 @@ def test_another_schedule_applies_from_the_first_step_on(train, project):
 def test_every_changed_key_is_said_and_the_configurations_are_kept(train, project, caplog):
     caplog.set_level(logging.INFO)
     before = (project / "config.yaml").read_text()
-    train(project, 4, "training.optimizer.params.weight_decay=0.25", "model.transition_loss.consistency_ratio=0.0")
+    train(
+        project,
+        4,
+        "training.optimizer.params.weight_decay=0.25",
+        "model.transition_loss.consistency_ratio=0.0",
+        "training.tracker_kwargs={entity: us}",
+    )
     said = [line.partition("start: ")[2] for line in caplog.messages if line.startswith("changed since")]
     assert said == [
         "model.transition_loss.consistency_ratio: 0.1 -> 0.0",
         "training.max_train_steps: 3 -> 4",
         "training.optimizer.params.weight_decay: 0.01 -> 0.25",
+        "training.tracker_kwargs.entity: None -> 'us'",
     ]
     first = project / "configs" / "001-until-step-0000003.yaml"
     assert first.read_text() == before and load_config(first).training.max_train_steps == 3

@@ -19,6 +19,7 @@ from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
 
 OTHER_FORMAT = {".bin": ".safetensors", ".safetensors": ".bin"}
+DOWNLOADS = {"c2i_model_256": "c2i-256", "c2i_model_512": "c2i-512", "t2i_model": "t2i"}  # of tools/download_checkpoints.sh
 PARTS = {"ema": "ema", "raw": "model"}  # kinds of weights, and what a checkpoint calls them
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,9 @@ def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckp
             raise ValueError(f"checkpoint {files['raw'].parent} has no EMA weights; ask for the raw ones (--weights raw)")
         return Weights(files[kind], kind)
     if folder is None:
-        raise FileNotFoundError(f"{name} {source} is neither a weights file nor a folder with a checkpoint")
+        item = DOWNLOADS.get(path.stem)
+        remedy = f"; bash tools/download_checkpoints.sh --only {item} fetches the published ones" if item else ""
+        raise FileNotFoundError(f"{name} {source} is neither a weights file nor a folder with a checkpoint{remedy}")
     if kind == "ema" and not has_weights(folder, "ema"):
         raise ValueError(f"checkpoint {folder} has no EMA weights; ask for the raw ones (--weights raw)")
     kind = kind or ("ema" if has_weights(folder, "ema") else "raw")

@@ -10,7 +10,7 @@ def digits() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--samples", type=usable_path, help="the --sample-dir of one or more sampling runs")
     source.add_argument("--show", type=usable_path, help="print the table of a metrics.json and stop")
-    parser.add_argument("--out", type=usable_path, help="where metrics.json and the figures go")
+    parser.add_argument("--out", type=usable_path, help="where metrics.json and the figures go; needed with --samples")
     parser.add_argument("--baseline", type=usable_path, help="metrics.json of flow matching to compare with")
     add_allow_partial(parser)
     args = parser.parse_args()

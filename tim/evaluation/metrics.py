@@ -116,7 +116,7 @@ def distance(a: Statistics, b: Statistics, what: str) -> float:
     """Fréchet distance; warns when a covariance cannot have full rank.
 
     Args:
-        what: name of the features in messages.
+        what: name of the features in the warning.
 
     Raises:
         ValueError: see `frechet_distance`; names the files that the statistics are of.
@@ -132,7 +132,7 @@ def distance(a: Statistics, b: Statistics, what: str) -> float:
         return frechet_distance(a.mean, a.cov, b.mean, b.cov)
     except ValueError as error:
         files = [found.source for found in (a, b) if found.source is not None]
-        raise ValueError(": ".join([what, *files, str(error)])) from error
+        raise ValueError(": ".join([*files, str(error)])) from error
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:

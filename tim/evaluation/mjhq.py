@@ -188,6 +188,8 @@ def read_text_features(path: Path, clip: Clip) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no text features {path}; calculate_clip.py META.json {path} --save-stats writes them")
+    if path.suffix == ".json":
+        raise ValueError(f"{path} are prompts; calculate_clip.py {path} F.safetensors --save-stats writes their features first")
     try:
         with safe_open(path, "pt") as file:
             made = file.metadata() or {}

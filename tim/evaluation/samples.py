@@ -1,30 +1,32 @@
 """What a sampling run has left: the images that are its own, and whether they are all there."""
 
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tim.evaluation.inputs import find_images, read_json, some
+from tim.evaluation.inputs import SHOWN, find_images, read_json, shown, some
 from tim.files import run_record
+from tim.listing import list_folders
 
 # Paths of images without their suffix, as the samplers number them: of classes, of own prompts, of GenEval.
 NUMBERED = (r"(\d{6})", r"(\d{5})-(\d{2})", r"(\d{5})/samples/(\d{5})")
 BY_CATEGORY = r"[^/]+/[^/]+"  # of MJHQ-30K
 COUNTS = ("num_fid_samples", "images_per_prompt")  # in a record's settings
-OTHERS = "the score is over the others"
+OVER = "the score is over what is there"
 REMEDY = "run the same sampling command again, or measure what is there with --allow-partial"
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The record of the sampling run that filled a folder; None when it has none.
+    """The record of the sampling run that filled a folder, beside it or beside what it is a link to; None without one.
 
     Raises:
         ValueError: names a record that is damaged.
     """
-    for path in (run_record(folder.absolute()), folder / "run.json"):
+    for path in (run_record(folder.absolute()), run_record(folder.resolve()), folder / "run.json"):
         if path.is_file():
             return _read_record(path)
     return None
@@ -42,15 +44,13 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 
 def find_runs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Records of sampling runs by the folder they filled: of this folder, else of those below it."""
+    """Records of sampling runs by the folder they filled: of this folder, else of those below it, each of them once."""
     if own := read_run(folder):
         return {folder: own}
-    found: dict[Path, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*run.json"), key=lambda path: (path.name == "run.json", path)):  # beside, then inside
-        filled = path.parent if path.name == "run.json" else path.with_name(path.name.removesuffix(".run.json"))
-        if filled not in found and filled.is_dir() and (record := _read_record(path)):
-            found[filled] = record
-    return found
+    once: dict[Path, Path] = {}
+    for filled in sorted(list_folders(folder, deep=True), key=lambda path: path.resolve() != path.absolute()):
+        once.setdefault(filled.resolve(), filled)
+    return {filled: record for filled in sorted(once.values()) if (record := read_run(filled))}
 
 
 def sampled_images(folder: Path, allow_partial: bool = False, layouts: Sequence[str] = NUMBERED) -> list[Path]:
@@ -85,7 +85,7 @@ def sampled_images(folder: Path, allow_partial: bool = False, layouts: Sequence[
 
 def _is_overview(path: Path, runs: Collection[Path]) -> bool:
     """Whether an image is one that the samplers put together of others: of a run, of prompts by steps, of GenEval's prompt."""
-    grid = re.fullmatch(r"grid-\d+x\d+", path.stem) or (path.stem == "grid" and path.parent.name.isdecimal())
+    grid = re.fullmatch(r"(.+-)?grid-\d+x\d+", path.stem) or (path.stem == "grid" and path.parent.name.isdecimal())
     return path.with_suffix("") in runs or bool(grid)
 
 
@@ -109,10 +109,13 @@ def check_numbers(folder: Path, numbers: Collection[tuple[int, ...]], allow_part
     """
     if len(there := set(numbers)) < len(numbers):
         raise ValueError(f"{folder}: {len(numbers) - len(there)} {what} have the number of another one; remove the copies")
-    every = itertools.product(*(range(max(column) + 1) for column in zip(*there, strict=True)))
-    gaps = ["-".join(map(str, number)) for number in every if number not in there]
-    if gaps:
-        refuse_partial(f"{folder}: sampling has gaps, {some(gaps)} {what} are missing", allow_partial)
+    counts = [max(column) + 1 for column in zip(*there, strict=True)]
+    if missing := math.prod(counts) - len(there):
+        enough = len(there) + SHOWN + 1  # to find the first gaps; a folder named by a date would make it billions
+        every = itertools.product(*(range(min(count, enough)) for count in counts))
+        gaps = ("-".join(map(str, number)) for number in every if number not in there)
+        first = shown(list(itertools.islice(gaps, SHOWN + 1)))
+        refuse_partial(f"{folder}: sampling has gaps, {missing} ({first}) {what} are missing", allow_partial)
 
 
 def check_complete(
@@ -150,11 +153,11 @@ def check_prompts(folder: Path, missing: str, allow_partial: bool) -> None:
     if read_run(folder) is None:
         refuse_partial(f"{folder}: {missing}", allow_partial)
     else:
-        warnings.warn(f"{folder}: {missing}; {OTHERS}", stacklevel=3)
+        warnings.warn(f"{folder}: {missing}; {OVER}", stacklevel=3)
 
 
 def refuse_partial(problem: str, allow_partial: bool) -> None:
     """ValueError for incomplete samples, a warning when they are allowed."""
     if not allow_partial:
         raise ValueError(f"{problem}; {REMEDY}")
-    warnings.warn(f"{problem}; {OTHERS}", stacklevel=3)
+    warnings.warn(f"{problem}; {OVER}", stacklevel=3)

@@ -43,6 +43,8 @@ def sample_c2i(argv: list[str] | None = None) -> None:
     from tim.models.network import traits_of
 
     config = load_config(args.config)
+    if config.model.text_encoder_dir is not None:
+        raise ValueError(f"{args.config} is of a text-to-image model; projects/sample/sample_t2i.py draws its prompts")
     network_classes = traits_of(config.model.network).num_classes
     if network_classes is None:
         raise ValueError(NO_CLASSES)
@@ -61,7 +63,7 @@ def sample_t2i(argv: list[str] | None = None) -> None:
     source = own.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts; an empty one is the null caption")
     source.add_argument("--prompt-file", metavar="FILE", help="text file with one prompt a line")
-    own.add_argument("--size", nargs="+", metavar="HxW", help="height x width in pixels, any number of sizes")
+    own.add_argument("--size", nargs="+", metavar="HxW", help="any number of sizes, instead of --height and --width")
     own.add_argument("--images-per-prompt", type=int, default=1, metavar="N", help="images of a prompt, each of its own noise")
     _add_text_padding(own)
     args = parser.parse_args(argv)
@@ -171,7 +173,10 @@ def _caption_config(args: argparse.Namespace) -> "Config":
 
     config = load_config(args.config)
     if config.model.text_encoder_dir is None:
-        raise ValueError("model.text_encoder_dir is not set; text-to-image needs a text encoder")
+        raise ValueError(
+            f"{args.config} sets no model.text_encoder_dir; text-to-image needs a text encoder "
+            "(projects/sample/sample_c2i_ddp.py draws classes)"
+        )
     if args.text_padding:
         config.model.text_padding = args.text_padding
     if config.model.text_padding == "batch":

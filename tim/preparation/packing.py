@@ -40,7 +40,7 @@ def list_sources(latent_dir: str | None, image_dir: str | None) -> list[Sample]:
     elif image_dir is not None:
         folder = Folder("image", image_dir)
     else:
-        raise ValueError("nothing to pack: name a folder of latents, of images, or both")
+        raise ValueError("nothing to pack: give --latent-dir, --image-dir, or both")
     own = folder.paths[folder.kind]
     check_stems(own, "be one sample")
     labels = [None] * len(own) if latent_dir is not None else folder.labels.tolist()  # latent files hold theirs

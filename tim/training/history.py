@@ -64,6 +64,7 @@ def report_changes(record: Path, config: Config) -> None:
         logger.warning(f"what changed since the last start is unknown: {error}")
         return
     now = _flat(json.loads(json.dumps(asdict(config), default=str)))
+    before, now = ({key: value for key, value in flat.items() if value != {}} for flat in (before, now))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             logger.info(f"changed since the last start: {key}: {before.get(key)!r} -> {now.get(key)!r}")

@@ -159,7 +159,8 @@ class CaptionTask:
     def summary(self) -> str:
         """Images, and the packed batches that they come in."""
         sizes = {self.dataset.size(int(batch[0])) for batch in self.dataset.batches}
-        return f"{len(self.dataset)} captioned images in {len(self.dataset.batches)} packed batches of {len(sizes)} sizes"
+        of = f"{len(sizes)} size{'s' * (len(sizes) > 1)}"
+        return f"{len(self.dataset)} captioned images in {len(self.dataset.batches)} packed batches of {of}"
 
 
 Task: TypeAlias = ClassTask | CaptionTask
