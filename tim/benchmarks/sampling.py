@@ -53,7 +53,7 @@ def random_sampler(config: Config, settings: SampleSettings, device: torch.devic
     encoder = load_encoder(encoder_folder, dtype, device, tokens) if encoder_folder else None
     vae = load_vae(vae_folder, getattr(torch, settings.vae_dtype), device) if vae_folder else None
     if vae is not None:
-        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
+        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae, settings.channels_last_vae)
     network = build_network(config.model.network).to(device, dtype).eval().requires_grad_(False)
     with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
         for p in network.parameters():
@@ -125,7 +125,8 @@ def bench_sample(
 @torch.no_grad()
 def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords | None, repeats: int, warmup: int) -> float:
     """Seconds of the network calls of one sampling run alone, guided steps as one call of twice the batch."""
-    network, guided = sampler.network, sum(sampler.guided)
+    network, steps = sampler.network, sampler.plan.steps
+    guided = sum(step.is_guided for step in steps)
     state = x.to(next(network.parameters()).dtype)
 
     def call(batch: Tensor, condition: Keywords) -> Callable[[], Any]:
@@ -136,8 +137,8 @@ def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords |
     both = None if uncond is None else join_conditions(cond, uncond)
     if guided and both is not None:
         seconds += guided * timed(call(torch.cat([state, state]), both), x.device, repeats, warmup)[0]
-    if guided < len(sampler.guided):
-        seconds += (len(sampler.guided) - guided) * timed(call(state, cond), x.device, repeats, warmup)[0]
+    if guided < len(steps):
+        seconds += (len(steps) - guided) * timed(call(state, cond), x.device, repeats, warmup)[0]
     return seconds
 
 

@@ -115,14 +115,20 @@ class Autoencoder:
         else:
             self.model.enable_tiling(above, above, above * 3 // 4, above * 3 // 4)
 
-    def configure(self, slicing: bool = False, tiling_above: int | None = None, compiled: bool = False) -> None:
+    def configure(
+        self, slicing: bool = False, tiling_above: int | None = None, compiled: bool = False, channels_last: bool = False
+    ) -> None:
         """How to encode and decode from now on.
 
         Args:
             slicing: one image of a batch at a time, to save memory; the result is the same.
             tiling_above: see `set_tiling`.
             compiled: compile the decoder for any size (torch.compile); the first image then waits for the compiler.
+            channels_last: keep weights and images with the channels last in memory, as the tensor cores of GPUs take them; the
+                result differs by rounding.
         """
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
         if slicing:
             self.model.enable_slicing()
         if tiling_above is not None:

@@ -128,7 +128,8 @@ def plan_steps(
         warnings.warn(f"cfg_scale={cfg_scale} has no effect: {inside}; guide_first_step closes the window", stacklevel=3)
     steps = []
     for i, (t, r) in enumerate(pairwise(grid)):
-        rho = stochasticity_ratio if 0 < i < len(guided) - 1 else 0.0  # the start is noise already; the end would keep what is added
+        # The start is noise already; the end would keep what is added.
+        rho = stochasticity_ratio if 0 < i < len(guided) - 1 else 0.0
         seen = (t, r if sample_type == "transition" else t)  # r = t asks for the instantaneous F: a step of the diffusion ODE
         c_noise = [float(transport.c_noise(torch.tensor(u, dtype=torch.float64))) for u in seen]
         wide = torch.tensor(c_noise, dtype=_state_dtype(device)).to(device)
