@@ -8,7 +8,20 @@ from helpers.paths import ROOT
 
 # From the top floor down, as docs/architecture.md draws them; rooms of one line stand side by side.
 LAYERS = (
-    ("listing", "files", "resumable", "labels", "images", "distributed", "typed_yaml", "config", "rng", "cli", "download"),
+    (
+        "listing",
+        "files",
+        "digests",
+        "resumable",
+        "labels",
+        "images",
+        "distributed",
+        "typed_yaml",
+        "config",
+        "rng",
+        "cli",
+        "download",
+    ),
     ("schedulers",),
     ("models",),
     ("data",),

@@ -16,8 +16,9 @@ from tim.data.c2i import load_square
 from tim.data.features import RECORD, find_corruption, write_features
 from tim.data.registry import build_c2i_dataset
 from tim.data.replacement import PROBED, first_readable
+from tim.digests import cached_sha256
 from tim.distributed import set_tf32
-from tim.files import claim, sha256
+from tim.files import claim
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
 from tim.models.radio import Radio
@@ -49,7 +50,7 @@ class FeatureEncoder(FolderEncoder):
         self.encoder, self.grid, self.dtype = Radio.from_checkpoint(enc_dir).to(self.state.device), token_grid(config), dtype
         size = {"tokens": math.prod(self.grid), "width": int(self.encoder.width)}
         self.shape = (2, *size.values())
-        self.record = {"encoder_sha256": sha256(enc_dir), "image_size": d.image_size, **size, "dtype": dtype}
+        self.record = {"encoder_sha256": cached_sha256(enc_dir), "image_size": d.image_size, **size, "dtype": dtype}
 
     def claim(self, write: bool) -> None:
         """See `FolderEncoder`; features.json says what the features depend on."""
