@@ -9,17 +9,7 @@ from helpers.paths import ROOT
 # From the top floor down, as docs/architecture.md draws them; rooms of one line stand side by side.
 LAYERS = (
     (
-        "listing",
-        "files",
-        "digests",
-        "resumable",
-        "labels",
-        "images",
-        "distributed",
-        "typed_yaml",
-        "config",
-        "rng",
-        "cli",
+        "listing", "files", "digests", "resumable", "labels", "images", "distributed", "typed_yaml", "config", "rng", "cli",
         "download",
     ),
     ("schedulers",),
@@ -32,7 +22,7 @@ LAYERS = (
     ("evaluation",),
     ("demo",),
     ("benchmarks",),
-)
+)  # fmt: skip
 FLOOR = {room: k for k, rooms in enumerate(LAYERS) for room in rooms}
 
 

@@ -75,7 +75,7 @@ class Sampler:
                 near = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
                 raise ValueError(f"{flag} {side} is not a multiple of {step} (autoencoder x patch); the nearest are {near}")
         sampler = replace(self, settings=settings)
-        assert sampler.plan  # made now, so that an impossible grid is refused before anything is drawn
+        _ = sampler.plan  # made now, so that an impossible grid is refused before anything is drawn
         return sampler
 
     @cached_property
