@@ -140,7 +140,7 @@ def test_a_batch_is_launched_without_waiting_for_the_device():
 
 
 def test_an_impossible_grid_is_refused_before_anything_is_drawn(sampler):
-    with pytest.raises(ValueError, match="EDM ends at T_min > 0"):
+    with pytest.warns(UserWarning, match="go beyond"), pytest.raises(ValueError, match="EDM ends at T_min > 0"):
         replace(sampler, transport=EDM()).at(replace(sampler.settings, T_max=None, T_min=0.0))
 
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tim.distributed import set_tf32
 from tim.generation.conditions import CaptionConditions, Keywords, build_conditions
 from tim.generation.sampler import Sampler, network_dtype
 from tim.generation.settings import SampleSettings
+from tim.images import save_image
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
 from tim.models.text_encoders import load_model
@@ -76,7 +78,8 @@ def bench_sample(
         psnr: also compare decoding in bfloat16 with float32.
 
     Returns:
-        A step is the batch. Milliseconds per image of each phase. `sampler_overhead` is the sampling loop over the sum of its
+        A step is the batch. Milliseconds per image of each phase. `write_ms` is beside them: one thread's time for a file, of
+        which a run has several while the next batch is drawn. `sampler_overhead` is the sampling loop over the sum of its
         network calls, minus one; `psnr_db` that of images decoded in half precision.
     """
     device = best_device()
@@ -101,7 +104,7 @@ def bench_sample(
     reset_peak_memory(device)
     phases = {"text": timed(encode, device, repeats, warmup)[0]}
     phases["network"], x = timed(draw, device, repeats, warmup)
-    phases["decode"], _ = timed(lambda: sampler.decode(x), device, repeats, warmup)
+    phases["decode"], (pixels, _) = timed(lambda: sampler.decode(x), device, repeats, warmup)
     calls = call_seconds(sampler, x, cond, uncond, repeats, warmup)
     total = sum(phases.values())
     height, width = sampler.settings.size
@@ -116,6 +119,7 @@ def bench_sample(
         "num_steps": settings.num_steps,
         **{f"{name}_ms": 1e3 * seconds / batch_size for name, seconds in phases.items()},
         **{f"{name}_share": seconds / total for name, seconds in phases.items()},
+        "write_ms": 1e3 * write_seconds(pixels.cpu().numpy(), settings.png_level, repeats, warmup) / batch_size,
         "sampler_overhead": phases["network"] / calls - 1,
         "random_weights": random_weights,
         "psnr_db": decode_psnr(sampler.vae, x) if psnr and sampler.vae is not None else None,
@@ -140,6 +144,17 @@ def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords |
     if guided < len(steps):
         seconds += (len(steps) - guided) * timed(call(state, cond), x.device, repeats, warmup)[0]
     return seconds
+
+
+def write_seconds(pixels: np.ndarray, png_level: int, repeats: int, warmup: int) -> float:
+    """Seconds in which one thread writes images (B, H, W, 3) uint8 as .png files."""
+    with TemporaryDirectory() as folder:
+
+        def write() -> None:
+            for k, image in enumerate(pixels):
+                save_image(Path(folder) / f"{k}.png", image, png_level)
+
+        return timed(write, torch.device("cpu"), repeats, warmup)[0]
 
 
 def decode_psnr(vae: Autoencoder, x: Tensor) -> float:
