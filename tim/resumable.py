@@ -6,7 +6,7 @@ that results depend neither on the number of processes nor on interruptions.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -74,7 +74,7 @@ def own_blocks(count: int, size: int, done: Callable[[int], bool], state: Partia
     return [block for block in blocks if block.missing]
 
 
-def write_behind(batches: Iterable[Sequence[Callable[[], T]]], threads: int) -> Iterator[list[T]]:
+def write_behind(batches: Iterable[Sequence[Callable[[], T]]], threads: int) -> Generator[list[T], None, None]:
     """Run the jobs of every batch in threads while the next batch is made.
 
     Two batches are there at a time: one in the threads, one in the making. After an error, of a job or in the making, no

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,6 +29,7 @@ from tim.training.compilation import compile_blocks
 from tim.typed_yaml import read_tree
 
 ARCHITECTURES = read_tree(Path(__file__).with_name("architectures.yaml"))
+CALLS = 3  # of the network, whose median stands for all calls of a run
 AUTOENCODERS = {"dc-ae-f32c32": AutoencoderDC, "sd-vae": AutoencoderKL}
 
 
@@ -103,9 +105,8 @@ def bench_sample(
         compile_blocks(sampler.network)
     reset_peak_memory(device)
     phases = {"text": timed(encode, device, repeats, warmup)[0]}
-    phases["network"], x = timed(draw, device, repeats, warmup)
+    phases["network"], x, overhead = time_network(sampler, draw, cond, uncond, repeats, warmup)
     phases["decode"], (pixels, _) = timed(lambda: sampler.decode(x), device, repeats, warmup)
-    calls = call_seconds(sampler, x, cond, uncond, repeats, warmup)
     total = sum(phases.values())
     height, width = sampler.settings.size
     return {
@@ -120,14 +121,31 @@ def bench_sample(
         **{f"{name}_ms": 1e3 * seconds / batch_size for name, seconds in phases.items()},
         **{f"{name}_share": seconds / total for name, seconds in phases.items()},
         "write_ms": 1e3 * write_seconds(pixels.cpu().numpy(), settings.png_level, repeats, warmup) / batch_size,
-        "sampler_overhead": phases["network"] / calls - 1,
+        "sampler_overhead": overhead,
         "random_weights": random_weights,
         "psnr_db": decode_psnr(sampler.vae, x) if psnr and sampler.vae is not None else None,
     }
 
 
+def time_network(
+    sampler: Sampler, draw: Callable[[], Tensor], cond: Keywords, uncond: Keywords | None, repeats: int, warmup: int
+) -> tuple[float, Tensor, float]:
+    """Seconds of a sampling run, the latents it drew, and its overhead over the network calls alone.
+
+    Run and calls are timed in turn, because a busy machine changes its pace.
+    """
+    for _ in range(warmup):
+        draw()
+    runs, ratios = [], []
+    for _ in range(repeats):
+        seconds, x = timed(draw, sampler.device, 1, 0)
+        runs.append(seconds)
+        ratios.append(seconds / call_seconds(sampler, x, cond, uncond))
+    return median(runs), x, median(ratios) - 1
+
+
 @torch.no_grad()
-def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords | None, repeats: int, warmup: int) -> float:
+def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords | None) -> float:
     """Seconds of the network calls of one sampling run alone, guided steps as one call of twice the batch."""
     network, steps = sampler.network, sampler.plan.steps
     guided = sum(step.is_guided for step in steps)
@@ -140,9 +158,9 @@ def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords |
     seconds = 0.0
     both = None if uncond is None else join_conditions(cond, uncond)
     if guided and both is not None:
-        seconds += guided * timed(call(torch.cat([state, state]), both), x.device, repeats, warmup)[0]
+        seconds += guided * timed(call(torch.cat([state, state]), both), x.device, CALLS, 0)[0]
     if guided < len(steps):
-        seconds += (len(steps) - guided) * timed(call(state, cond), x.device, repeats, warmup)[0]
+        seconds += (len(steps) - guided) * timed(call(state, cond), x.device, CALLS, 0)[0]
     return seconds
 
 

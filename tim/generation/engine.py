@@ -131,7 +131,8 @@ def _draw_missing(
     sampler: Sampler, prompt_set: PromptSet, folder: Path, blocks: list[Block], state: PartialState
 ) -> tuple[int, float, list[str]]:
     """Draw and write what is not there; images drawn by all processes, seconds, and names of those that are not finite."""
-    began, drawn, broken = time.perf_counter(), 0, []
+    began, drawn = time.perf_counter(), 0
+    broken: list[str] = []
     threads = max(1, min(MAX_WRITERS, (os.cpu_count() or 1) // state.num_processes))
     batches = (_launch(sampler, prompt_set, folder, block) for block in blocks)
     with (

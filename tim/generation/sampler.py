@@ -131,13 +131,13 @@ class Sampler:
     ) -> "Drawn":
         """As `draw`, but images that are not finite raise nothing, and a GPU may still be at work on all of them."""
         latents = self.latents(indices, repetitions, *self.conditions(prompts, self.settings.cfg_scale > 1))
-        tensors = (*self.decode(latents), latents)
-        if self.device.type != "cuda":
-            return Drawn(*(x.cpu() for x in tensors))
-        on_host = [x.to("cpu", non_blocking=True) for x in tensors]  # in pinned memory
+        is_cuda = self.device.type == "cuda"
+        images, finite, latents = (x.to("cpu", non_blocking=is_cuda) for x in (*self.decode(latents), latents))
+        if not is_cuda:
+            return Drawn(images, finite, latents)
         arrived = torch.cuda.Event()
         arrived.record()
-        return Drawn(*on_host, arrived)
+        return Drawn(images, finite, latents, arrived)
 
     @torch.no_grad()
     def latents(

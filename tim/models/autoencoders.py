@@ -138,7 +138,8 @@ class Autoencoder:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Autoencoder":
         """Compute in another dtype or elsewhere. Weights once rounded to a lower precision stay rounded."""
-        self.model.to(device=device, dtype=dtype)
+        wanted = {"device": device, "dtype": dtype}
+        self.model.to(**{key: value for key, value in wanted.items() if value is not None})  # diffusers warns of any dtype
         return self
 
     @torch.no_grad()
