@@ -33,16 +33,17 @@ split() {
   [ -z "$1" ] || while IFS= read -r word; do words+=("$word"); done < <(printf '%s\n' "$1" | xargs -n 1 printf '%s\n')
 }
 
-# launch FILE ARGS...: run an entry point on all processes of this node.
+# launch FILE ARGS...: run an entry point on all processes of this node. With replace=exec it takes the place of the script, so
+# that whoever signals or kills the script reaches it.
 launch() {
   local gpus nnodes="${NNODES:-1}" port="${MASTER_PORT:-29500}"
   gpus="${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
   if [ "$nnodes" = 1 ] && [ "$gpus" = 1 ]; then
-    "$PYTHON" "$@"
+    ${replace-} "$PYTHON" "$@"
   elif [ "$nnodes" = 1 ]; then
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$gpus" "$@"
+    ${replace-} "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$gpus" "$@"
   else
-    "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --node_rank "${NODE_RANK:?set NODE_RANK to this node number}" \
+    ${replace-} "$PYTHON" -m torch.distributed.run --nnodes "$nnodes" --node_rank "${NODE_RANK:?set NODE_RANK to this node number}" \
       --nproc_per_node "$gpus" --rdzv_backend c10d --rdzv_id "${RDZV_ID:-tim-$port}" \
       --rdzv_endpoint "${MASTER_ADDR:?set MASTER_ADDR to the address of node 0}:$port" "$@"
   fi
@@ -57,7 +58,7 @@ train_c2i() { train c2i "$@"; }
 train_t2i() { train t2i "$@"; }
 
 train() {
-  local task="$1" name="$2" words
+  local task="$1" name="$2" words replace=exec
   shift 2
   explain "train_$task" "projects/train/trainer_$task.py" "$@"
   split "${OVERRIDES:-}"
@@ -107,7 +108,7 @@ sample_c2i() {
 # preprocess PROGRAM NAME ARGS...: encode the images of configs/preprocess/NAME.yaml.
 # CONFIG, PROJECT_DIR and OVERRIDES="a=b c='two words'" change the run.
 preprocess() {
-  local program="$1" name="$2" words
+  local program="$1" name="$2" words replace=exec
   shift 2
   explain preprocess "projects/preprocess/$program.py" "$@"
   split "${OVERRIDES:-}"

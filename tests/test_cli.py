@@ -1,13 +1,18 @@
 """What all command lines share."""
 
+import contextlib
 import os
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 
+import psutil
 import pytest
 from helpers.paths import ROOT
+from torch import OutOfMemoryError
+from torch.utils.data import DataLoader, Dataset
 
 from tim import cli
 from tim.cli import command_parser, run_command
@@ -41,21 +46,99 @@ run_command(main)
     assert done.stdout == "left\n"
 
 
+KILLED = "a process that reads data was killed: too little memory, or /dev/shm is too small; take fewer num_workers"
+PEER = "another process of this run has ended; its own message says why"
+
+
+@pytest.mark.parametrize(
+    "error,code,words",
+    [
+        (OSError(28, "No space left on device", "a/b.png"), 2, "error: a/b.png: No space left on device\n"),
+        (OSError("a/b is damaged"), 2, "error: a/b is damaged\n"),
+        (PermissionError(13, "Permission denied", b"a"), 2, "error: a: Permission denied\n"),
+        (ValueError(), 2, "error: ValueError\n"),
+        (MemoryError(), 2, "error: MemoryError; take smaller batches\n"),
+        (OutOfMemoryError("CUDA out of memory.\nlater"), 2, "error: CUDA out of memory.; take smaller batches\n"),
+        (
+            RuntimeError("[pair.cc:547] Connection closed by peer [::1]:9"),
+            2,
+            "error: another process of this run has ended; its own message says why\n",
+        ),
+        (RuntimeError("DataLoader worker (pid 9) is killed by signal: Bus error."), 2, f"error: {KILLED}\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to continue\n"),
+    ],
+)
+def test_what_is_not_a_fault_of_the_program_is_one_line(error, code, words, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    assert stop.value.code == code and capsys.readouterr().err == words
+
+
+def test_a_workers_error_is_its_last_line(capsys):
+    class Broken(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            raise ValueError(f"sample {index} cannot be read: no image")
+
+    with pytest.raises(SystemExit):
+        run_command(lambda: list(DataLoader(Broken(), num_workers=1)))
+    assert capsys.readouterr().err == "error: sample 0 cannot be read: no image\n"
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly():
+    script = "from tim.cli import run_command; run_command(lambda: [print('line', flush=True) for _ in range(100000)])"
+    done = subprocess.run(
+        f"{sys.executable} -c {shlex.quote(script)} | head -n 1; echo ${{PIPESTATUS[0]}}",
+        shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("line\n141\n", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parents are watched by Linux alone")
+@pytest.mark.parametrize("launcher,left", [("torchrun", False), ("my_script", True)])
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path, launcher, left):
+    """But not with a shell or a script, which people leave behind on purpose."""
+    worker = "import time; from tim.cli import run_command; run_command(lambda: (print('begun', flush=True), time.sleep(60)))"
+    (tmp_path / launcher).write_text(
+        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {worker!r}]); print(p.pid, flush=True); p.wait()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(tmp_path / launcher)]
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as parent:
+        lines = sorted(parent.stdout.readline() for _ in range(2))
+        parent.kill()
+        process = psutil.Process(int(lines[0]))
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(0.5 if left else 30)
+        assert process.is_running() is left
+        if left:
+            process.kill()
+
+
 def test_commands_that_need_no_torch_do_not_import_it():
     script = "import sys; from tim.cli import run_command; run_command(lambda: None); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 HELP = """
-import runpy, sys
+import contextlib, io, runpy, sys
 
 for path in sys.argv[1:]:
     sys.argv = [path, "--help"]
+    said = io.StringIO()
     try:
-        runpy.run_path(path, run_name="__main__")
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(path, run_name="__main__")
     except SystemExit as stop:
         assert stop.code == 0, path
     assert "torch" not in sys.modules, path
+    print(said.getvalue())
+    assert ("--config " in said.getvalue()) == ("--allow-code" in said.getvalue()), path
 """
 
 

@@ -83,7 +83,7 @@ def test_overrides():
         ("model.transport.params.w_condition=1", r"did you mean 'w_cond'"),
         ("model.transition_loss.weight_time_typ=sqrt", r"did you mean 'weight_time_type'"),
         ("model.transition_loss.diffusion_ratio=2.0", "diffusion_ratio=2.0"),
-        ("model.ema_decay=1.5", r"model\.ema_decay must lie in \[0, 1\], got 1.5"),
+        ("model.ema_decay=1.5", r"model\.ema_decay must be <= 1, got 1.5"),
         ("training.optimizer.params.beta=[0.9,0.95]", r"did you mean 'betas'"),
         ("data.dataloader.batch_size=-4", r"data\.dataloader\.batch_size must be > 0, got -4"),
         ("data.data_type=latents", r"data\.data_type='latents'"),
@@ -166,7 +166,7 @@ def test_model_guidance_differs_from_its_base_in_the_transport_alone(name):
     [
         ("data.data_type=null", r"data\.data_type is missing"),
         ("data.dataset.target=helpers.own.Waves", r"data\.dataset\.target replaces data\.data_type"),
-        ("data={dataset: {target: absent.Waves}}", r"data\.dataset\.target='absent\.Waves' cannot be imported"),
+        ("data={dataset: {target: absent.Waves}}", r"data\.dataset\.target='absent\.Waves' .* --allow-code absent "),
         ("data={dataset: {target: tim.rng.normals}}", r"data\.dataset\.target='tim\.rng\.normals' is no class"),
         (
             "data={dataset: {target: tim.data.c2i.PackageDataset, params: {nam: digits}}}",

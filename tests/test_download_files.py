@@ -2,7 +2,9 @@
 
 import io
 import tarfile
+from types import SimpleNamespace
 
+import httpx
 import pytest
 from helpers.download_site import Site, tar_bytes, tree, zip_bytes, zipped
 
@@ -94,6 +96,14 @@ def test_what_is_not_unpacked(tmp_path, contents, error):
     assert "archive cannot be unpacked" in str(raised.value) and "\n" not in str(raised.value)
     assert not folder.exists() and not archive.exists() and (tmp_path / "deep/x/archive.bad").is_file()
     assert {p.name for p in tmp_path.iterdir()} == {"deep"} and {p.name for p in (tmp_path / "deep").iterdir()} == {"x"}
+
+
+@pytest.mark.parametrize("contents", [zip_bytes({"a": CONTENTS, "b": CONTENTS}), tar_bytes({"a": CONTENTS, "b": CONTENTS})])
+def test_what_would_fill_the_disk_is_not_unpacked(tmp_path, monkeypatch, contents):
+    (tmp_path / "archive").write_bytes(contents)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENTS)))
+    with pytest.raises(ValueError, match="'b' and what stands before it need more room than the disk has"):
+        unpack(tmp_path / "archive", tmp_path / "out", "a")
 
 
 def test_links_in_archives_are_left_out(tmp_path):
@@ -189,6 +199,14 @@ def test_redirect_to_plain_http_is_refused(site, tmp_path, target):
     with pytest.raises(ValueError, match=r"leads to http://elsewhere\.example/file, which is not encrypted"):
         ask(site, tmp_path)
     assert not tree(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1/file", "http://elsewhere.example/file", "ftp://elsewhere.example/file"])
+def test_an_encrypted_connection_is_not_left(target):
+    request = httpx.Request("GET", "https://hub.example/file")
+    with pytest.raises(ValueError, match="which is not encrypted"):
+        download.refuse_downgrade(httpx.Response(302, headers={"Location": target}, request=request))
+    download.refuse_downgrade(httpx.Response(302, headers={"Location": "https://cdn.example/file"}, request=request))
 
 
 def test_redirect_on_this_machine_is_followed(site, tmp_path):

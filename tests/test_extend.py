@@ -35,14 +35,24 @@ def project(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def allowed(monkeypatch):
+    """The code of the page, by the line that the page gives."""
+    (line,) = re.findall(r"export (TIM_ALLOW_CODE)=(\S+)", (ROOT / "docs/extend.md").read_text(encoding="utf-8"))
+    monkeypatch.setenv(*line)
+    return line[1]
+
+
 def start(folder, *words):
-    """A command in a process of its own, from that folder."""
+    """What a command prints, in a process of its own, from that folder."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=folder, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-def test_a_strangers_parts_train_and_sample(project):
-    start(project, TRAINER, "--config", "stripes.yaml", "--project_dir", "runs/stripes", "--seed", 0, *SHORT)
+def test_a_strangers_parts_train_and_sample(project, allowed, monkeypatch):
+    said = start(project, TRAINER, "--config", "stripes.yaml", "--project_dir", "runs/stripes", "--seed", 0, *SHORT)
+    assert set(re.findall(r"--allow-code (\w+)", said)) == set(allowed.split(",")), "the sampling command can be copied"
     run = project / "runs" / "stripes"
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 3, 4] and all(np.isfinite(r["weighted_loss"]) for r in records)
@@ -58,13 +68,16 @@ def test_a_strangers_parts_train_and_sample(project):
         4,
         "--num-steps",
         4,
+        "--allow-code",
+        allowed,
     ]
+    monkeypatch.delenv("TIM_ALLOW_CODE")
     start(project, SAMPLER, *words)
     assert len(list((project / "samples").glob("*/*.png"))) == 4
 
 
 @pytest.mark.parametrize("part", ["dataset", "network", "transport", "objective"])
-def test_each_part_trains_alone(project, part, tmp_path, monkeypatch):
+def test_each_part_trains_alone(project, part, tmp_path, monkeypatch, allowed):
     """With the digits' config for everything else."""
     from tim.training.loop import train
     from tim.training.tasks import ClassTask
@@ -93,7 +106,7 @@ def test_each_part_trains_alone(project, part, tmp_path, monkeypatch):
         ("data.data_type=package", r"data\.dataset\.target replaces data\.data_type"),
     ],
 )
-def test_mistakes_name_the_key(project, monkeypatch, override, message):
+def test_mistakes_name_the_key(project, monkeypatch, allowed, override, message):
     monkeypatch.chdir(project)
     with pytest.raises(ConfigError, match=message):
         load_config("stripes.yaml", [override])

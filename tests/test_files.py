@@ -2,16 +2,31 @@
 
 import json
 import os
+import signal
+import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import PartialState
 from helpers.paths import ROOT
+from safetensors.torch import save_file
 
-from tim.files import claim, lock, replacing, sha256, write_json, write_json_lines
+from tim.files import (
+    append_json_lines,
+    claim,
+    lock,
+    parse_json,
+    read_json_lines,
+    replacing,
+    sha256,
+    write_json,
+    write_json_lines,
+)
 from tim.resumable import first_process, locked, own_blocks
 
 
@@ -70,6 +85,45 @@ def test_long_names_can_be_written(tmp_path):
     assert len(sha256(path)) == 64
 
 
+def test_errors_of_writers_name_the_file(tmp_path):
+    """A full disk names nothing, and torch and safetensors have errors of their own."""
+
+    def fail(error):
+        raise error
+
+    writers = {
+        "python": lambda partial: Path("/dev/full").write_text("x"),
+        "torch": lambda partial: torch.save({"x": torch.zeros(9)}, "/dev/full"),
+        "safetensors": lambda partial: save_file({"x": torch.zeros(9)}, partial / "no folder"),
+        "picture": lambda partial: fail(OSError("encoder error -2 when writing image file")),
+    }
+    for name, write in writers.items():
+        with pytest.raises(OSError, match=str(tmp_path / f"{name}.out")), replacing(tmp_path / f"{name}.out") as partial:
+            write(partial)
+    with pytest.raises(FileNotFoundError, match="'absent'"), replacing(tmp_path / "other.out"):
+        Path("absent").read_bytes()  # what was read keeps its own name
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "absent" / "a.json")), replacing(tmp_path / "absent" / "a.json"):
+        pass
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+TORN = {
+    "nothing": b"", "brace": b"{", "half": b'{"step": 2', "zeros": b"\x00\x00\xff", "list": b"[1]\n", "number": b"2\n",
+    "keyless": b'{"step": 2}\n', "deep": b"[" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("torn", TORN)
+def test_a_torn_line_is_lost_alone(tmp_path, torn):
+    path = tmp_path / "log.jsonl"
+    append_json_lines(path, [{"step": 1, "cause": "é\u2028"}])
+    with open(path, "ab") as f:
+        f.write(TORN[torn])
+    append_json_lines(path, [{"step": 3, "cause": ""}, {"step": 4, "cause": ""}])
+    assert [record["step"] for record in read_json_lines(path, "step", "cause")] == [1, 3, 4]
+    assert read_json_lines(path)[0]["cause"] == "é\u2028" and read_json_lines(tmp_path / "absent.jsonl") == []
+
+
 def test_a_folder_belongs_to_its_settings(tmp_path):
     record = tmp_path / "run" / "identity.json"
     claim(record, {"seed": 1, "size": (8, 8)}, "images", write=False)
@@ -93,22 +147,34 @@ def test_files_without_a_record_are_not_adopted(tmp_path):
 
 def test_one_run_at_a_time_and_a_killed_one_lets_go(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from tim.files import lock\n"
-        "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import os, sys, time; from pathlib import Path; from tim.files import lock\n"
+        "with lock(Path(sys.argv[1])): child = os.fork(); child and print(child, flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match="another run is at work in"), lock(tmp_path):
+    child = int(other.stdout.readline())
+    held = rf"another run is at work in {tmp_path} \(process {other.pid} on {socket.gethostname()} since \d{{4}}-.*\d\d\); wait"
+    with pytest.raises(ValueError, match=held), lock(tmp_path):
+        pass
+    holder = json.loads((tmp_path / ".lock.holder").read_text())
+    write_json(tmp_path / ".lock.holder", {**holder, "host": "node7"})
+    gone = rf"since .*, last wrote \d{{4}}-.*; if node7 is down, delete {tmp_path}/\.lock\)"
+    with pytest.raises(ValueError, match=gone), lock(tmp_path):
+        pass
+    (tmp_path / ".lock.holder").write_text("[")
+    with pytest.raises(ValueError, match=f"another run is at work in {tmp_path}; wait"), lock(tmp_path):
         pass
     other.kill()
     other.wait()
+    os.kill(child, 0)  # a worker that lives on for a while keeps nobody out
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".b.png.k3x_9zq1.part").write_bytes(b"half")
     (tmp_path / "a" / ".step-0000001.part").mkdir()
     with lock(tmp_path):
         assert [p.name for p in (tmp_path / "a").iterdir()] == [".step-0000001.part"], "what was half-written is gone"
+    os.kill(child, signal.SIGKILL)
     with lock(tmp_path):
         pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "a"]
 
 
 @pytest.mark.dist
@@ -161,3 +227,10 @@ def test_an_error_of_the_first_process_keeps_its_words(tmp_path):
         first_process(PartialState(), lambda: (_ for _ in ()).throw(PermissionError("read-only")))
     with locked(tmp_path, PartialState()):
         assert first_process(PartialState(), lambda: 3) == 3
+
+
+def test_brackets_by_the_thousand_are_an_error_like_others():
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}
+    for text in ("[" * 100000, "[" * 100000 + "]" * 100000, "{", b"\xff"):
+        with pytest.raises(ValueError):
+            parse_json(text)

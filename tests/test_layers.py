@@ -9,7 +9,18 @@ from helpers.paths import ROOT
 # From the top floor down, as docs/architecture.md draws them; rooms of one line stand side by side.
 LAYERS = (
     (
-        "listing", "files", "digests", "resumable", "labels", "images", "distributed", "typed_yaml", "config", "rng", "cli",
+        "listing",
+        "files",
+        "digests",
+        "resumable",
+        "labels",
+        "images",
+        "distributed",
+        "typed_yaml",
+        "targets",
+        "config",
+        "rng",
+        "cli",
         "download",
     ),
     ("schedulers",),
@@ -22,7 +33,8 @@ LAYERS = (
     ("evaluation",),
     ("demo",),
     ("benchmarks",),
-)  # fmt: skip
+    ("compat",),
+)
 FLOOR = {room: k for k, rooms in enumerate(LAYERS) for room in rooms}
 
 

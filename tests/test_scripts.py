@@ -58,8 +58,7 @@ def stand_in(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("processes", [1, 2])
-def test_train_and_sample_c2i(stand_in, tmp_path, processes):
+def test_train_and_sample_c2i_on_two_processes(stand_in, tmp_path):
     overrides = [
         *(f"model.network.params.{s}" for s in SHRINK),
         f"model.vae_dir={stand_in}/vae",
@@ -71,13 +70,13 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
         *TWO_STEPS,
     ]
     project = tmp_path / "project"
-    bash("scripts/train/c2i/train_tim_c2i_b.sh", PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=processes)
+    bash("scripts/train/c2i/train_tim_c2i_b.sh", PROJECT_DIR=project, OVERRIDES=" ".join(overrides), GPUS=2)
     records = [json.loads(line) for line in (project / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2] and 0.9 < records[0]["proj_loss"] < 1.1
     assert (project / "samples" / "step-0000002.png").is_file()
 
     env = dict(CONFIG=project / "config.yaml", CKPT=project, SAMPLE_DIR=tmp_path / "out", NUM_IMAGES=3, BATCH_SIZE=2)
-    bash("scripts/sample/c2i/sample_256x256.sh", **env, STEPS="1 4", GPUS=processes)
+    bash("scripts/sample/c2i/sample_256x256.sh", **env, STEPS="1 4", GPUS=2)
     stem = "step-0000002-256x256-T0.0-1.0"
     for name in (
         f"{stem}-Step-1-sto-0.0-transition-cfg-1.0-0.0-1.0",
@@ -86,7 +85,7 @@ def test_train_and_sample_c2i(stand_in, tmp_path, processes):
         images = np.load(tmp_path / "out" / f"{name}.npz")["arr_0"]
         assert images.shape == (3, 256, 256, 3) and images.std() > 0
         record = json.loads(run_record(tmp_path / "out" / name).read_text())
-        assert record["complete"] and record["processes"] == processes
+        assert record["complete"] and record["processes"] == 2
 
 
 @pytest.mark.slow
@@ -264,3 +263,14 @@ def test_a_launcher_without_pytorch_says_what_to_run(tmp_path):
     done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: python3 has no PyTorch; run 'bash scripts/setup_venv.sh'")
+
+
+def test_a_training_script_becomes_the_trainer(tmp_path):
+    """Whoever signals or kills the script reaches it, and leaves no orphan at work."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/usr/bin/env bash\necho $$\n")
+    fake.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(fake), "GPUS": "1"}
+    for script in ("scripts/train/c2i/train_tim_c2i_b.sh", "scripts/preprocess/preprocess_imagenet_256.sh"):
+        with subprocess.Popen(["bash", ROOT / script], env=env, stdout=subprocess.PIPE, text=True) as started:
+            assert int(started.stdout.read()) == started.pid

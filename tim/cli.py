@@ -1,21 +1,32 @@
 """What the command lines share: help, messages, errors, and the table of what the console scripts run."""
 
 import argparse
+import ctypes
 import inspect
 import io
 import logging
 import os
 import pkgutil
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")  # by name: torch's class would have to be imported
+FROM_OUTSIDE = {  # what RuntimeErrors say that the program cannot help -> what to tell
+    "Connection closed by peer": "another process of this run has ended; its own message says why",
+    "DataLoader worker (pid": "a process that reads data was killed: too little memory, or /dev/shm is too small; take fewer "
+    "num_workers",
+}
+LAUNCHERS = {b"torchrun", b"torch.distributed.run", b"accelerate", b"accelerate-launch", b"accelerate.commands.launch"}
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 
 # {command: (function, what it does)}; functions are imported when they are called, so that help and mistakes answer at once
 TRAIN = {
@@ -66,6 +77,27 @@ def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = 
     """Add --config and its overrides to a parser or group; see `parse_with_overrides`."""
     parser.add_argument("--config", required=True, metavar="FILE", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
+    add_allow_code(parser)
+
+
+class AllowCode(argparse.Action):
+    """Calls `tim.targets.allow_code`, which costs an import that other command lines do without."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: object, option_string: object = None
+    ) -> None:
+        from tim.targets import allow_code
+
+        try:
+            allow_code(str(values))
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def add_allow_code(parser: argparse._ActionsContainer) -> None:
+    """Add --allow-code, which every command that reads a configuration has."""
+    what = "let the configuration name classes of this module, which runs its code; may be repeated"
+    parser.add_argument("--allow-code", action=AllowCode, default=argparse.SUPPRESS, metavar="MODULE", help=what)
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,13 +106,23 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: list[str] | None
     return parser.parse_intermixed_args([re.sub(r"^--(?=\w+(\.\w+)+=)", "", word) for word in words])
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run `main`; ValueError and FileNotFoundError become `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """ValueError for the first of these numbers among arguments that is below its least value; None passes."""
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {minimum}, got {value}")
 
-    Warnings are printed as `warning: ...`, without the line of code that raised them; `tim`'s log goes to stderr.
-    In the end the process group is left, if `main` started one.
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run `main`; what a user can mend becomes `error: ...` and exit code 2 (a traceback with TIM_DEBUG=1).
+
+    That is ValueError, OSError (disks, permissions, paths, connections) and too little memory; any other exception is a fault
+    of the program and keeps its traceback. Ctrl-C ends with code 130. Warnings are printed as `warning: ...`, without the
+    line of code that raised them; `tim`'s log goes to stderr. In the end the process group is left, if `main` started one.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    _end_with_launcher()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # captions and names of files are printed whatever the locale
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -92,13 +134,49 @@ def run_command(main: Callable[[], None]) -> None:
     except SystemExit:  # of all processes alike, such as a trainer's on a signal
         failed = False
         raise
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("TIM_DEBUG") == "1":
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # who reads our output has gone, as `head` does; nothing may be flushed to it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        words = _words_of(error)
+        if words is None or os.environ.get("TIM_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {words}", file=sys.stderr)
         sys.exit(2)
     finally:
         _leave_process_group(failed)
+
+
+def _words_of(error: Exception) -> str | None:
+    """What to tell a user of an exception; None when it is a fault of the program."""
+    text = str(error) or type(error).__name__
+    if type(error).__name__ in OUT_OF_MEMORY:
+        return f"{text.splitlines()[0]}; take smaller batches"
+    if isinstance(error, RuntimeError):
+        return next((words for part, words in FROM_OUTSIDE.items() if part in text), None)
+    if not isinstance(error, ValueError | OSError):
+        return None
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if text.startswith("Caught ") and "Original Traceback" in text:  # a DataLoader hands tracebacks on as text
+        text = text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
+def _end_with_launcher() -> None:
+    """Let the system end this process when torchrun or `accelerate launch` above it ends without a word, as by kill -9.
+
+    Orphans would work on unseen and keep their folder locked. SIGTERM lets a trainer leave a checkpoint.
+    """
+    try:
+        above = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:4]  # python -u -m torch.distributed.run
+    except OSError:  # no Linux
+        return
+    if LAUNCHERS & set(map(os.path.basename, above)):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Stderr(logging.Handler):

@@ -1,20 +1,21 @@
 """The schema of the training configurations: what each key means, which values it takes, and how keys depend on one another."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 
-from tim.typed_yaml import ConfigError, Target, build_typed, check_keywords, read_tree
+from tim.targets import Target, check_keywords
+from tim.typed_yaml import ConfigError, Fraction, NotNegative, PositiveFloat, PositiveInt, build_typed, convert, read_tree
 
 IGNORED_KEYS = ("training.proportion_empty_prompts", "training.validation_steps")
 OBJECTIVE = "tim.schedulers.transition.TransitionSchedule"
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]  # diffusers'
-PositiveInt = Annotated[int, "> 0"]
-PositiveFloat = Annotated[float, "> 0"]
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Model:
     transition_loss: keywords of the objective, and optionally `target`, the import path of its class.
     text_padding: `mask` hides padding from the image, `batch` shows it as the published code did.
     text_cache: keep the features of repeated captions in `memory` or in a folder (its path).
+    enc_antialias: resize the encoder's image with antialiasing; without is published.
     ckpt: weights to start from: a file, a checkpoint folder or a project folder. ckpt_allow_missing: patterns (`projector.*`)
     of keys that it may lack.
     """
@@ -33,24 +35,37 @@ class Model:
     network: Target
     vae_dir: str | None = None
     text_encoder_dir: str | None = None
-    proportion_empty_prompts: float = 0.1
+    proportion_empty_prompts: Fraction = 0.1
     use_last_hidden_state: bool = True
-    max_seq_length: int = 256
+    max_seq_length: Annotated[int, "> 0", "<= 131072"] = 256
     text_padding: Literal["mask", "batch"] = "mask"
     text_cache: str | None = None
     enc_dir: str | None = None
-    proj_coeff: float = 1.0
+    enc_antialias: bool = False
+    proj_coeff: Annotated[float, ">= 0"] = 1.0
     use_dir_loss: bool = True
     use_ema: bool = True
-    ema_decay: float = 0.9999
+    ema_decay: Fraction = 0.9999
     ckpt: str | None = None
     ckpt_allow_missing: list[str] = field(default_factory=list)
+
+    @property
+    def encoder_file(self) -> str | None:
+        """`enc_dir`; when it is missing the same name under radio/ or one folder up: published files and downloads differ."""
+        if self.enc_dir is None or Path(self.enc_dir).is_file():
+            return self.enc_dir
+        folder, name = Path(self.enc_dir).parent, Path(self.enc_dir).name
+        other = folder.parent / name if folder.name == "radio" else folder / "radio" / name
+        if not other.is_file():
+            return self.enc_dir
+        warnings.warn(f"model.enc_dir={self.enc_dir} is not there; taking {other}", stacklevel=2)
+        return str(other)
 
     @property
     def objective(self) -> Target:
         """Class and keywords of the objective; its first argument is the transport."""
         params = dict(self.transition_loss)
-        return Target(params.pop("target", OBJECTIVE), params)
+        return Target(convert(params.pop("target", OBJECTIVE), str, "model.transition_loss.target"), params)
 
     def build_objective(self) -> Any:
         """The objective (see `tim.schedulers.objective.Objective`) over a new transport."""
@@ -69,7 +84,7 @@ class Dataset:
     name: str | None = None
     latent_dir: str | None = None
     image_dir: str | None = None
-    image_size: int | None = None
+    image_size: Annotated[int, "> 0", "<= 65536"] | None = None
     shard_dir: str | None = None
     index_dir: str | None = None
     mirror: bool = True
@@ -86,8 +101,8 @@ class Dataset:
 class Dataloader:
     """batch_size counts samples per device and micro-batch."""
 
-    num_workers: int = 4
-    batch_size: PositiveInt = 64
+    num_workers: Annotated[int, ">= 0", "<= 1024"] = 4
+    batch_size: Annotated[int, "> 0", "<= 1048576"] = 64
 
 
 @dataclass
@@ -100,13 +115,14 @@ class Data:
     data_type: Literal["latent", "image", "latent_tar", "image_tar", "package", "image_ms"] | None = None
     dataset: Dataset = field(default_factory=Dataset)
     dataloader: Dataloader = field(default_factory=Dataloader)
-    max_bad_samples: int = 100
+    max_bad_samples: NotNegative = 100
 
 
 @dataclass
 class Training:
     """The optimisation and its bookkeeping.
 
+    tracker: one of accelerate's, or none. tracker_kwargs: of its constructor, or such by the names of trackers.
     fsdp_config: shard over the processes (FSDP2); keywords of accelerate's FullyShardedDataParallelPlugin, `{}` for its
     defaults. compile: torch.compile the blocks.
     checkpoint_format: `full` (weights in safetensors files, gathered) or `sharded` (every process writes its part).
@@ -115,19 +131,19 @@ class Training:
     """
 
     max_train_steps: PositiveInt
-    tracker: Literal[None, "none", "tensorboard", "wandb"] = None
+    tracker: str | None = None
     tracker_project_name: str = "tim"
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
     checkpointing_steps: PositiveInt = 5000
-    checkpoints_total_limit: int | None = 2
-    checkpoint_list: list[int] = field(default_factory=list)
+    checkpoints_total_limit: PositiveInt | None = 2
+    checkpoint_list: list[PositiveInt] = field(default_factory=list)
     resume_from_checkpoint: str | None = "latest"
     learning_rate: PositiveFloat = 1e-4
     learning_rate_base_batch_size: PositiveInt = 256
     scale_lr: bool = True
     lr_scheduler: Schedule = "constant"
-    lr_warmup_steps: int = 0
-    gradient_accumulation_steps: PositiveInt = 1
+    lr_warmup_steps: NotNegative = 0
+    gradient_accumulation_steps: Annotated[int, "> 0", "<= 1048576"] = 1
     optimizer: Target = field(default_factory=lambda: Target("torch.optim.AdamW"))
     max_grad_norm: PositiveFloat = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -140,7 +156,7 @@ class Training:
     walltime: str | int | float | None = None
     max_grad_norm_spike: Annotated[float, "> 1"] | None = None
     log_steps: PositiveInt = 1
-    sample_steps: int | None = None
+    sample_steps: NotNegative | None = None
 
     def scaled_learning_rate(self, global_batch_size: int) -> float:
         """`learning_rate`, with `scale_lr` in proportion to the global batch."""
@@ -154,6 +170,13 @@ class Config:
     model: Model
     data: Data
     training: Training
+
+    def own_modules(self) -> list[str]:
+        """The modules that this file needs --allow-code for."""
+        targets = [self.model.transport, self.model.objective, self.model.network, self.training.optimizer]
+        if self.data.dataset.target is not None:
+            targets.append(Target(self.data.dataset.target))
+        return sorted({target.own_module for target in targets} - {""})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -178,28 +201,52 @@ def parse_config(tree: Any) -> Config:
     """
     config = build_typed(Config, tree, ignored=IGNORED_KEYS)
     m, d, t = config.model, config.data.dataset, config.training
-    m.transport.check("model.transport")
-    m.network.check("model.network")
-    t.optimizer.check("training.optimizer", given=("params", "lr"))
-    m.objective.check("model.transition_loss", given=("transport",), keys="")
+    m.transport.check("model.transport", base="tim.schedulers.transports.Transport")
+    m.network.check("model.network", base="torch.nn.Module")
+    t.optimizer.check("training.optimizer", base="torch.optim.Optimizer", given=("params", "lr"))
+    m.objective.check("model.transition_loss", methods=("__call__",), given=("transport",), keys="")
     if t.fsdp_config:
         from accelerate import FullyShardedDataParallelPlugin
 
         check_keywords(FullyShardedDataParallelPlugin, t.fsdp_config, "training.fsdp_config")
+    if t.tracker not in (None, "none"):
+        from accelerate.utils import LoggerType
+
+        if t.tracker not in LoggerType.list():
+            raise ConfigError(f"training.tracker={t.tracker!r} is not one of none, {', '.join(LoggerType.list())}")
     if (config.data.data_type is None) == (d.target is None):
         raise ConfigError("data.data_type is missing" if d.target is None else "data.dataset.target replaces data.data_type")
     if d.target is not None:
-        Target(d.target, d.params).check("data.dataset")
+        Target(d.target, d.params).check("data.dataset", methods=("__len__", "load"))
     if d.features_dir is not None and config.data.data_type not in ("latent", "image"):
         raise ConfigError(f"data.dataset.features_dir is for data_type latent and image, not {config.data.data_type}")
-    if not 0 <= m.ema_decay <= 1:
-        raise ConfigError(f"model.ema_decay must lie in [0, 1], got {m.ema_decay}")
     parse_walltime(t.walltime)
     try:  # the constructors hold the ranges and choices of their own arguments
-        m.build_objective()
-    except (TypeError, ValueError) as error:
+        objective = m.build_objective()
+    except ValueError as error:
         raise ConfigError(f"model.transport / model.transition_loss: {error}") from error
+    absent = [name for name in ("transport", "derivative_type") if not hasattr(objective, name)]
+    if absent:
+        raise ConfigError(
+            f"model.transition_loss.target={m.objective.target!r} has no {absent[0]}, see tim.schedulers.objective"
+        )
+    _check_optimizer(t)
     return config
+
+
+def _check_optimizer(t: Training) -> None:
+    """Build an optimiser of torch on a single weight: other packages' may need a GPU, and are built before a run starts."""
+    if not t.optimizer.target.startswith("torch."):
+        return
+    import torch
+
+    try:
+        optimizer = t.optimizer.build([torch.nn.Parameter(torch.zeros(2, 2))], lr=t.learning_rate)
+    except ValueError as error:
+        raise ConfigError(f"training.optimizer: {error}") from error
+    closure = signature(optimizer.step).parameters["closure"]
+    if closure.default is closure.empty:
+        raise ConfigError(f"training.optimizer.target={t.optimizer.target!r} needs a closure, which the trainer does not give")
 
 
 def to_yaml(config: Any) -> str:

@@ -1,13 +1,12 @@
 """Digests of large files, remembered from run to run: published weights have gigabytes, and every start asks who they are."""
 
-import json
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tim.files import sha256, write_json
+from tim.files import parse_json, sha256, write_json
 
 SMALL = 1 << 24  # bytes; less is hashed in no time
 FRESH = 2.0  # seconds; a file this young may change once more without its times telling
@@ -55,7 +54,7 @@ def _store() -> Path | None:
 def _read(store: Path) -> dict[str, Any]:
     """The digests by path; none when they cannot be read."""
     try:
-        known = json.loads(store.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        known = parse_json(store.read_bytes())
+    except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}

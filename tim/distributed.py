@@ -8,7 +8,6 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
@@ -64,22 +63,27 @@ def cpu_group() -> dist.ProcessGroup | None:
 
 
 def on_all_ranks(group: dist.ProcessGroup | None, action: Callable[[], Any]) -> list[Any]:
-    """Run `action`, exchange the results; waits for the slowest rank. An error of one rank is raised on all."""
+    """Run `action`, exchange the results; waits for the slowest rank. An error of one rank is raised on all.
+
+    Raises:
+        Exception: whatever `action` raised; on the other ranks an OSError, a ValueError or else a RuntimeError with its words.
+    """
     if group is None:
         return [action()]
     result, error = None, None
     try:
         result = action()
-    except (Exception, CheckpointException) as problem:
+    except Exception as problem:
         error = problem
+    kind = next((kind for kind in (OSError, ValueError) if isinstance(error, kind)), RuntimeError)
     outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, (result, error and f"{type(error).__name__}: {error}"), group=group)
+    dist.all_gather_object(outcomes, (result, kind, error and f"{type(error).__name__}: {error}"), group=group)
     if error is not None:
         raise error
-    for rank, (_, message) in enumerate(outcomes):
+    for rank, (_, kind, message) in enumerate(outcomes):
         if message:
-            raise RuntimeError(f"process {rank} failed: {message}")
-    return [value for value, _ in outcomes]
+            raise kind(f"process {rank} failed: {message}")
+    return [value for value, _, _ in outcomes]
 
 
 def on_first_rank(group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import tarfile
@@ -17,7 +18,12 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
+from tim.typed_yaml import first_line
+
 ATTEMPTS = 3
+UNREADABLE = (  # RuntimeError: of an encrypted zip
+    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError,
+)  # fmt: skip
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -95,17 +101,16 @@ def published_check(url: str) -> str:
     try:
         etag = get_hf_file_metadata(url).etag or ""
     except (httpx.HTTPError, OSError) as error:
-        raise ValueError(f"{url}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{url}: {first_line(error)}") from error
     return {64: f"sha256:{etag}", 40: f"git sha1:{etag}"}.get(len(etag), "")
 
 
 def refuse_downgrade(response: httpx.Response) -> None:
-    """Raises ValueError when an answer leads from an encrypted to a plain connection, or in plain to another host."""
+    """Raises ValueError when an answer leads from an encrypted to another connection, or in plain to another host."""
     if response.has_redirect_location:
         old = response.request.url
         new = old.join(response.headers["Location"])
-        stays = old.scheme == "http" and old.host == new.host
-        if new.scheme == "http" and new.host not in LOCAL_HOSTS and not stays:
+        if new.scheme != "https" and (old.scheme == "https" or new.host not in (old.host, *LOCAL_HOSTS)):
             raise ValueError(f"{old} leads to {new}, which is not encrypted; refused")
 
 
@@ -182,20 +187,33 @@ def extract(archive: Path, stage: Path) -> None:
     """Unpack a zip or tar file to a folder.
 
     Raises:
-        ValueError: when it is no archive or damaged, or a member leads outside the folder.
+        ValueError: when it is no archive or damaged, a member leads outside the folder, or the disk has no room for all.
     """
+    room = shutil.disk_usage(archive.parent).free
+
+    def reserve(name: str, size: int) -> None:
+        nonlocal room
+        room -= size
+        if room < 0:
+            raise ValueError(f"{name!r} and what stands before it need more room than the disk has")
+
+    def admit(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        reserve(member.name, member.size)
+        return tarfile.data_filter(member, folder)
+
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z:
-                for name in z.namelist():
-                    if not (stage / name).resolve().is_relative_to(stage.resolve()):
-                        raise ValueError(f"{name!r} leads outside the folder")
+                for info in z.infolist():
+                    reserve(info.filename, info.file_size)
+                    if not (stage / info.filename).resolve().is_relative_to(stage.resolve()):
+                        raise ValueError(f"{info.filename!r} leads outside the folder")
                 z.extractall(stage)
         else:
             with tarfile.open(archive) as tar:
-                tar.extractall(stage, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(str(error).splitlines()[0].rstrip(":")) from error
+                tar.extractall(stage, filter=admit)
+    except UNREADABLE as error:
+        raise ValueError(first_line(error).rstrip(":")) from error
 
 
 def unpack(archive: Path, target: Path, pattern: str) -> None:

@@ -3,13 +3,17 @@
 import hashlib
 import json
 import os
+import re
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,19 +30,44 @@ def replacing(path: Path) -> Iterator[Path]:
     Its name is of this call alone, so that processes may write the same file side by side. What was written reaches the
     disk before the name changes: after a power cut a file is the old or the new one, never an empty one. After an error
     nothing is left behind.
+
+    Raises:
+        OSError: when it cannot be written, of whatever class the writer's error was; see `naming`.
     """
-    beginning = os.fsencode(path.name)[:200].decode(errors="ignore")  # bytes are what the length of a name is counted in
-    descriptor, name = tempfile.mkstemp(prefix=f".{beginning}.", suffix=".part", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
+    with naming(path):
+        beginning = os.fsencode(path.name)[:200].decode(errors="ignore")  # bytes are what the length of a name is counted in
+        descriptor, name = tempfile.mkstemp(prefix=f".{beginning}.", suffix=".part", dir=path.parent)
+        os.close(descriptor)
+        partial = Path(name)
+        try:
+            yield partial
+            settle(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        flush(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of writing a file or a folder name it: a full disk names none, and compiled writers have errors of their own.
+
+    Raises:
+        OSError: with the name of `path`, in place of a nameless one, one about a temporary file, or a writer's.
+    """
     try:
-        yield partial
-        settle(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    flush(path.parent)
+        yield
+    except OSError as error:
+        if type(error) is OSError and error.errno is None and path.name not in str(error):  # such as an encoder's of pictures
+            raise OSError(f"{path} cannot be written: {error}") from error
+        if error.errno is None or not str(error.filename or ".part").endswith(".part"):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):  # torch.save's writer
+            raise
+        raise OSError(f"{path} cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
 
 
 def settle(path: Path) -> None:
@@ -115,13 +144,33 @@ def write_json_lines(path: Path, records: list[Any]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Records of a .jsonl, none when it is missing. A line that a killed process left unfinished does not count."""
+def append_json_lines(path: Path, records: list[Any]) -> None:
+    """Add a line for each record to a .jsonl; they have left the process when this returns.
+
+    A line that a killed process left unfinished is closed first, so that it alone is lost.
+    """
+    with naming(path), open(path, "ab+") as f:
+        if f.tell() > 0:
+            f.seek(-1, os.SEEK_END)
+            if f.read(1) != b"\n":
+                f.write(b"\n")
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        f.write(lines.encode("utf-8", errors="backslashreplace"))  # names of files may be in any encoding
+
+
+def read_json_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Records of a .jsonl, none when it is missing.
+
+    Args:
+        keys: what a record must have. A line without, such as a killed process or a failing disk leaves, does not count.
+    """
     records = []
     # Not splitlines(): JSON may hold other separators of lines, such as U+2028, as they are.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+        with suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict) and all(key in record for key in keys):
+                records.append(record)
     return records
 
 
@@ -187,7 +236,7 @@ def claim(
     folder = folder or record.parent
     if record.is_file():
         try:
-            before = json.loads(record.read_text(encoding="utf-8"))
+            before = parse_json(record.read_bytes())
             before = before if key is None else before[key]
             changed = next((k for k in identity if before.get(k) != identity[k]), None)
         except (ValueError, KeyError, AttributeError) as error:
@@ -208,20 +257,49 @@ def lock(folder: Path, file: Path | None = None) -> Iterator[None]:
     What a killed run has left half-written goes.
 
     Args:
-        file: the lock; `.lock` in the folder when None.
+        file: the lock; `.lock` in the folder when None. A second file beside it says who holds it.
 
     Raises:
-        ValueError: when another run is at work in the folder.
+        ValueError: when another run is at work in the folder; says on which machine, and since when.
+        OSError: when the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(file or folder / ".lock")
+    file = file or folder / ".lock"
+    held, holder = FileLock(file), file.with_name(f"{file.name}.holder")
     try:
         held.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"another run is at work in {folder}; wait for it, or choose another folder") from None
+        words = _holder_words(holder, file, folder)
+        raise ValueError(f"another run is at work in {folder}{words}; wait for it, or choose another folder") from None
     try:
         for partial in folder.rglob(".*.????????.part"):  # the names of `replacing`; nobody else is at work here
             partial.unlink(missing_ok=True)
+        with suppress(OSError):  # on a full disk there may yet be nothing to write
+            since = {"pid": os.getpid(), "host": socket.gethostname(), "since": _clock(time.time())}
+            holder.write_text(json.dumps(since), encoding="utf-8")
         yield
     finally:
+        holder.unlink(missing_ok=True)
         held.release()
+
+
+def _holder_words(holder: Path, lock_file: Path, folder: Path) -> str:
+    """Who holds the lock of a folder, for a message; nothing when that is unknown."""
+    try:
+        pid, host, since = (json.loads(holder.read_text(encoding="utf-8"))[key] for key in ("pid", "host", "since"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    if host == socket.gethostname():
+        return f" (process {pid} on {host} since {since})"
+    # Of a machine that is gone a network file system may keep the lock: nobody but the user can know.
+    written = [folder.stat().st_mtime]
+    for path in folder.iterdir():
+        with suppress(OSError):  # temporary files come and go
+            written.append(path.stat().st_mtime)
+    last = _clock(max(written))
+    return f" (process {pid} on {host} since {since}, last wrote {last}; if {host} is down, delete {lock_file})"
+
+
+def _clock(seconds: float) -> str:
+    """Date and time of day, as people here read them."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

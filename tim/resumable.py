@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from tim.files import claim, lock, read_json_lines
+from tim.files import append_json_lines, claim, lock, read_json_lines
 
 T = TypeVar("T")
 
@@ -144,13 +144,11 @@ def map_items(
     state.wait_for_everyone()  # nobody appends before everybody has read
     own = own_blocks(len(items), batch_size, lambda k: k // batch_size in done, state)
     path = parts / f"{state.process_index}.jsonl"
-    _end_torn_line(path)
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f, progress_bar(own, state, desc, unit) as bar:
+    with progress_bar(own, state, desc, unit) as bar:
         for block in own:
             records = list(work(items[block.items.start : block.items.stop]))
             assert len(records) == len(block.items)
-            f.write(json.dumps({"batch": block.items.start // batch_size, "records": records}, ensure_ascii=False) + "\n")
-            f.flush()
+            append_json_lines(path, [{"batch": block.items.start // batch_size, "records": records}])
             bar.update(len(block.items))
     state.wait_for_everyone()
     if not state.is_main_process:
@@ -161,12 +159,5 @@ def map_items(
 
 def _read_parts(parts: Path) -> dict[int, list[dict[str, Any]]]:
     """Records by batch."""
-    entries = (entry for path in sorted(parts.glob("*.jsonl")) for entry in read_json_lines(path))
+    entries = (entry for path in sorted(parts.glob("*.jsonl")) for entry in read_json_lines(path, "batch", "records"))
     return {entry["batch"]: entry["records"] for entry in entries}
-
-
-def _end_torn_line(path: Path) -> None:
-    """Close a line that a killed process left unfinished, so that the next one stands alone."""
-    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        with open(path, "a", encoding="utf-8") as f:
-            f.write("\n")

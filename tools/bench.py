@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tim.cli import command_parser, parse_with_overrides, run_command
+from tim.cli import add_allow_code, check_least, command_parser, parse_with_overrides, run_command
 
 if TYPE_CHECKING:
     from tim.benchmarks.measure import Results
@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("what", choices=("train", "overhead", "sample", "adm"), help="what to measure, see above")
     add_arguments(parser)
     args = parse_with_overrides(parser)
-    if args.steps < 1 or args.warmup < 0:
-        raise ValueError(f"--steps must be >= 1 and --warmup >= 0, got {args.steps} and {args.warmup}")
+    counts = ("batch_size", "steps", "random_latents", "num_steps", "height", "width", "tokens", "tile_vae", "images", "side")
+    check_least(args, warmup=0, workers=0, **dict.fromkeys(counts, 1))
 
     results = measure(args)
 
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--random-latents", type=int, metavar="N", help="overhead: train on N random files, not the config's data"
     )
+    add_allow_code(model)
     model.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration overrides")
     sample = parser.add_argument_group("sample")
     sample.add_argument("--num-steps", type=int, default=4, help="transitions")

@@ -4,7 +4,9 @@ build_shards.py --latent-dir DIR --out SHARDS packs latents; with --image-dir ea
 build_shards.py --image-dir DIR --out SHARDS packs images with their labels. Run it again to continue or to check.
 """
 
-from tim.cli import command_parser, run_command
+from pathlib import Path
+
+from tim.cli import check_least, command_parser, run_command
 
 
 def main() -> None:
@@ -19,8 +21,9 @@ def main() -> None:
     shards.add_argument("--name", default="shard", help="shards are called NAME-00000-of-00010.tar")
     shards.add_argument("--workers", type=int, default=4, help="shards packed at once")
     args = parser.parse_args()
-    if args.workers < 1:
-        raise ValueError(f"--workers must be >= 1, got {args.workers}")
+    check_least(args, workers=1, samples_per_shard=1)
+    if Path(args.name).name != args.name:
+        raise ValueError(f"--name {args.name!r} must be the beginning of a file name; --out says where the shards go")
 
     from tim.preparation.packing import build_shards, list_sources
 

@@ -6,7 +6,7 @@ or webdataset tar shards (a folder of them will do), whose images are unpacked t
 
 from pathlib import Path
 
-from tim.cli import command_parser, run_command
+from tim.cli import check_least, command_parser, run_command
 
 
 def main() -> None:
@@ -28,8 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.native and args.max_aspect is not None:
         raise ValueError("--max-aspect chooses the common buckets; --native has none")
-    if args.factor < 1:
-        raise ValueError(f"--factor must be >= 1, got {args.factor}")
+    check_least(args, factor=1, tokens_per_batch=1, batch_size=1, min_bucket=1, seed=0)
     tokens = args.tokens_per_batch if args.batch_size is None else args.batch_size * (args.area / args.factor) ** 2
 
     from tim.preparation.buckets import build_buckets, write

@@ -4,7 +4,7 @@ FILE is the training config. The features of N tokens of width D take 4 N D byte
 command again to continue; torchrun spreads it over several processes.
 """
 
-from tim.cli import add_config_arguments, command_parser, parse_with_overrides, run_command
+from tim.cli import add_config_arguments, check_least, command_parser, parse_with_overrides, run_command
 
 
 def main() -> None:
@@ -16,8 +16,7 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
     args = parse_with_overrides(parser)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be >= 1, got {args.batch_size}")
+    check_least(args, batch_size=1, num_workers=0)
 
     from tim.config import load_config
     from tim.preparation.feature_cache import cache_features

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tim.cli import command_parser, run_command
+from tim.cli import check_least, command_parser, run_command
 
 
 def main() -> None:
@@ -11,8 +11,7 @@ def main() -> None:
     parser.add_argument("latent_dir", type=Path, metavar="DIR", help="DIR/<class>/<name>.safetensors")
     parser.add_argument("--workers", type=int, default=4, help="threads that read")
     args = parser.parse_args()
-    if args.workers < 1:
-        raise ValueError(f"--workers must be >= 1, got {args.workers}")
+    check_least(args, workers=1)
 
     from tim.data.latents import check_latents
 

@@ -1,6 +1,6 @@
 """How far half precision moves dF/dt: relative error of dde and jvp under bfloat16 autocast, against float64 jvp."""
 
-from tim.cli import add_config_arguments, command_parser, parse_with_overrides, run_command
+from tim.cli import add_config_arguments, check_least, command_parser, parse_with_overrides, run_command
 
 
 def main() -> None:
@@ -9,6 +9,7 @@ def main() -> None:
     parser.add_argument("--ckpt", help="weights (default: random, every parameter normal with deviation 0.05)")
     parser.add_argument("--batch-size", type=int, default=32, help="samples of random latents and noise")
     args = parse_with_overrides(parser)
+    check_least(args, batch_size=1)
 
     import torch
 

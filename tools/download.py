@@ -8,6 +8,7 @@ TIM_C2I_REPO, TIM_T2I_REPO and TIM_TOY_REPO name other hub repositories.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,11 @@ from tim.download import File, fetch, locate
 from tim.typed_yaml import build_typed, read_tree
 
 TABLE = Path(__file__).with_name("downloads.yaml")
+REPOSITORIES = {  # environment variables that name another one
+    "GoodEnough/TiM-C2I": "TIM_C2I_REPO",
+    "GoodEnough/TiM-T2I": "TIM_T2I_REPO",
+    "GoodEnough/TiM-Toy-T2I-Dataset": "TIM_TOY_REPO",
+}
 
 
 @dataclass
@@ -31,7 +37,13 @@ class Item:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        self.files = [replace(file, source=file.source.replace("{name}", self.name)) for file in self.files]
+        self.files = [replace(file, source=self.fill(file.source)) for file in self.files]
+
+    def fill(self, source: str) -> str:
+        """A source of the table with this item's name, and of the repository that the environment names."""
+        for repository, variable in REPOSITORIES.items():
+            source = source.replace(f"/{repository}/", f"/{os.environ.get(variable) or repository}/")
+        return source.replace("{name}", self.name)
 
     def listing(self) -> str:
         """Its lines in the help: where the files go."""

@@ -5,7 +5,7 @@ export_checkpoint.py SOURCE OUT.safetensors [--weights ema|raw] [--config FILE]
 
 from pathlib import Path
 
-from tim.cli import command_parser, run_command
+from tim.cli import add_allow_code, command_parser, run_command
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: the EMA when there is one")
     parser.add_argument("--config", help="refuse weights that do not match this config's network key for key")
+    add_allow_code(parser)
     args = parser.parse_args()
 
     from tim.checkpoint.weights import export_weights

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tim.cli import add_config_arguments, command_parser, parse_with_overrides, run_command
+from tim.cli import add_config_arguments, check_least, command_parser, parse_with_overrides, run_command
 
 
 def main() -> None:
@@ -11,8 +11,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of prompts-HxW.txt")
     parser.add_argument("--limit", type=int, help="at most this many prompts in all, spread over the set")
     args = parse_with_overrides(parser)
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be >= 1, got {args.limit}")
+    check_least(args, limit=1)
 
     from tim.config import load_config
     from tim.data.registry import build_t2i_dataset

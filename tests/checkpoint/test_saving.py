@@ -1,5 +1,6 @@
 """Saving under adversity: killed at every operation, damaged afterwards, in a thread, to a disk that fails."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import threading
 import pytest
 import torch
 from helpers.checkpoints import load, save_checkpoint
+from helpers.networks import randomize
 from helpers.paths import ROOT
 from torch import nn
 
@@ -149,6 +151,29 @@ def test_a_checkpoint_that_was_being_replaced_comes_back(trained, tmp_path):
     (tmp_path / ".step-0000004.part").mkdir()
     tidy_checkpoints(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-0000003"] and find_corruption(tmp_path / "step-0000003") is None
+
+
+@FORMATS
+def test_a_projector_that_nothing_trains_is_left_out(tiny_c2i, tmp_path, sharded):
+    """And may be missing where nothing trains it; files that hold it load as ever."""
+    ema = copy.deepcopy(tiny_c2i).requires_grad_(False)
+    optimizer = torch.optim.AdamW(p for k, p in tiny_c2i.named_parameters() if not k.startswith("projector."))
+    old = save_checkpoint(tmp_path / "old", 1, tiny_c2i, ema, optimizer, {}, sharded)
+    tiny_c2i.projector.requires_grad_(False)
+    new = save_checkpoint(tmp_path / "new", 1, tiny_c2i, ema, optimizer, {}, sharded)
+    want = {k: v.clone() for k, v in tiny_c2i.state_dict().items()}
+    for path, lacking in ((old, 0), (new, 6)):
+        for name in ("model", "ema"):
+            assert len(want) - len(read_weights(path, name)) == lacking
+        load(path, randomize(tiny_c2i, 1), randomize(ema, 2), optimizer)
+        for network in (tiny_c2i, ema):
+            same = {k for k, v in network.state_dict().items() if torch.equal(v, want[k])}
+            assert {k for k in want if not k.startswith("projector.")} <= same
+            assert ("projector.0.weight" in same) == (lacking == 0)
+    before = {k: v.clone() for k, v in tiny_c2i.state_dict().items()}
+    with pytest.raises(ValueError, match=r"no projector.*model.ckpt_allow_missing=\[projector.\*\]"):
+        load(new, tiny_c2i.requires_grad_(True), ema, optimizer)
+    assert all(torch.equal(v, before[k]) for k, v in tiny_c2i.state_dict().items())
 
 
 @pytest.mark.parametrize("cached", [False, True])

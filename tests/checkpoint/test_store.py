@@ -1,5 +1,8 @@
 """Checkpoints: whole or absent, verified, retired in order."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from helpers.checkpoints import load, save_checkpoint
@@ -9,6 +12,7 @@ from tim.checkpoint.store import (
     latest_checkpoint,
     list_checkpoints,
     prune_checkpoints,
+    tidy_checkpoints,
 )
 from tim.training.ema import EMA
 
@@ -97,6 +101,66 @@ def test_retention_keeps_the_newest_and_the_listed(trained, tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000001", "step-0000004", "step-0000005"]
     prune_checkpoints(tmp_path, None, [])
     assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_only_step_and_a_number_counts_and_nothing_else_is_touched(trained, tmp_path):
+    """Copies, renamed ones, links and files are the user's; order is that of the numbers, however they are written."""
+    network, _, optimizer = trained
+    for step in (8, 9, 10):
+        save_checkpoint(tmp_path, step, network, None, optimizer, {})
+    (tmp_path / "step-0000009").rename(tmp_path / "step-9")
+    copies = [
+        "step-0000010-best",
+        "step-0000010 (copy)",
+        "step-best",
+        "step-",
+        "step-+11",
+        "step-11.5",
+        ".step-0000011 (copy).part",
+    ]
+    for name in copies:
+        shutil.copytree(tmp_path / "step-0000010", tmp_path / name)
+    for name in ("step-0000011", ".step-0000012.part", ".step-0000010.old"):
+        (tmp_path / name).symlink_to(tmp_path / "step-0000010-best")
+    (tmp_path / "step-0000013").write_text("a file")
+    foreign = {path for path in tmp_path.iterdir() if path.name not in ("step-0000008", "step-9", "step-0000010")}
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-0000008", "step-9", "step-0000010"]
+    assert latest_checkpoint(tmp_path).name == "step-0000010"
+    tidy_checkpoints(tmp_path)
+    prune_checkpoints(tmp_path, 1, keep_steps=[9])
+    assert set(tmp_path.iterdir()) == foreign | {tmp_path / "step-9", tmp_path / "step-0000010"}
+    assert load(tmp_path / "step-best", network, None, optimizer)["step"] == 10, "by its own name it is taken"
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])
+def test_a_manifest_names_all_that_its_format_needs(trained, tmp_path, sharded):
+    network, ema, optimizer = trained
+    good = save_checkpoint(tmp_path, 1, network, ema.network, optimizer, {}, sharded)
+    bad = save_checkpoint(tmp_path, 2, network, ema.network, optimizer, {"modules": ["model", "ema"]}, sharded)
+    manifest = json.loads((bad / "manifest.json").read_text())
+    contents = [json.dumps({k: v for k, v in manifest.items() if k != name}) for name in manifest]
+    contents += [
+        "{}",
+        "[]",
+        "null",
+        "",
+        "[" * 100_000,
+        json.dumps({**manifest, "model.bin": {}}),
+        '{"\\u0000": {"bytes": 1, "sha256": ""}}',
+    ]
+    assert len(contents) >= 10
+    for content in contents:
+        (bad / "manifest.json").write_text(content)
+        assert find_corruption(bad) is not None, content
+    name = max(manifest, key=lambda name: manifest[name]["bytes"])
+    (bad / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != name}))
+    (bad / name).unlink()
+    with pytest.warns(UserWarning, match=f"passing over .*step-0000002: .*{name}"):
+        assert latest_checkpoint(tmp_path) == good
+    (bad / "manifest.json").unlink()
+    (bad / "manifest.json").mkdir()
+    with pytest.warns(UserWarning, match=r"no readable manifest\.json"):
+        assert latest_checkpoint(tmp_path) == good
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):

@@ -104,6 +104,16 @@ def test_allowed_keys_start_fresh_and_are_named(tiny_c2i):
     assert warm_start(network, tiny_c2i.state_dict(), "w.pt", ["projector.*"]) == [], "nothing is missing, nothing is said"
 
 
+def test_a_run_without_repa_needs_no_projector(tiny_c2i):
+    state = {k: v for k, v in tiny_c2i.state_dict().items() if not k.startswith("projector.")}
+    network = TiM(num_classes=10, **TINY)
+    with pytest.raises(ValueError, match=r"no projector.*model\.ckpt_allow_missing=\[projector\.\*\]"):
+        warm_start(network, state, "w.pt")
+    network.projector.requires_grad_(False)
+    assert warm_start(network, {f"module._orig_mod.{k}": v for k, v in state.items()}, "w.pt") == []
+    assert torch.equal(network.blocks[1].mlp.fc2.weight, tiny_c2i.blocks[1].mlp.fc2.weight)
+
+
 def test_what_does_not_fit_is_refused_and_nothing_is_loaded(tiny_c2i):
     state = tiny_c2i.state_dict()
     without_delta = {k: v for k, v in state.items() if "delta_embedder" not in k}

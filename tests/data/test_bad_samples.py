@@ -123,10 +123,10 @@ def latents(tmp_path):
     return tmp_path, ["00.safetensors", "03.safetensors", "05.safetensors", "07.safetensors", "09.safetensors"]
 
 
-def run(project, *overrides):
+def run(project, *overrides, **options_of_train):
     options = ["model.network.params.hidden_size=24", "model.network.params.depth=1", "training.sample_steps=null"]
     options += ["data.dataloader.batch_size=8", "training.checkpointing_steps=100"]
-    train(load_config(ROOT / "configs/c2i/digits.yaml", [*options, *overrides]), project, 0, ClassTask)
+    train(load_config(ROOT / "configs/c2i/digits.yaml", [*options, *overrides]), project, 0, ClassTask, **options_of_train)
 
 
 def records(project):
@@ -177,7 +177,9 @@ def test_over_budget_the_run_stops_with_a_checkpoint_and_the_count_goes_on(laten
     for path in (root / "latents" / "c").iterdir():
         if path.name in broken:
             path.unlink()
-    run(root / "run", *over)
+    with pytest.raises(ValueError, match=r"was trained with dataset\.samples 12, now 7.* --allow-changes"):
+        run(root / "run", *over)
+    run(root / "run", *over, allow_changes=True)
     assert not (root / "run" / "bad_samples.jsonl").exists()
 
 

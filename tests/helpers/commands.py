@@ -1,30 +1,35 @@
-"""Running the project's commands: inside this process, by torchrun, or to be killed."""
+"""Running the project's commands: inside this process, in several, or to be killed."""
 
 import contextlib
 import io
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers.paths import ROOT
+from helpers.processes import run, run_script
 
 
 def command(*args: object, processes: int = 1, check: bool = True, folder: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a project entry point: by torchrun for several processes, else inside this one, which saves the imports.
+    """Run a project entry point: inside this process, or in several as torchrun starts them, but without its imports.
 
     Args:
-        folder: where one process runs it.
+        folder: where it runs.
     """
     words = list(map(str, args))
     if processes > 1:
-        head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*head, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+        with tempfile.TemporaryDirectory() as place:
+            out, errors = Path(place) / "out", Path(place) / "errors"
+            codes = run(run_script, words, folder, ranks=processes, log=out, errors=errors)
+            printed = (path.read_text(encoding="utf-8") for path in (out, errors))
+            done = subprocess.CompletedProcess(words, int(any(codes)), *printed)
     else:
         done = run_inside(words, folder)
     if check and done.returncode:
@@ -66,6 +71,17 @@ def run_inside(words: list[str], folder: Path = ROOT) -> subprocess.CompletedPro
         os.chdir(before)
         reset_accelerate()
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def small_disk(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def reset_accelerate() -> None:

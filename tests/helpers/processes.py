@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -13,16 +14,25 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tim.training.loop", "tim.models.c2i.tim_model", "tim.models.t2i.tim_model", "matplotlib.figure"]
-)
+    [
+        "tim.training.loop", "tim.models.c2i.tim_model", "tim.models.t2i.tim_model", "matplotlib.figure",
+        "tim.generation.engine", "tim.evaluation.adm", "tim.evaluation.extract", "timm", "torchvision", "pytest",
+    ]
+)  # fmt: skip
 
 
-def run(function, *args, ranks: int = 1, log: Path, timeout: float = 180) -> list[int]:
-    """Call a module-level function in `ranks` processes; returns their exit codes. What they print goes to `log`."""
+def run(function, *args, ranks: int = 1, log: Path, errors: Path | None = None, timeout: float = 180) -> list[int]:
+    """Call a module-level function in `ranks` processes; returns their exit codes.
+
+    Args:
+        log: gets what they print. errors: gets what they print on stderr, `log` when None.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = [CONTEXT.Process(target=_enter, args=(rank, ranks, port, log, function, args)) for rank in range(ranks)]
+    processes = [
+        CONTEXT.Process(target=_enter, args=(rank, ranks, port, (log, errors or log), function, args)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -33,17 +43,23 @@ def run(function, *args, ranks: int = 1, log: Path, timeout: float = 180) -> lis
     return [process.exitcode for process in processes]
 
 
-def _enter(rank, ranks, port, log, function, args) -> None:
+def _enter(rank, ranks, port, logs, function, args) -> None:
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+    for descriptor, log in zip((1, 2), logs, strict=True):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     function(*args)
+
+
+def run_script(words: list[str], folder: Path) -> None:
+    """Run a script as __main__ from a folder."""
+    sys.argv = words
+    os.chdir(folder)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def train(config, project, overrides, task="ClassTask", at=None) -> None:

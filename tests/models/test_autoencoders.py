@@ -158,7 +158,9 @@ def test_the_dtype_can_change(vae):
 @pytest.mark.parametrize("kind", ["kl", "dc"])
 def test_a_compiled_decoder_agrees_at_every_size(tmp_path, kind):
     if kind == "kl":
-        model = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, use_post_quant_conv=False).eval()
+        model = AutoencoderKL(
+            block_out_channels=(4,), layers_per_block=1, norm_num_groups=2, latent_channels=4, use_post_quant_conv=False
+        ).eval()
     else:
         model = save_dc(tmp_path, 2)
     vae = Autoencoder(model)

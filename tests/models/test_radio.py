@@ -37,6 +37,46 @@ def test_bad_files_are_refused(tmp_path, capsys):
     assert "unpickled" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        ({"model": "hf-hub:somebody/vit"}, "is no vision transformer"),
+        ({"model": "resnet18"}, "is no vision transformer"),
+        ({"model_kwargs": {"checkpoint_path": "other.pth"}}, r"checkpoint_path.* is no vision transformer"),
+        ({"model_kwargs": {"num_heads": [3]}}, r"num_heads.* is no vision transformer"),
+        ({"model_kwargs": {"num_heads": 5}}, ""),
+        ({"model_kwargs": 3}, ""),
+        ({"model": None}, ""),
+    ],
+)
+def test_arguments_open_nothing_else(tmp_path, change, match):
+    checkpoint = torch.load(CHECKPOINT, weights_only=False)
+    vars(checkpoint["args"]).update(change)
+    torch.save(checkpoint, tmp_path / "radio.pth")
+    with pytest.raises(ValueError, match=rf"radio\.pth is not a RADIO checkpoint: .*{match}"):
+        Radio.from_checkpoint(tmp_path / "radio.pth")
+
+
+def test_claimed_sizes_are_those_of_the_tensors(tmp_path):
+    """A name of billions of parameters builds no more than the file holds."""
+    checkpoint = torch.load(CHECKPOINT, weights_only=False)
+    vars(checkpoint["args"]).update(
+        model="vit_base_patch16_224", model_kwargs={"depth": 10**6, "embed_dim": 10**5, "num_heads": 3}
+    )
+    torch.save(checkpoint, tmp_path / "radio.pth")
+    assert len(Radio.from_checkpoint(tmp_path / "radio.pth").blocks) == 2
+
+
 def test_odd_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         Radio.from_checkpoint(CHECKPOINT)(torch.zeros(1, 3, 30, 32))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_the_image_is_resized_to_a_patch_for_each_token(antialias):
+    """As the published code does by default, without antialiasing, which shows where the image is larger."""
+    radio, images = Radio.from_checkpoint(CHECKPOINT), torch.rand(2, 3, 96, 128) * 2 - 1
+    resized = torch.nn.functional.interpolate((images + 1) / 2, (48, 64), mode="bicubic", antialias=antialias)
+    features = radio.tokens(images, (3, 4), antialias)
+    assert features.shape == (2, 12, 192) and torch.equal(features, radio(resized.clamp(0, 1)))
+    assert torch.equal(features, radio.tokens(images, (3, 4))) is not antialias

@@ -25,7 +25,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tim.models.text_encoders import CaptionCache, TextEncoder
+from tim.config import Model, Target
+from tim.evaluation.pretrained import load_pretrained
+from tim.models.text_encoders import CaptionCache, TextEncoder, build_text_encoder
 
 CAPTIONS = [
     "a red circle",
@@ -321,6 +323,19 @@ def test_what_does_not_load_is_refused(gemma_folder, tmp_path):
     refuse(gemma_folder, "tokenizer")
 
 
+def test_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
+    """transformers would ask whether to run it, and take whatever is on standard input for the answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="custom code"):
+        TextEncoder(str(tmp_path))
+    with pytest.raises(ValueError, match="custom code"):
+        load_pretrained(str(tmp_path), lambda config: config, "no", torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_identity_follows_all_that_determines_features(originals, gemma_folder):
     def identity(folder=gemma_folder, **options):
         return TextEncoder(str(folder), **options).identity
@@ -445,3 +460,24 @@ def test_batch_padding_is_not_cached(originals):
     encoder = TextEncoder(str(originals["gemma"][0]), padding="batch")
     with pytest.raises(ValueError, match=r"text_padding=batch .*text_cache=null"):
         CaptionCache(encoder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_captions_need_no_model(originals, encoders, tmp_path, kind, monkeypatch):
+    """The folder of the features is made with the first of them, and the model loaded for the first that it lacks."""
+    model = Model(
+        Target(""),
+        {},
+        Target(""),
+        text_encoder_dir=str(originals[kind][0]),
+        text_cache=str(tmp_path / "cache"),
+        max_seq_length=12,
+    )
+    cache = build_text_encoder(model, torch.float32, "cpu")
+    assert not (tmp_path / "cache").exists() and cache.width == encoders[kind].width
+    want, _ = cache(["a dog", ""])
+    monkeypatch.setattr("tim.models.text_encoders.load_model", lambda *_, **__: pytest.fail("the model is loaded"))
+    again = build_text_encoder(model, torch.float32, "cpu")
+    assert torch.equal(again(["a dog", ""])[0], want) and again.identity == cache.identity
+    monkeypatch.undo()
+    assert again(["a cat"])[0].shape[2] == again.width

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.commands import command
+from helpers.commands import command, small_disk
 from helpers.companions import save_tiny_kl
 from helpers.paths import GOLDENS, ROOT
 from PIL import Image
@@ -158,6 +158,18 @@ def test_only_missing_and_damaged_files_are_made_again(source, half, tmp_path):
     assert (folder / "c0/2.safetensors").stat().st_mtime_ns == intact
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, half, tmp_path):
+    with small_disk(3000):
+        done = cache(source, tmp_path / "features", "--batch-size", 4, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path}/features/c0/0.safetensors cannot be written" in done.stderr
+    assert set(files_of(tmp_path / "features")) == {"features.json"}
+    cache(source, tmp_path / "features", "--batch-size", 4)
+    assert files_of(tmp_path / "features") == files_of(half)
+    (tmp_path / "file").touch()
+    assert f"error: {tmp_path}/file: File exists" in cache(source, tmp_path / "file", check=False).stderr
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_write_the_same_files(source, half, tmp_path):
@@ -211,6 +223,7 @@ def test_a_file_damaged_later_is_replaced_like_any_unreadable_sample(source, hal
         (["model.network.params.patch_size=4"], "holds 16 features of width 192 .* need 4 of width 192"),
         (["model.network.params.z_dim=12"], "need 16 of width 12.*z_dim"),
         (["model.enc_dir=absent.tar"], "enc_dir: no RADIO checkpoint absent.tar"),
+        (["model.enc_antialias=true"], "made with model.enc_antialias=False; set it so"),
         (["data.data_type=package", "data.dataset.name=digits"], "features_dir is for data_type latent and image, not package"),
     ],
 )
@@ -228,6 +241,20 @@ def test_another_encoder_is_told_apart(source, half, tmp_path):
         fit(tmp_path / "run", source, f"data.dataset.features_dir={half}", f"model.enc_dir={tmp_path}/other.tar")
     done = cache(source, half, f"model.enc_dir={tmp_path}/other.tar", check=False)
     assert done.returncode == 2 and "of another run (encoder_sha256" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("named,there", [("checkpoints/radio", "checkpoints"), ("checkpoints", "checkpoints/radio")])
+def test_the_encoder_is_found_at_either_published_place(source, half, tmp_path, named, there):
+    """Live, and as the one that made the features."""
+    (tmp_path / there).mkdir(parents=True)
+    shutil.copy(ENCODER, tmp_path / there / "r.tar")
+    enc_dir, once = f"model.enc_dir={tmp_path}/{named}/r.tar", "training.max_train_steps=1"
+    for overrides in ([], [f"data.dataset.features_dir={half}"]):
+        with pytest.warns(
+            UserWarning, match=rf"enc_dir={tmp_path}/{named}/r\.tar is not there; taking {tmp_path}/{there}/r\.tar"
+        ):
+            config = load_config(ROOT / "configs/c2i/digits.yaml", [*options(source), enc_dir, once, *overrides])
+            train(config, tmp_path / "run", 0, ClassTask, dry_run=True)
 
 
 def test_a_width_that_is_not_the_projectors_is_refused_at_once(source, tmp_path):

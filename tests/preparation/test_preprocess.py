@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 import yaml
-from helpers.commands import command, start_and_kill
+from helpers.commands import command, small_disk, start_and_kill
 from helpers.companions import save_tiny_dc, save_tiny_kl
 from helpers.paths import GOLDENS, ROOT
 from PIL import Image
@@ -19,9 +19,10 @@ from tim.config import load_config
 from tim.data.latents import find_corruption
 from tim.images import center_crop, open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
-from tim.preparation.settings import Native, Square
-from tim.typed_yaml import build_typed, read_tree
+from tim.preparation.settings import Native, Square, from_published
+from tim.typed_yaml import ConfigError, build_typed, read_tree
 
+SETTINGS = (".lock", "config.yaml", "preprocess.json")
 SQUARE, NATIVE = "projects/preprocess/image_latent_c2i.py", "projects/preprocess/image_nr_latent_c2i.py"
 
 
@@ -137,6 +138,28 @@ def test_a_killed_run_is_continued(source, tmp_path):
     assert files_of(tmp_path / "run") == files_of(tmp_path / "whole")
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, whole, tmp_path):
+    words = [SQUARE, "--config", config(source, tmp_path, image_size=32), "--project_dir", tmp_path / "run"]
+    with small_disk(600):
+        done = command(*words, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path}/run/latents/n00/0.safetensors cannot be written" in done.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name not in SETTINGS]
+    command(*words)
+    assert files_of(tmp_path / "run") == files_of(whole)
+
+
+def test_what_is_left_of_a_latent_whose_image_is_gone_spoils_nothing(source, tmp_path):
+    shutil.copytree(source / "train", tmp_path / "train")
+    words = [SQUARE, "--config", config(source, tmp_path, image_size=32, image_dir=str(tmp_path / "train"))]
+    command(*words, "--project_dir", tmp_path / "run")
+    (tmp_path / "run/latents/n00/0.safetensors").write_bytes(b"")
+    (tmp_path / "train/n00/0.JPEG").write_bytes(b"no image")
+    done = command(*words, "--project_dir", tmp_path / "run")
+    assert "0 latents made now, 11 of 12 are there" in done.stdout
+    assert json.loads((tmp_path / "run" / "statistics.json").read_text())["files"] == 11
+
+
 def test_native_sizes(source, tmp_path):
     """Floored to multiples of 16 below the area of 48x48 pixels, scaled to it above; too small images are named."""
     (tmp_path / "train" / "a").mkdir(parents=True)
@@ -196,6 +219,9 @@ def test_mistakes_are_refused(source, whole, tmp_path):
         ([f"latent_dir={whole}/latents", "seed=1"], "latents of another run"),
         ([f"latent_dir={whole}/latents", f"image_dir={tmp_path}/renamed"], "latents of another run (classes_sha256"),
         ([f"latent_dir={tmp_path}/foreign"], "latents of an unknown run"),
+        ([f"latent_dir={path}"], f"error: {path}: File exists"),
+        ([f"latent_dir={path}/a"], f"error: {path}/a: Not a directory"),
+        ([f"latent_dir={tmp_path}/{'n' * 256}"], "File name too long"),
     ]
     for overrides, message in cases:
         done = command(SQUARE, "--config", path, "--project_dir", tmp_path / "run", *overrides, check=False)
@@ -295,3 +321,28 @@ def test_launchers_start_their_configs(tmp_path):
     settings = build_typed(Square, read_tree(ROOT / "configs/preprocess/imagenet_512_dc_ae.yaml"))
     assert (settings.latent_dir, settings.vae_dir) == (training.data.dataset.latent_dir, training.model.vae_dir)
     assert settings.image_size == training.data.dataset.image_size
+
+
+def test_the_published_form_of_file_and_command(source, tmp_path):
+    """model.vae, data.dataset.{data_dir, target_dir, resolution} and --seed; the same latents as by our own keys."""
+    published = {
+        "model": {"vae": str(source / "kl")},
+        "data": {
+            "dataset": {"data_dir": str(source / "train"), "target_dir": f"{tmp_path}/latents", "resolution": 32, "flip": True},
+            "dataloader": {"num_workers": 0, "batch_size": 4},
+        },
+    }
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump(published))
+    words = ["--project_dir", tmp_path, "--seed", 3]
+    with pytest.warns(UserWarning, match="flip has no effect in preprocessing"):
+        command(SQUARE, "--config", tmp_path / "published.yaml", *words)
+    command(SQUARE, "--config", config(source, tmp_path, image_size=32, seed=3), "--project_dir", tmp_path / "own")
+    latents = {path: data for path, data in files_of(tmp_path).items() if path.endswith(".safetensors")}
+    assert len(latents) == 12 and latents.items() <= files_of(tmp_path / "own").items()
+    with pytest.warns(UserWarning, match="flip has no effect"):
+        refused = command(SQUARE, "--config", tmp_path / "published.yaml", *words[:2], "--seed", -1, check=False)
+        native = build_typed(Native, from_published(published, Native) | {"min_size": 8})
+    assert refused.returncode == 2 and "seed must be >= 0" in refused.stderr
+    with pytest.raises(ConfigError, match="must be mappings, got 3"):
+        from_published({"model": 3, "data": None}, Square)
+    assert (native.max_size, native.latent_dir) == (32, f"{tmp_path}/latents")

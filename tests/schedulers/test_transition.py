@@ -287,6 +287,21 @@ def test_callers_dictionaries_and_global_rng_are_left_alone(tiny_c2i):
         assert old.keys() == new.keys() and torch.equal(old["y"], new["y"])
 
 
+def test_return_zs_among_the_conditions_changes_nothing(tiny_c2i):
+    """Trainers of the published code ask for the projection there, with features and without."""
+    schedule = TransitionSchedule(OT_FM(enhance_target=True, w_cond=0.5), diffusion_ratio=0.5)
+    x, z = torch.randn(2, 4, 4, 8, 8)
+    cond, null = {"y": torch.arange(4)}, {"y": torch.full((4,), 10)}
+    times = {"normal": torch.randn(4, 2)}
+    for h_target in (None, torch.randn(4, 16, 12)):
+        arguments = (tiny_c2i, tiny_c2i, tiny_c2i, 4, x, z)
+        want = schedule(*arguments, cond, h_target=h_target, null_kwargs=null, time_kwargs=times)
+        asked = {"h_target": h_target, "null_kwargs": null | {"return_zs": True}, "time_kwargs": times}
+        for ema_kwargs in (None, cond | {"return_zs": True}):
+            got = schedule(*arguments, cond | {"return_zs": True, "jvp": False}, ema_kwargs=ema_kwargs, **asked)
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("where", ["x", "z"])
 def test_a_non_finite_sample_is_dropped_without_poisoning_the_gradient(where, tiny_c2i):
     t, r = torch.full((4,), 0.7), torch.tensor([0.7, 0.1, 0.2, 0.3])

@@ -9,6 +9,7 @@ from helpers.paths import GOLDENS
 from safetensors.torch import load_file
 
 from tim.schedulers import transports
+from tim.schedulers.transition import TransitionSchedule
 from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, Transport, TrigFlow
 
 SIGMAS = (0.3, 0.5, 1.0, 2.0)
@@ -168,6 +169,24 @@ def test_drawn_times_stay_in_the_domain_and_follow_the_law(cls):
         VE_SDE: (0.02 * 100) ** 0.5,
     }[cls]
     assert t.median().item() == pytest.approx(median, rel=0.05)
+
+
+def test_a_law_of_ones_own_depends_on_the_sample_alone():
+    """A subclass may override sample_t(batch_size, dtype, device); the objective keeps the draws apart, whatever the batch."""
+
+    class Uniform(OT_FM):
+        def sample_t(self, batch_size, dtype, device):
+            return torch.rand(batch_size, dtype=dtype, device=device)
+
+    schedule, normal = TransitionSchedule(Uniform()), torch.randn(600, 2)
+    before = torch.get_rng_state()
+    t, r, _ = schedule.sample_t_and_r(600, normal=normal)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (t >= r).all() and len(set(t.tolist())) == 600
+    drawn = torch.cat([t, r]).sort().values
+    assert (drawn - torch.linspace(0, 1, 1200)).abs().max() < 0.06, "uniform on [0, 1]"
+    t_half, r_half, _ = schedule.sample_t_and_r(7, normal=normal[100:107])
+    assert torch.equal(t_half, t[100:107]) and torch.equal(r_half, r[100:107])
 
 
 @pytest.mark.parametrize("cls", [OT_FM, TrigFlow, EDM, VP_SDE, VE_SDE])

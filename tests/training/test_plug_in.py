@@ -34,6 +34,18 @@ class Scaled(TransitionSchedule):
         return self.scale * super().time_weight(t, r, n_diffusion)
 
 
+class Lonely:
+    num_labels = "ten"
+
+    def __init__(self, transport=None):
+        pass
+
+    def __call__(self):
+        pass
+
+    __len__ = load = __call__
+
+
 class Plain(nn.Module):
     def __init__(self, width=8):
         super().__init__()
@@ -48,7 +60,8 @@ class Plain(nn.Module):
 
 @pytest.fixture
 def strange(tmp_path, monkeypatch):
-    """The module above, importable as `strange`."""
+    """The module above, importable and allowed as `strange`."""
+    monkeypatch.setenv("TIM_ALLOW_CODE", "strange")
     (tmp_path / "strange.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
@@ -77,6 +90,17 @@ def test_mistakes_in_an_objective_name_the_key(strange):
         load_config(DIGITS, [own, "model.transition_loss.diffusion_ratio=2.0"])
     with pytest.raises(ConfigError, match=r"model\.transition_loss\.target='strange.Absent' cannot be imported"):
         load_config(DIGITS, ["model.transition_loss.target=strange.Absent"])
+
+
+def test_what_lacks_a_part_is_named_before_anything_runs(tmp_path, strange):
+    with pytest.raises(ConfigError, match=r"model\.transition_loss\.target='strange\.Lonely' has no transport"):
+        parse_config(
+            {**(tree := read_tree(DIGITS)), "model": {**tree["model"], "transition_loss": {"target": "strange.Lonely"}}}
+        )
+    config = load_config(DIGITS, [*SMALL, "data.data_type=null", "data.dataset={name: null, target: strange.Lonely}"])
+    with pytest.raises(ValueError, match=r"data\.dataset\.target='strange\.Lonely' has no num_labels"):
+        train(config, tmp_path / "run", 1, ClassTask)
+    assert not (tmp_path / "run").exists()
 
 
 def plain_config(*overrides):

@@ -30,11 +30,10 @@ GUIDED = ["model.transport.params.enhance_target=true", "model.transport.params.
 CASES = {
     "dde": [],
     "jvp": ["model.transition_loss.derivative_type=jvp", "training.max_grad_norm=0.01"],
-    "guided": [*GUIDED, "model.transition_loss.guidance_path=guided"],
     "recomputed": ["model.network.params.use_checkpoint=true", "training.sample_steps=2"],
     "lopsided": ["data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1"],  # r = t on rank 0, not on rank 1
     "half": ["training.mixed_precision=bf16", "training.dtype=float32"],
-    "compiled": [*GUIDED, "training.compile=true"],
+    "compiled": [*GUIDED, "model.transition_loss.guidance_path=guided", "training.compile=true"],
     "t2i": [],
 }
 SPLITS = {  # processes, samples per process and micro-batch, accumulation: one global batch of 32
@@ -179,6 +178,8 @@ def test_process_count_and_accumulation_do_not_change_the_losses(pairs, tmp_path
         ("{reshard_after_forwards: true}", "fsdp_config.reshard_after_forwards; did you mean 'reshard_after_forward'"),
         ("{fsdp_version: 1}", "fsdp_version=1 is not supported"),
         ("{sharding_strategy: HYBRID}", "sharding_strategy='HYBRID' is not one of FULL_SHARD, SHARD_GRAD_OP"),
+        ("{sharding_strategy: [FULL_SHARD]}", "sharding_strategy=\\['FULL_SHARD'\\] is not one of"),
+        ("{transformer_cls_names_to_wrap: 7}", "must be a list of class names, got 7"),
         ("{reshard_after_forward: 2}", "reshard_after_forward must be true or false"),
         ("{mixed_precision_policy: bf16}", r"training\.mixed_precision says"),
         ("{cpu_offload: true}", "cpu_offload"),

@@ -85,11 +85,15 @@ def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(request, tmp_path
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_any_number_of_processes_goes_on(tmp_path):
-    """Nothing is computed twice or left out, and the global batch stays, from two processes to two and to one."""
+    """Nothing is computed twice or left out, and the global batch stays, from two processes to two and to one.
+
+    The processes that read data, which leave signals to the trainers, end with them.
+    """
     log, pair = tmp_path / "log", [*DOUBLE, "data.dataloader.batch_size=8"]
     assert run(train, DIGITS, tmp_path / "whole", [*DOUBLE, "data.dataloader.batch_size=16"], log=log) == [0]
     at = (3, 1, [signal.SIGTERM])
-    assert run(train, DIGITS, tmp_path / "two", pair, "ClassTask", at, ranks=2, log=log) == [EXIT_AGAIN, EXIT_AGAIN]
+    readers = [*pair, "data.dataloader.num_workers=1"]
+    assert run(train, DIGITS, tmp_path / "two", readers, "ClassTask", at, ranks=2, log=log) == [EXIT_AGAIN, EXIT_AGAIN]
     (stopped,) = list_checkpoints(tmp_path / "two" / "checkpoints")
     step = log_of(tmp_path / "two")[-1]["step"]
     assert stopped.name == f"step-{step:07d}" and 3 <= step <= 4 and find_corruption(stopped) is None

@@ -1,6 +1,5 @@
 """What is in a weights file, a checkpoint or a training project."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +7,17 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from tim.checkpoint.accelerate_folder import latest_folder, weights_files
 from tim.checkpoint.formats import has_weights, is_sharded, read_weights
 from tim.checkpoint.store import find_corruption, is_checkpoint, list_checkpoints
 from tim.checkpoint.weights import empty_network
 from tim.config import load_config
+from tim.files import parse_json
 from tim.models.loading import check_state, read_state_dict
 
 
 def inspect(source: str, configs: Sequence[Path]) -> tuple[list[str], bool]:
-    """Describe a weights file, a checkpoint folder or a project folder.
+    """Describe a weights file, a checkpoint folder (accelerate's too) or a project folder.
 
     Args:
         configs: YAML files among which to look for those that the weights fit; a project's own comes first.
@@ -30,6 +31,9 @@ def inspect(source: str, configs: Sequence[Path]) -> tuple[list[str], bool]:
     path = Path(source)
     if path.is_file():
         return _describe_file(path, configs)
+    if files := weights_files(path) or weights_files(latest_folder(path) or path):
+        described = [_describe_file(file, configs) for file in files.values()]
+        return [line for lines, _ in described for line in lines], any(damaged for _, damaged in described)
     is_project = (path / "checkpoints").is_dir()
     folders = list_checkpoints(path / "checkpoints") if is_project else [path]
     if not folders or not (is_project or is_checkpoint(path)):
@@ -62,8 +66,8 @@ def _describe_file(path: Path, configs: Sequence[Path]) -> tuple[list[str], bool
 def _describe_files(folder: Path, problem: str | None) -> list[str]:
     """A checkpoint's step, state and files."""
     try:
-        step = json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError):
+        step = parse_json((folder / "state.json").read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
         step = "unknown"
     kind = "sharded" if is_sharded(folder) else "full"
     lines = [f"{folder.name}: step {step}, {kind}, " + ("valid" if problem is None else f"DAMAGED: {problem}")]

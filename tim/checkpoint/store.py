@@ -1,10 +1,12 @@
 """Checkpoints that are whole or absent.
 
 A checkpoint `checkpoints/step-0001000/` is written to a temporary folder, flushed to disk, closed with a manifest of
-sizes and sha256, read back against it, and renamed into place. Old ones go only after that.
+sizes and sha256, read back against it, and renamed into place. Old ones go only after that. Folders of any other name,
+copies such as `step-0001000-best`, and links belong to the user: nothing here looks at them.
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections import ChainMap
@@ -17,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tim.checkpoint.formats import Snapshot, read_into, write_snapshot
+from tim.checkpoint.formats import Snapshot, read_into, tensor_files, write_snapshot
 from tim.distributed import on_all_ranks, on_first_rank
-from tim.files import flush, settle, sha256, write_json, write_text
+from tim.files import flush, naming, settle, sha256, write_json, write_text
 
 MANIFEST = "manifest.json"
 
@@ -64,7 +66,7 @@ def write_checkpoint(
         group: of `cpu_group`, used by nothing else meanwhile.
 
     Raises:
-        RuntimeError, OSError: when a rank could not write, or the files read back damaged; on all ranks.
+        OSError: when a rank could not write, or the files read back damaged; on all ranks. Nothing is left of them.
     """
     final = root / f"step-{step:07d}"
     partial = root / f".{final.name}.part"
@@ -75,17 +77,23 @@ def write_checkpoint(
         partial.mkdir(parents=True)
 
     def write() -> dict[str, dict[str, Any]]:
-        paths = write_snapshot(partial, snapshot, rank, group)
-        for path in paths:
-            settle(path)
-        if rank == 0:
-            paths.append(partial / "state.json")
-            write_json(paths[-1], {"step": step, **state})
+        with naming(final):
+            paths = write_snapshot(partial, snapshot, rank, group)
+            for path in paths:
+                settle(path)
+            if rank == 0:
+                paths.append(partial / "state.json")
+                write_json(paths[-1], {"step": step, **state})
         return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
 
-    on_first_rank(group, prepare)
-    written = on_all_ranks(group, write)
-    on_first_rank(group, lambda: _put_in_place(partial, final, dict(ChainMap(*written))))
+    try:
+        on_first_rank(group, prepare)
+        written = on_all_ranks(group, write)
+        on_first_rank(group, lambda: _put_in_place(partial, final, dict(ChainMap(*written))))
+    except Exception:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # room for whatever comes next
+        raise
     return final
 
 
@@ -109,7 +117,7 @@ def load_checkpoint(
     if problem:
         raise ValueError(f"checkpoint {path} is damaged: {problem}")
     read_into(path, modules, optimizer, group)
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return read_state(path)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -118,28 +126,64 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def find_corruption(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None when every file has the size and sha256 of the manifest."""
+    """Why a checkpoint cannot be used; None when its manifest names all that it needs, with the sizes and sha256 they have."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"no readable {MANIFEST}"
 
     def check(name: str) -> str | None:
         size, digest = files[name]
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if (path / name).stat().st_size != size:
-            return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
-        return None if sha256(path / name) == digest else f"{name} differs from its sha256"
+        try:
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != size:
+                return f"{name} has {(path / name).stat().st_size} bytes instead of {size}"
+            return None if sha256(path / name) == digest else f"{name} differs from its sha256"
+        except (OSError, ValueError) as error:  # a disk that fails, a name that is none
+            return f"{name} cannot be read: {error}"
 
     with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter
-        return next((problem for problem in pool.map(check, files) if problem), None)
+        problem = next((problem for problem in pool.map(check, files) if problem), None)
+    if problem:
+        return problem
+    if "state.json" not in files:
+        return f"{MANIFEST} does not name state.json"
+    try:
+        modules = read_state(path).get("modules", ["model"])  # version 0.1 did not say
+        unlisted = tensor_files(path, modules) - files.keys()
+    except Exception as error:  # of the kinds that unpickling knows: whole files that are not from here
+        return f"it is not from here: {error}"
+    return f"{MANIFEST} does not name {min(unlisted)}" if unlisted else None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says. ValueError when it is not from here."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return {**state, "step": int(state["step"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'state.json'} does not say the state of a run: {error}") from error
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    return sorted(p for p in root.glob("step-*") if p.is_dir())
+    """Finished checkpoints, oldest first: folders called `step-` and a number, that of their step, in its order."""
+    found = [p for p in root.glob("step-*") if re.fullmatch("step-[0-9]+", p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted((p for p in found if not _is_renamed(p)), key=step_of)
+
+
+def _is_renamed(checkpoint: Path) -> bool:
+    """Whether a checkpoint is known to be of another step than its name says."""
+    try:
+        return read_state(checkpoint)["step"] != step_of(checkpoint)
+    except (OSError, ValueError):  # damaged
+        return False
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -154,14 +198,14 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 def tidy_checkpoints(root: Path) -> None:
     """Clear what an interrupted save left: half-written folders go, a checkpoint that was being replaced comes back."""
-    for aside in root.glob(".step-*.old"):
-        final = root / aside.name[1 : -len(".old")]
-        if final.exists():
-            shutil.rmtree(aside)
+    for folder in root.glob(".step-*"):
+        match = re.fullmatch(r"\.(step-[0-9]+)\.(old|part)", folder.name)
+        if match is None or folder.is_symlink() or not folder.is_dir():
+            continue
+        if match[2] == "old" and not (root / match[1]).exists():
+            folder.rename(root / match[1])
         else:
-            aside.rename(final)
-    for partial in root.glob(".step-*.part"):
-        shutil.rmtree(partial)
+            shutil.rmtree(folder)
 
 
 def prune_checkpoints(root: Path, limit: int | None, keep_steps: list[int]) -> None:
@@ -169,8 +213,7 @@ def prune_checkpoints(root: Path, limit: int | None, keep_steps: list[int]) -> N
 
     Nothing is deleted before `limit` newer ones have been read and found undamaged.
     """
-    names = {f"step-{step:07d}" for step in keep_steps}
-    candidates = [p for p in list_checkpoints(root) if p.name not in names]
+    candidates = [p for p in list_checkpoints(root) if step_of(p) not in keep_steps]
     if limit is None or len(candidates) <= max(1, limit):
         return
     good = 0

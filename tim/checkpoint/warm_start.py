@@ -6,7 +6,7 @@ from fnmatch import filter as matching
 import torch
 from torch import Tensor, nn
 
-from tim.models.loading import load_strict
+from tim.models.loading import load_strict, match_keys
 from tim.models.network import traits_of
 
 LABELS = "y_embedder.embedding_table.weight"
@@ -37,6 +37,7 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], source: str, allow_
         ValueError: for keys or shapes that still differ, a pattern without a key, or a network that cannot start as the flow.
     """
     own = network.state_dict()
+    state = match_keys(own, state)
     for pattern in allow_missing:
         if not matching(own, pattern):
             raise ValueError(f"model.ckpt_allow_missing: the network has no key that matches {pattern!r}")
@@ -56,7 +57,10 @@ def warm_start(network: nn.Module, state: dict[str, Tensor], source: str, allow_
     try:
         load_strict(network, state, source)
     except ValueError as error:
-        raise ValueError(f"{error}. Keys that a file may lack are listed in model.ckpt_allow_missing") from error
+        hint = (
+            "" if "ckpt_allow_missing" in str(error) else ". Keys that a file may lack are listed in model.ckpt_allow_missing"
+        )
+        raise ValueError(f"{error}{hint}") from error
     return notes
 
 

@@ -1,7 +1,6 @@
 """Weights out of files, checkpoint folders and project folders; and into one safetensors file."""
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tim
+from tim.checkpoint.accelerate_folder import NAME, latest_folder, weights_files
 from tim.checkpoint.formats import has_weights, is_sharded, read_weights
 from tim.checkpoint.store import MANIFEST, find_corruption, is_checkpoint, latest_checkpoint
 from tim.config import Config
 from tim.digests import cached_sha256
-from tim.files import replacing, sha256
+from tim.files import parse_json, replacing, sha256
 from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
 
@@ -52,7 +52,8 @@ class Weights:
     @property
     def stem(self) -> str:
         """Their name in the names of folders: the step's folder for our own checkpoints, the file's stem for others."""
-        folder = self.source.parent if self.source.stem in PARTS.values() else self.checkpoint
+        in_folder = self.source.stem in PARTS.values() or NAME.fullmatch(self.source.parent.name)
+        folder = self.source.parent if in_folder else self.checkpoint
         return folder.name if folder else self.source.stem
 
     def digest(self) -> str:
@@ -63,7 +64,7 @@ class Weights:
         """
         if self.source.is_file():
             return cached_sha256(self.source)
-        manifest = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((self.source / MANIFEST).read_bytes())
         lines = [self.kind, *(f"{entry['sha256']}  {name}" for name, entry in sorted(manifest.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -71,7 +72,7 @@ class Weights:
         """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
         if self.checkpoint is None:
             return {"weights": self.kind, "source": self.source.name}
-        step = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))["step"]
+        step = parse_json((self.checkpoint / "state.json").read_bytes())["step"]
         known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(step)}
         config = self.checkpoint.parent.parent / "config.yaml"
         return {**known, "config_sha256": sha256(config)} if config.is_file() else known
@@ -79,6 +80,8 @@ class Weights:
 
 def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckpt") -> Weights:
     """The weights that a file, a checkpoint folder or a project folder (its newest undamaged checkpoint) stands for.
+
+    The folder may be one of accelerate's `save_state`, see `tim.checkpoint.accelerate_folder`.
 
     Args:
         kind: 'ema' or 'raw'; None takes the moving average when there is one.
@@ -97,6 +100,11 @@ def find_weights(source: str | Path, kind: str | None = None, name: str = "--ckp
         problem, folder = find_corruption(path), path
         if problem:
             raise ValueError(f"{name} {path} is damaged: {problem}")
+    if folder is None and (files := weights_files(path) or weights_files(latest_folder(path) or path)):
+        kind = kind or next(iter(files))
+        if kind not in files:
+            raise ValueError(f"checkpoint {files['raw'].parent} has no EMA weights; ask for the raw ones (--weights raw)")
+        return Weights(files[kind], kind)
     if folder is None:
         raise FileNotFoundError(f"{name} {source} is neither a weights file nor a folder with a checkpoint")
     if kind == "ema" and not has_weights(folder, "ema"):
@@ -117,7 +125,7 @@ def _there(path: Path, name: str) -> Path:
 def empty_network(config: Config) -> nn.Module:
     """The network of a config without memory for its weights, to compare shapes with."""
     with torch.device("meta"):
-        return build_network(config.model.network)
+        return build_network(config.model.network).requires_grad_(False)
 
 
 def export_weights(source: str, out: Path, kind: str | None = None, config: Config | None = None) -> dict[str, str]:
@@ -141,7 +149,7 @@ def export_weights(source: str, out: Path, kind: str | None = None, config: Conf
     weights = find_weights(source, kind, name="source")
     state = weights.read()
     if config is not None:
-        check_state(empty_network(config), state, source)
+        state = check_state(empty_network(config), state, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **weights.metadata(), "tim_version": tim.__version__}
     owned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}  # no views

@@ -3,7 +3,6 @@
 features.json in features_dir says what they depend on; `tim.preparation.feature_cache` writes both.
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tim.config import Config, Dataset
+from tim.config import Config, Dataset, Model
 from tim.data import latents
 from tim.data.c2i import Images, Latents
 from tim.data.folders import Folder, find_beside
 from tim.data.replacement import LabelledSamples
 from tim.digests import cached_sha256
-from tim.files import claim, read_text, write_tensors
+from tim.files import claim, parse_json, read_text, write_tensors
 
 RECORD = "features.json"
 
@@ -39,14 +38,14 @@ class CachedFeatures:
     Args:
         samples: class-conditional images or latents.
         dataset: the configured keys; features_dir is read here.
-        enc_dir: the encoder's file, which must be the one that made the features.
+        model: the configured keys; its encoder must be the one that made the features, in the same way.
 
     Raises:
         FileNotFoundError: when the folder, its record or the file of a sample is missing.
         ValueError: when the features were made by another encoder or at another image_size, or samples are not in folders.
     """
 
-    def __init__(self, samples: LabelledSamples, dataset: Dataset, enc_dir: str) -> None:
+    def __init__(self, samples: LabelledSamples, dataset: Dataset, model: Model) -> None:
         files = samples.files if isinstance(samples, Images | Latents) else None
         if not isinstance(files, Folder):
             raise ValueError("data.dataset.features_dir needs images or latents in class folders")
@@ -57,13 +56,18 @@ class CachedFeatures:
             raise FileNotFoundError(
                 f"no {root / RECORD} (data.dataset.features_dir); make the features with tools/cache_radio_features.py"
             )
+        enc_dir = str(model.encoder_file)
         if not Path(enc_dir).is_file():
             raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {enc_dir}, which must be the one of features_dir")
         wanted: dict[str, Any] = {"encoder_sha256": cached_sha256(enc_dir)}
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)
-        record = json.loads(read_text(root / RECORD))
+        record = parse_json(read_text(root / RECORD))
+        if record.get("antialias", True) != model.enc_antialias:  # files from before there was a choice say nothing
+            raise ValueError(
+                f"{root} holds features made with model.enc_antialias={not model.enc_antialias}; set it so, or make them anew"
+            )
         self.shape = (2, record["tokens"], record["width"])
         paths = files.paths[files.kind]
         found = find_beside(paths, root, "features")

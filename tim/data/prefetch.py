@@ -54,6 +54,11 @@ class Prefetcher:
         self._marks.append((before, self._mark()))
         return batch
 
+    def close(self) -> None:
+        """End the loader's workers. Left to the end of Python they would be waited for, and they do not hear its SIGTERM."""
+        self._thread.shutdown(cancel_futures=True)
+        getattr(self._batches, "_shutdown_workers", lambda: None)()
+
     def waited(self) -> float:
         """Seconds since the last call in which the device had nothing to compute because data was missing.
 

@@ -76,7 +76,10 @@ def build_c2i_dataset(data: Data, with_image: bool = False, num_classes: int | N
     """
     own = data.dataset.target
     if own is not None:
-        return Target(own, data.dataset.params).build()
+        samples: LabelledSamples = Target(own, data.dataset.params).build()
+        if not isinstance(getattr(samples, "num_labels", None), int):
+            raise ValueError(f"data.dataset.target={own!r} has no num_labels, see tim.data.replacement.LabelledSamples")
+        return samples
     keys = _keys(data, CLASS_CONDITIONAL, "class-conditional")
     beside = [key for key in REPA_KEYS if keys.get(key, True) is False]
     if with_image and any(getattr(data.dataset, key) is None for key in beside):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tim.models.hub import hub_options
 from tim.models.loading import model_identity
 
 
@@ -32,16 +33,19 @@ def load_pretrained(
     """
     from transformers import AutoConfig
 
+    safe = {"trust_remote_code": False}  # None would ask, and a pipe say yes
     try:
-        config = AutoConfig.from_pretrained(name)
+        safe |= hub_options(name)
+        config = AutoConfig.from_pretrained(name, **safe)
         build, kind, *processors = choose(config)
-        model, report = kind.from_pretrained(name, output_loading_info=True, **options)
+        model, report = kind.from_pretrained(name, output_loading_info=True, **options, **safe)
         missing = set(report["missing_keys"]) & dict(model.named_parameters()).keys()
         unset = sorted(key for key in missing if not key.endswith(unused))
         if unset:
             raise ValueError(f"it lacks {len(unset)} weights, first: {unset[0]}")
         model = model.eval().requires_grad_(False).to(device)
-        return build(model, model_identity(name, config), *(processor.from_pretrained(name) for processor in processors))
+        loaded = (processor.from_pretrained(name, **safe) for processor in processors)
+        return build(model, model_identity(name, config), *loaded)
     except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
         raise ValueError(f"{refusal}: {first_line(error)}") from error
 

@@ -1,7 +1,6 @@
 """Sampling runs: the images of a prompt set in a folder, on any number of processes, continued after interruptions."""
 
 import glob
-import json
 import logging
 import os
 import platform
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 
 import tim
 from tim.checkpoint.weights import Weights
-from tim.files import claim, replacing, run_record, write_json
+from tim.files import claim, parse_json, replacing, run_record, write_json
 from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Drawn, Sampler
 from tim.generation.settings import SampleSettings
@@ -209,7 +208,7 @@ def _claim(folder: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weigh
 def _read_record(path: Path) -> dict[str, Any]:
     """A run's record; one without settings when there is none, or it is damaged."""
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
         return record if isinstance(record["settings"], dict) else {"settings": {}}
     except (OSError, ValueError, KeyError, TypeError):
         return {"settings": {}}

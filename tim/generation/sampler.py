@@ -23,8 +23,8 @@ from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import Plan, follow, plan_steps
 from tim.schedulers.transports import Transport
+from tim.targets import constructor_keywords
 from tim.training.compilation import compile_blocks
-from tim.typed_yaml import constructor_keywords
 
 PUBLISHED = {  # weights, and the config that they belong to
     "c2i_model_256": "configs/c2i/tim_xl_p2_256.yaml",
@@ -199,14 +199,14 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
     replace(settings).check(transport)
     set_tf32(settings.tf32)
     dtype = network_dtype(config, settings.dtype, device)
-    network = build_network(config.model.network)
+    network = build_network(config.model.network).requires_grad_(False)
     try:
         load_strict(network, weights.read(), weights.source)
     except ValueError as error:
         theirs = PUBLISHED.get(weights.source.stem)
         slip = f"; {weights.source.name} belongs to {theirs} (the published 512x512 script names the 256 file by mistake)"
         raise ValueError(f"{error}{slip if theirs else ''}") from error
-    network = network.to(device, dtype).eval().requires_grad_(False)
+    network = network.to(device, dtype).eval()
     if settings.compile:
         compile_blocks(network)
     vae = None

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from tim.cli import add_allow_code
 from tim.schedulers import SAMPLE_TYPES
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser, **changes: dict[str, A
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     groups[MODEL].add_argument("--config", required=True, metavar="FILE", help="YAML file the weights were trained with")
     groups[MODEL].add_argument("--ckpt", required=True, help="weights file, checkpoint folder or training project folder")
+    add_allow_code(groups[MODEL])
     groups[IMAGES].add_argument("--sample-dir", default="samples", metavar="DIR", help="the run's folder goes under this one")
     groups[IMAGES].add_argument("--name", help="name of the run's folder (default: weights, size, times, steps and guidance)")
     for f in fields(SampleSettings):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tim.config import Model
+from tim.models.hub import hub_options
 from tim.models.network import traits_of
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and runs on pixels or latents do without
@@ -63,9 +64,9 @@ class Autoencoder:
         Raises:
             ValueError: when nothing can be loaded from vae_dir.
         """
-        kind, _, subfolder = _read_config(vae_dir)
+        kind, _, options = _read_config(vae_dir)
         try:
-            return cls(kind.from_pretrained(vae_dir, subfolder=subfolder, torch_dtype=dtype)).to(device=device)
+            return cls(kind.from_pretrained(vae_dir, torch_dtype=dtype, **options)).to(device=device)
         except (OSError, ValueError) as error:
             raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
 
@@ -161,24 +162,25 @@ class Autoencoder:
         return self.model.decode(z.to(self.model.dtype)).sample.float()
 
 
-def _read_config(vae_dir: str) -> "tuple[type[AutoencoderKL] | type[AutoencoderDC], dict[str, Any], str | None]":
-    """Class, config and subfolder of a diffusers autoencoder.
+def _read_config(vae_dir: str) -> "tuple[type[AutoencoderKL] | type[AutoencoderDC], dict[str, Any], dict[str, Any]]":
+    """Class and config of a diffusers autoencoder, and keywords by which it is loaded.
 
     Raises:
         ValueError: when there is none in vae_dir.
     """
     from diffusers.models import AutoencoderDC, AutoencoderKL
 
-    subfolder = "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None
+    options: dict[str, Any] = {"subfolder": "vae" if (Path(vae_dir) / "vae" / "config.json").is_file() else None}
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
     try:
-        config, _ = AutoencoderKL.load_config(vae_dir, subfolder=subfolder, return_unused_kwargs=True)
+        options |= hub_options(vae_dir)
+        config, _ = AutoencoderKL.load_config(vae_dir, return_unused_kwargs=True, **options)
         name = config.get("_class_name")
         if name not in kinds:
             raise ValueError(f"its class is {name}, not AutoencoderKL or AutoencoderDC")
     except (OSError, ValueError) as error:
         raise ValueError(f"model.vae_dir={vae_dir!r} is no autoencoder folder or hub id: {error}") from error
-    return kinds[name], config, subfolder
+    return kinds[name], config, options
 
 
 def _factor(config: Mapping[str, Any]) -> int:

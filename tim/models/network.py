@@ -1,8 +1,10 @@
 """What trainer, sampler and checkpoints need of a network, and the one place that builds one."""
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tim.config import Target
@@ -18,7 +20,7 @@ class Network(Protocol):
     * forward keyword `jvp`, True in the passes that only serve dF/dt, and `attn_type`, 'vanilla_attn' under forward-mode AD:
       not passed to a network that does not take them.
     * forward keyword `return_zs` (return the REPA projection (B, N, z_dim) beside F) and `projector`, the layers that make
-      it: needed with model.enc_dir alone.
+      it: needed with model.enc_dir alone, else neither trained nor kept in checkpoints.
     * `blocks`, the units of torch.compile: the whole network is compiled. `use_checkpoint`, set by FSDP's
       activation_checkpointing.
     * `caption_keys_values(y)`, what may replace the caption features y in all steps of a sampling run: y is passed as it is.
@@ -94,9 +96,23 @@ def build_network(target: Target) -> nn.Module:
     """The network that a config names, freshly initialised, in float32 on the default device.
 
     Raises:
-        ValueError: when the target is no `torch.nn.Module`, or refuses its keywords.
+        ValueError: when the target is no `torch.nn.Module`, refuses its keywords, or is larger than this machine's memory.
     """
-    network = target.build()
-    if not isinstance(network, nn.Module):
+    if not issubclass(target.resolve(), nn.Module):
         raise ValueError(f"model.network.target={target.target!r} is no torch.nn.Module")
+    # A network of one's own may compute with tensors where it is built.
+    if torch.get_default_device().type != "meta" and not target.own_module:
+        _check_size(target)
+    network: nn.Module = target.build()
     return network
+
+
+def _check_size(target: Target) -> None:
+    """ValueError when the network's weights are larger than this machine's memory, which would take it down."""
+    with torch.device("meta"):
+        size = sum(p.nbytes for p in target.build().parameters())
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > room:
+        raise ValueError(
+            f"model.network: the weights have {size / 1e9:.0f} GB, this machine's memory {room / 1e9:.0f} GB; check its params"
+        )

@@ -1,15 +1,43 @@
 """RADIO-v2.5 (arXiv 2412.07679) image features, the REPA (arXiv 2410.06940) target, on timm's transformer blocks."""
 
 import argparse
-import pickle
+import inspect
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as nnf
 from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from tim.models.loading import read_pickled
+from tim.typed_yaml import first_line
+
+BLOCK_KEYWORDS = (  # of timm's vision transformers, those that say how the features are computed
+    "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias", "init_values",
+    "norm_layer", "act_layer",
+)  # fmt: skip
+
+
+def _empty_blocks(model: str, keywords: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The blocks of timm's ViT of this name, as many and as wide as the tensors are.
+
+    Raises:
+        ValueError: for another name or keyword: timm would open files and repositories that some of them name.
+    """
+    known = inspect.signature(VisionTransformer).parameters
+    odd = [key for key, value in keywords.items() if key not in known or not isinstance(value, int | float | str | None)]
+    if not re.fullmatch(r"vit_\w+", model) or odd:
+        raise ValueError(f"args.model={model!r} with {odd or 'its keywords'} is no vision transformer")
+    depth = len({key.split(".")[2] for key in state if key.startswith("base_model.blocks.")})
+    width = state["base_model.patch_generator.embedder.weight"].shape[0]
+    of_blocks = {key: value for key, value in keywords.items() if key in BLOCK_KEYWORDS}
+    network = timm.create_model(model, pretrained=False, **of_blocks, depth=depth, embed_dim=width)
+    return network.get_submodule("blocks")
 
 
 class Radio(nn.Module):
@@ -51,13 +79,11 @@ class Radio(nn.Module):
         if not Path(path).is_file():
             raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {path}; set model.enc_dir=null to train without REPA")
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = read_pickled(Path(path), (argparse.Namespace,))
             state, args = checkpoint["state_dict"], checkpoint["args"]
-            network = timm.create_model(args.model, pretrained=False, **(getattr(args, "model_kwargs", None) or {}))
-            return cls(network.get_submodule("blocks"), state)
-        except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ValueError(f"model.enc_dir={path} is not a RADIO checkpoint: {str(error).splitlines()[0]}") from error
+            return cls(_empty_blocks(args.model, getattr(args, "model_kwargs", None) or {}, state), state)
+        except Exception as error:  # whatever a file may lack or claim
+            raise ValueError(f"model.enc_dir={path} is not a RADIO checkpoint: {first_line(error)}") from error
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -77,10 +103,10 @@ class Radio(nn.Module):
         tokens = self.blocks(torch.cat([prefix.to(tokens.dtype), tokens], dim=1))
         return tokens[:, len(self.prefix_tokens) :]  # the prefix belongs to no patch
 
-    def tokens(self, images: Tensor, grid: Sequence[int]) -> Tensor:
+    def tokens(self, images: Tensor, grid: Sequence[int], antialias: bool = False) -> Tensor:
         """Features (B, h * w, width) of images (B, 3, H, W) in [-1, 1], resized so that one patch meets one of h x w tokens."""
         size = [self.patch_size * side for side in grid]
-        images = nnf.interpolate((images.float() + 1) / 2, size, mode="bicubic", antialias=True, align_corners=False)
+        images = nnf.interpolate((images.float() + 1) / 2, size, mode="bicubic", antialias=antialias, align_corners=False)
         return self(images.clamp(0, 1))  # bicubic overshoots at edges
 
     def _position_grid(self, h: int, w: int) -> Tensor:

@@ -30,6 +30,7 @@ from transformers.utils import cached_file
 from tim.config import Model
 from tim.digests import cached_sha256
 from tim.files import replacing
+from tim.models.hub import hub_options
 
 PADDINGS = ("mask", "batch")
 IDENTIFYING = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of configs, vocabularies and weights
@@ -45,6 +46,7 @@ class TextEncoder:
         max_length: longest caption in tokens, special tokens included.
         use_last_hidden_state: features after the last layer as the model returns them, else after the second to last.
         padding: `mask` marks and zeroes padding; `batch` shows it: features of the padding up to the batch's longest caption.
+        lazy: load the model when the first caption is encoded, which a cache may make needless.
 
     Attributes:
         width: features a token.
@@ -62,33 +64,51 @@ class TextEncoder:
         padding: str = "mask",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        lazy: bool = False,
     ) -> None:
+        self.name, self.dtype, self.device = text_encoder_dir, dtype, torch.device(device)
         try:
-            model = load_model(text_encoder_dir, dtype)
-            self.folder = Path(cached_file(text_encoder_dir, "config.json")).parent
-            self.tokenizer = load_tokenizer(text_encoder_dir, self.folder)
+            self._options = options = hub_options(text_encoder_dir)
+            config = AutoConfig.from_pretrained(text_encoder_dir, trust_remote_code=False, **options)
+            config = config if hasattr(config, "hidden_size") else config.get_text_config()
+            self.width, positions = config.hidden_size, getattr(config, "max_position_embeddings", None)
+            self.folder = Path(cached_file(text_encoder_dir, "config.json", **options)).parent
+            self.tokenizer = load_tokenizer(text_encoder_dir, self.folder, **options)
         except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"model.text_encoder_dir={text_encoder_dir!r} is no text encoder folder or hub id: {reason}"
-            ) from error
+            raise self._refusal(error) from error
         if padding not in PADDINGS:
             raise ValueError(f"model.text_padding={padding!r} is none of {', '.join(PADDINGS)}")
-        special, positions = self.tokenizer.num_special_tokens_to_add(), getattr(model.config, "max_position_embeddings", None)
+        special = self.tokenizer.num_special_tokens_to_add()
         if max_length <= special:
             raise ValueError(f"model.max_seq_length={max_length} leaves no room for text beside {special} special tokens")
         if positions and 0 < positions < max_length:
             raise ValueError(f"model.max_seq_length={max_length} is above the {positions} positions of the text encoder")
-        self.model = model.to(device).eval().requires_grad_(False)
         self.hub_id = None if Path(text_encoder_dir).is_dir() else text_encoder_dir
         self.max_length, self.use_last_hidden_state, self.padding = max_length, use_last_hidden_state, padding
-        self.width, self.dtype = model.config.hidden_size, model.dtype
         # Tokenizers that were trained to cut on the left would lose what a caption begins with, its subject.
         self.tokenizer.truncation_side = "right"
         bos, eos, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.blank = next((i for i in (bos, eos, pad) if i is not None), 0)  # stands for a caption without any token
         self.pad = next((i for i in (pad, eos) if i is not None), self.blank)
         self._warned: set[str] = set()
+        if not lazy:
+            self.model  # noqa: B018 - so that weights that do not load are refused now
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The part of the checkpoint that encodes, on the device.
+
+        Raises:
+            ValueError: when its weights do not load.
+        """
+        try:
+            return load_model(self.name, self.dtype, **self._options).to(self.device).eval().requires_grad_(False)
+        except Exception as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> ValueError:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return ValueError(f"model.text_encoder_dir={self.name!r} is no text encoder folder or hub id: {reason}")
 
     @cached_property
     def identity(self) -> str:
@@ -113,13 +133,13 @@ class TextEncoder:
         """
         check_captions(captions)
         rows = [torch.tensor(row) for row in self._tokenize(captions)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.model.device)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
         mask = real_tokens(rows)
         # No mask where it hides nothing: the fastest attention kernels take none.
         is_masked = self.padding == "mask" and not mask.all()
-        mask = mask.to(self.model.device)
+        mask = mask.to(self.device)
         # an autocast around the call would change the features behind the cache's back
-        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             last = self.use_last_hidden_state
             output = self.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=not last)
         # A causal LM's last layer is trained to predict the next token; the one before it may say more about the text.
@@ -164,8 +184,6 @@ class CaptionCache:
         self.encoder, self.max_bytes, self.used_bytes = encoder, max_bytes, 0
         self.width, self.padding = encoder.width, encoder.padding
         self.folder = None if folder is None else Path(folder) / encoder.identity
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
         self._rows: OrderedDict[str, Tensor] = OrderedDict()  # the caption used last stands last
 
     @property
@@ -179,8 +197,8 @@ class CaptionCache:
         check_captions(captions)
         found = {caption: self._find(caption) for caption in dict.fromkeys(captions)}
         rows = [found[caption] for caption in captions]
-        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.model.device), real_tokens(rows)
-        return y, None if mask.all() else mask.to(self.encoder.model.device)
+        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.device), real_tokens(rows)
+        return y, None if mask.all() else mask.to(self.encoder.device)
 
     def _find(self, caption: str) -> Tensor:
         """A caption's features (M, width) on the CPU, from memory, the folder or the encoder."""
@@ -207,6 +225,7 @@ class CaptionCache:
         except (SafetensorError, KeyError, ValueError) as error:
             warnings.warn(f"{path} is damaged and computed again: {error}", stacklevel=4)
         row = self._encode(caption)
+        folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file({"features": row.contiguous()}, partial)
         return row
@@ -231,19 +250,24 @@ def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | 
         padding=model.text_padding,
         dtype=dtype,
         device=device,
+        lazy=model.text_cache not in (None, "memory"),
     )
     if model.text_cache is None:
         return encoder
     return CaptionCache(encoder, None if model.text_cache == "memory" else model.text_cache)
 
 
-def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(text_encoder_dir: str, dtype: torch.dtype, **options: bool) -> PreTrainedModel:
     """The part of a checkpoint that turns token ids into hidden states; its config decides which that is.
+
+    Args:
+        options: of `tim.models.hub.hub_options`.
 
     Raises:
         ValueError: when the checkpoint lacks weights of that part, or the part does not encode text.
     """
-    config = AutoConfig.from_pretrained(text_encoder_dir)
+    options |= {"trust_remote_code": False}  # None would ask, and a pipe say yes
+    config = AutoConfig.from_pretrained(text_encoder_dir, **options)
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:  # T5 without its decoder, BERT and its kin
         kind, part = AutoModelForTextEncoding, None
     elif config.is_encoder_decoder:
@@ -252,7 +276,7 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
         kind, part = AutoModelForCausalLM, "get_decoder"
     else:
         kind, part = AutoModel, None
-    whole, report = kind.from_pretrained(text_encoder_dir, output_loading_info=True, **{DTYPE_KEYWORD: dtype})
+    whole, report = kind.from_pretrained(text_encoder_dir, output_loading_info=True, **{DTYPE_KEYWORD: dtype}, **options)
     model = whole if part is None else getattr(whole, part)() if hasattr(whole, part) else whole.base_model
     if not hasattr(model.config, "hidden_size"):
         raise ValueError(f"{type(model).__name__} does not encode text")
@@ -265,14 +289,14 @@ def load_model(text_encoder_dir: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(text_encoder_dir: str, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint whose files are in `folder`.
+def load_tokenizer(text_encoder_dir: str, folder: Path, **options: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint whose files are in `folder`; `options` as for `load_model`.
 
     Raises:
         ValueError: when there is none; transformers 5 would make up an empty one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir)
+        tokenizer = AutoTokenizer.from_pretrained(text_encoder_dir, trust_remote_code=False, **options)
     except Exception as error:  # see TextEncoder.from_pretrained
         raise ValueError(f"its tokenizer does not load: {error}") from error
     vocabularies = tokenizer.vocab_files_names.values()

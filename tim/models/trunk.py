@@ -1,5 +1,7 @@
 """The trunk that the class-conditional and the text-to-image network share (arXiv 2509.04394, section 3.3)."""
 
+from typing import Annotated
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tim.models.blocks import Block, FinalLayer
 from tim.models.embeddings import PatchEmbed, TimestepEmbedder
 from tim.models.rope import ROPE_GRIDS, grid_positions, rope_table
+from tim.typed_yaml import NotNegative, PositiveFloat, PositiveInt
 
 NEW_CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
@@ -37,22 +40,22 @@ class TransitionTransformer(nn.Module):
 
     def __init__(
         self,
-        input_size: int = 32,
-        patch_size: int = 2,
-        in_channels: int = 4,
-        hidden_size: int = 1152,
-        encoder_depth: int = 8,
-        depth: int = 28,
-        num_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        z_dim: int = 768,
-        projector_dim: int = 2048,
+        input_size: Annotated[int, "> 0", "<= 8192"] = 32,
+        patch_size: PositiveInt = 2,
+        in_channels: PositiveInt = 4,
+        hidden_size: PositiveInt = 1152,
+        encoder_depth: NotNegative = 8,
+        depth: Annotated[int, "> 0", "<= 1000"] = 28,
+        num_heads: PositiveInt = 16,
+        mlp_ratio: PositiveFloat = 4.0,
+        z_dim: PositiveInt = 768,
+        projector_dim: PositiveInt = 2048,
         use_checkpoint: bool = False,
         new_condition: str = "t-r",
         use_new_embed: bool = False,
         qk_norm: bool = False,
         distance_aware: bool = False,
-        lora_hidden_size: int | None = None,
+        lora_hidden_size: PositiveInt | None = None,
         rope_grid: str = "legacy",
     ) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class TransitionTransformer(nn.Module):
         if rope_grid not in ROPE_GRIDS:
             raise ValueError(f"rope_grid={rope_grid!r} is not one of {', '.join(map(repr, ROPE_GRIDS))}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.hidden_size = hidden_size
+        self.hidden_size, self.num_heads, self.out_channels = hidden_size, num_heads, in_channels
         self.head_dim, self.encoder_depth = hidden_size // num_heads, encoder_depth
         self.use_checkpoint, self.new_condition, self.rope_grid, self.z_dim = use_checkpoint, new_condition, rope_grid, z_dim
 
@@ -112,6 +115,16 @@ class TransitionTransformer(nn.Module):
             nn.init.zeros_(module.adaLN_modulation.fc2.bias)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def unpatchify(self, x: Tensor, h: int | None = None, w: int | None = None) -> Tensor:
+        """Patches (B, h w, patch_size² C) in row-major order, of a square grid unless h and w say, to (B, C, H, W)."""
+        h = round(x.shape[1] ** 0.5) if h is None else h
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w or h, p=self.patch_size, q=self.patch_size)
 
     def interval_embedding(self, t: Tensor, r: Tensor) -> Tensor:
         """d (B, hidden_size): the sum of T(t), T(r) and D(.) that `new_condition` names; its last term goes through D.
@@ -190,5 +203,5 @@ class TransitionTransformer(nn.Module):
             # Before the last blocks, which REPA leaves free to draw details.
             if return_zs and number == self.encoder_depth:
                 h_proj = self.projector(tokens)
-        out = rearrange(self.final_layer(tokens, c), "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+        out = self.unpatchify(self.final_layer(tokens, c), h, w)
         return out if h_proj is None else (out, h_proj)

@@ -29,6 +29,7 @@ def _preprocess(argv: list[str] | None, description: str, kind: str) -> None:
     run.add_argument(
         "--project_dir", required=True, metavar="DIR", help="where reports go, and the latents unless latent_dir is set"
     )
+    run.add_argument("--seed", type=int, help="of the posterior's noise (default: the file's seed)")
     check = parser.add_argument_group("instead of encoding")
     check.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
     check.add_argument("--dry-run", action="store_true", help="check everything, say what is to do, write nothing")
@@ -38,7 +39,8 @@ def _preprocess(argv: list[str] | None, description: str, kind: str) -> None:
     from tim.preparation import settings as kinds
     from tim.typed_yaml import build_typed, read_tree
 
-    settings = build_typed(getattr(kinds, kind), read_tree(args.config, args.overrides))
+    tree = kinds.from_published(read_tree(args.config, args.overrides), getattr(kinds, kind))
+    settings = build_typed(getattr(kinds, kind), tree if args.seed is None else {**tree, "seed": args.seed})
     if args.print_config:
         print(to_yaml(settings))
         return

@@ -41,7 +41,7 @@ class FeatureEncoder(FolderEncoder):
     what = "features"
 
     def __init__(self, config: Config, features_dir: str | Path, dtype: str, batch_size: int, num_workers: int) -> None:
-        d, enc_dir = config.data.dataset, config.model.enc_dir
+        d, enc_dir = config.data.dataset, config.model.encoder_file
         if enc_dir is None or d.image_dir is None or d.image_size is None:
             raise ValueError("caching features needs model.enc_dir, data.dataset.image_dir and data.dataset.image_size")
         load = partial(load_square, size=d.image_size, flip=False)
@@ -50,7 +50,9 @@ class FeatureEncoder(FolderEncoder):
         self.encoder, self.grid, self.dtype = Radio.from_checkpoint(enc_dir).to(self.state.device), token_grid(config), dtype
         size = {"tokens": math.prod(self.grid), "width": int(self.encoder.width)}
         self.shape = (2, *size.values())
-        self.record = {"encoder_sha256": cached_sha256(enc_dir), "image_size": d.image_size, **size, "dtype": dtype}
+        self.antialias = config.model.enc_antialias
+        made = {"encoder_sha256": cached_sha256(enc_dir), "image_size": d.image_size, "antialias": self.antialias}
+        self.record = {**made, **size, "dtype": dtype}
 
     def claim(self, write: bool) -> None:
         """See `FolderEncoder`; features.json says what the features depend on."""
@@ -62,7 +64,7 @@ class FeatureEncoder(FolderEncoder):
 
     def encode(self, indices: Sequence[int], pairs: Tensor) -> Tensor:
         """Features (2B, N, D) in the dtype of the files."""
-        return self.encoder.tokens(pairs.to(self.state.device), self.grid).to(getattr(torch, self.dtype))
+        return self.encoder.tokens(pairs.to(self.state.device), self.grid, self.antialias).to(getattr(torch, self.dtype))
 
     def write(self, source: Source, result: Tensor) -> None:
         """Store features (2, N, D)."""

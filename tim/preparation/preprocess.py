@@ -100,7 +100,7 @@ def _statistics(sources: Sequence[Source], at_most: int, state: PartialState) ->
     mine, files = torch.zeros(3, 1, dtype=torch.float64), 0
     chosen = sources[::stride][state.process_index :: state.num_processes]
     for source in tqdm(chosen, desc="statistics", unit="img", disable=not state.is_main_process, dynamic_ncols=True):
-        if source.target.is_file():  # unreadable images have none
+        if find_corruption(source.target) is None:  # unreadable images have none, or a damaged one of an earlier run
             mine = mine + moments(read_latent(source.target)[0])
             files += 1
     mean, std = mean_std(sum(gather_object([mine])))

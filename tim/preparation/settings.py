@@ -1,6 +1,7 @@
 """The YAML files of preprocessing: which images, which autoencoder, and how images are cut to size."""
 
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from tim.data.t2i import fit
 from tim.images import open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
 from tim.preparation.buckets import native_size
+from tim.typed_yaml import ConfigError
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, ">= 1"]
@@ -86,3 +88,26 @@ class Native(Settings):
         if not height or not width:
             raise ValueError(f"{path} has {image.width}x{image.height} pixels, too few for min_size={self.min_size}")
         return to_tensor(fit(image, height, width, "crop"))
+
+
+def from_published(tree: Any, kind: type[Square] | type[Native]) -> Any:
+    """The keys of `kind` out of the published form of the file, `model.vae` and `data.dataset`; other forms are left alone.
+
+    Keys there that say nothing here are ignored with a warning.
+    """
+    if not isinstance(tree, dict) or not {"model", "data"} <= tree.keys():
+        return tree
+    data = tree["data"] if isinstance(tree["data"], dict) else {"dataset": tree["data"]}
+    size = "max_size" if kind is Native else "image_size"
+    names = {"vae": "vae_dir", "data_dir": "image_dir", "target_dir": "latent_dir", "resolution": size}
+    own = {f.name for f in fields(kind)}
+    flat = {key: value for key, value in tree.items() if key not in ("model", "data")}
+    for section in (tree["model"], data.get("dataset") or {}, data.get("dataloader") or {}):
+        if not isinstance(section, dict):
+            raise ConfigError(f"model, data.dataset and data.dataloader must be mappings, got {section!r}")
+        for key, value in section.items():
+            if names.get(key, key) in own:
+                flat[names.get(key, key)] = value
+            else:
+                warnings.warn(f"{key} has no effect in preprocessing and is ignored", stacklevel=2)
+    return flat

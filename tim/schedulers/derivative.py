@@ -27,6 +27,11 @@ def accepted(model: Callable[..., Tensor], **options: object) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in known}
 
 
+def conditioning(kwargs: dict[str, Any] | None) -> Any:
+    """Keywords of the network (or None) without those by which the objective says what an evaluation is for."""
+    return kwargs and {key: value for key, value in kwargs.items() if key not in ("return_zs", "jvp")}
+
+
 def take_batch(kwargs: dict[str, Any], start: int, batch_size: int, repeat: int = 1) -> dict[str, Any]:
     """Rows [start:] of every tensor that has one row per sample, repeated; everything else as it is."""
 

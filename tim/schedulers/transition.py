@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tim.schedulers import sampling
 from tim.schedulers.derivative import (
     at_least_float32,
+    conditioning,
     difference_derivative,
     expand_times,
     jvp_derivative,
@@ -16,7 +17,7 @@ from tim.schedulers.derivative import (
     take_batch,
 )
 from tim.schedulers.losses import TIME_WEIGHTS, denoising_loss, finite_samples, projection_loss
-from tim.schedulers.transports import OT_FM, Transport
+from tim.schedulers.transports import OT_FM, Transport, draw_times
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -112,7 +113,7 @@ class TransitionSchedule:
         """
         if normal is None:
             normal = torch.randn(batch_size, 2)
-        first, second = (self.transport.sample_t(batch_size, torch.float32, device, normal=n) for n in normal.unbind(1))
+        first, second = (draw_times(self.transport, n, device) for n in normal.unbind(1))
         t, r = torch.maximum(first, second), torch.minimum(first, second)
         # The shares are places in the global batch, so one process may hold none of the samples with r = t, or nothing else.
         total = batch_size if global_batch_size is None else global_batch_size
@@ -146,7 +147,7 @@ class TransitionSchedule:
             ema_model: its moving average; only read with model guidance.
             unwrapped_model: the bare student, evaluated without gradient for dF/dt.
             x, z: clean latents and noise (B, C, H, W).
-            model_kwargs: conditioning of the student, e.g. {'y': labels}.
+            model_kwargs: conditioning of the student, e.g. {'y': labels}. `return_zs` and `jvp` are the objective's to say.
             use_dir_loss: add the mean over positions of 1 - cos along the channels.
             h_target: REPA features (B, N, z_dim); None trains without the projection term.
             ema_kwargs, null_kwargs: conditional (default: model_kwargs) and unconditional arguments of the EMA model.
@@ -159,6 +160,7 @@ class TransitionSchedule:
         Raises:
             ValueError: when model guidance is on and ema_model or null_kwargs is missing.
         """
+        model_kwargs, ema_kwargs, null_kwargs = map(conditioning, (model_kwargs, ema_kwargs or model_kwargs, null_kwargs))
         # Times stay float32 or wider: in half precision t - r would lose most of its digits.
         t, r, n_diffusion = self.sample_t_and_r(batch_size, x.dtype, x.device, **(time_kwargs or {}))
         t, r = (u.flatten().to(torch.promote_types(x.dtype, torch.float32)) for u in (t, r))
@@ -168,7 +170,7 @@ class TransitionSchedule:
         x_t, v_t = self.transport.path(x, z, expand_times(t, x))
 
         F_pred, proj_loss = self._predict(model, x_t.to(x.dtype), t, r, model_kwargs, h_target)
-        guidance = self._guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs or model_kwargs, null_kwargs)
+        guidance = self._guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs, null_kwargs)
         F_target = self._target(unwrapped_model, x, z, x_t, v_t, t, r, n_diffusion, model_kwargs, guidance)
 
         self.kept = finite_input & finite_samples(F_pred.detach()) & finite_samples(F_target)

@@ -16,12 +16,15 @@ coefficients with closed forms, which are better conditioned in float32; the tes
 coefficients and time laws are those of Tab. 7 and 8 of the paper.
 """
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tim.typed_yaml import PositiveFloat, PositiveInt
 
 
 class PathCoefficients(NamedTuple):
@@ -274,7 +277,7 @@ class OT_FM(Transport):
     """Flow matching along straight paths: x_t = (1-t) x + t z, F* = z - x."""
 
     P_mean: float = 0.0
-    P_std: float = 1.0
+    P_std: PositiveFloat = 1.0
     T_max: float = 1.0
     T_min: float = 0.0
 
@@ -315,7 +318,7 @@ class TrigFlow(Transport):
     """x_t = cos(t) x + sin(t) z, F* = cos(t) z - sin(t) x: TrigFlow (arXiv 2410.11081) with noise of unit variance."""
 
     P_mean: float = -1.0
-    P_std: float = 1.6
+    P_std: PositiveFloat = 1.6
     sigma_d: float = 0.5
     T_max: float = 1.57  # short of pi / 2, where tan diverges
     T_min: float = 0.0
@@ -351,7 +354,7 @@ class EDM(Transport):
     """
 
     P_mean: float = -1.2
-    P_std: float = 1.2
+    P_std: PositiveFloat = 1.2
     sigma_d: float = 0.5
     T_max: float = 80.0
     T_min: float = 0.01
@@ -411,10 +414,10 @@ class VP_SDE(Transport):
     The noise schedule is that of EDM's Tab. 1. T_min is epsilon_t > 0, since b'(t) diverges at 0.
     """
 
-    beta_min: float = 0.1
-    beta_d: float = 19.9
-    epsilon_t: float = 1e-5
-    T: int = 1000
+    beta_min: PositiveFloat = 0.1
+    beta_d: PositiveFloat = 19.9
+    epsilon_t: PositiveFloat = 1e-5
+    T: PositiveInt = 1000
     T_max: float = field(default=1.0, init=False)
     T_min: float = field(init=False)
 
@@ -457,8 +460,8 @@ class VP_SDE(Transport):
 class VE_SDE(Transport):
     """Variance exploding: x_t = x + t z, the network predicts -z; the noise levels are those of EDM's Tab. 1."""
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
+    sigma_min: PositiveFloat = 0.02
+    sigma_max: PositiveFloat = 100.0
     T_max: float = field(init=False)
     T_min: float = field(init=False)
 
@@ -496,6 +499,24 @@ class VE_SDE(Transport):
     def weight_tangent(self, t: Tensor) -> Tensor:
         """t / sigma_d: the time itself is a noise level, whose tangent means nothing."""
         return t / self.sigma_d
+
+
+def draw_times(transport: Transport, normal: Tensor, device: torch.device | str) -> Tensor:
+    """Times (batch_size,) float32 by the transport's law, each a function of its own standard normal draw.
+
+    Args:
+        normal: standard normal draws (batch_size,). A subclass that overrides `sample_t(batch_size, dtype, device)` alone draws
+            for itself: one time after the other, torch's generator being seeded by the sample's normal.
+    """
+    known = inspect.signature(transport.sample_t).parameters.values()
+    if any(p.name == "normal" or p.kind is p.VAR_KEYWORD for p in known):
+        return transport.sample_t(len(normal), torch.float32, device, normal=normal)
+    times = []
+    with torch.random.fork_rng(devices=[]):
+        for bits in normal.cpu().float().view(torch.int32).tolist():
+            torch.manual_seed(bits)  # which reads no more than 32 bits
+            times.append(transport.sample_t(1, torch.float32, torch.device("cpu")).reshape(1))
+    return torch.cat(times).clamp(transport.T_min, transport.T_max).to(device)
 
 
 def _pin_ends(grid: Tensor, T_max: float, T_min: float) -> Tensor:

@@ -4,8 +4,8 @@ import warnings
 from pathlib import Path
 
 from tim.data.batch import Batch
-from tim.files import read_json_lines
-from tim.training.logging import append_records, rank_file
+from tim.files import append_json_lines, read_json_lines
+from tim.training.logging import rank_file
 
 ALL_FILES = "bad_samples*.jsonl"  # of all ranks
 
@@ -22,7 +22,7 @@ class BadSamples:
 
     def __init__(self, project_dir: Path, rank: int) -> None:
         self.path = rank_file(project_dir, "bad_samples", rank)
-        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_json_lines(path)}
+        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_json_lines(path, "cause")}
         self.elsewhere = 0 if rank == 0 else len(self.causes)
 
     def __len__(self) -> int:
@@ -34,5 +34,5 @@ class BadSamples:
             if cause and cause not in self.causes:
                 self.causes.add(cause)
                 step = int(batch["step"][0]) + 1
-                append_records(self.path, [{"step": step, "position": position, "cause": cause}])
+                append_json_lines(self.path, [{"step": step, "position": position, "cause": cause}])
                 warnings.warn(f"step {step}: replaced by another: {cause}", stacklevel=2)

@@ -28,6 +28,10 @@ def _train(argv: list[str] | None, description: str, task: str) -> None:
     add_config_arguments(run)
     run.add_argument("--project_dir", required=True, metavar="DIR", help="where log, samples and checkpoints go")
     run.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and times")
+    run.add_argument(
+        "--allow-changes", action="store_true",
+        help="continue with another dataset, network, transport or optimiser than the checkpoint's",
+    )  # fmt: skip
     check = parser.add_argument_group("instead of training")
     check.add_argument("--print-config", action="store_true", help="print the complete configuration and stop")
     check.add_argument("--dry-run", action="store_true", help="build and check everything, write nothing")
@@ -43,4 +47,4 @@ def _train(argv: list[str] | None, description: str, task: str) -> None:
     from tim.training import tasks
     from tim.training.loop import train
 
-    train(config, args.project_dir, args.seed, getattr(tasks, task), dry_run=args.dry_run)
+    train(config, args.project_dir, args.seed, getattr(tasks, task), args.dry_run, args.allow_changes)

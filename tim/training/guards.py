@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tim.data.batch import Batch
-from tim.training.logging import append_records, drop_later_records, rank_file
+from tim.files import append_json_lines
+from tim.training.logging import drop_later_records, rank_file
 
 MAX_BAD_STEPS = 3  # steps in a row that cannot be used before the run stops
 NORMS, FEWEST_NORMS = 64, 16  # window of the running median, and how full it must be to judge by
@@ -60,7 +61,7 @@ class NonFiniteGuard:
         self.posted: tuple[int, list[Batch], Tensor, torch.cuda.Event | None] | None = None
         self.path = rank_file(folder, "nonfinite", rank)
         known = drop_later_records(self.path, start_step)
-        self.written = {(record["index"], record["cause"]) for record in known if "index" in record}
+        self.written = {(record["index"], record.get("cause")) for record in known if "index" in record}
 
     def judge(self, grad_norm: Tensor, loss_scale: Tensor | None = None) -> Tensor:
         """Whether to skip the step, 0-dim float32 on the device: 1 to skip, 0 to take it.
@@ -132,7 +133,7 @@ class NonFiniteGuard:
                 lines.append({"step": step, "index": index, "position": position, "cause": cause})
         if problem:
             lines.append({"step": step, "cause": problem, "indices": indices})
-        append_records(self.path, lines)
+        append_json_lines(self.path, lines)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to judge alike, JSON values."""

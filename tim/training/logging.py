@@ -1,15 +1,16 @@
 """What a run records of itself: files of records, progress bar, trackers, loss curves."""
 
-import json
+import math
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from tim.files import read_json_lines, replacing, write_json_lines
+from tim.files import append_json_lines, read_json_lines, replacing, write_json_lines
 
 
 class RunLogger:
@@ -35,15 +36,21 @@ class RunLogger:
         self.bar.update()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write one record; adds images_per_second and data_wait, the share of time spent waiting for data."""
+        """Write one record.
+
+        Adds images_per_second, data_wait (the share of time spent waiting for data) and, on a GPU, gpu_memory_gib, the most
+        that tensors of rank 0 took so far.
+        """
         if not self.accelerator.is_main_process:
             return
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         record: dict[str, Any] = {"step": step, **values}
         record["images_per_second"] = round(self.images / elapsed, 2)
         record["data_wait"] = round(self.waited / elapsed, 4)
+        if self.accelerator.device.type == "cuda":
+            record["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.accelerator.device) / 2**30, 3)
         self.since, self.images, self.waited = time.perf_counter(), 0, 0.0
-        append_records(self.path, [record])
+        append_json_lines(self.path, [record])
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
         self.bar.set_postfix_str(
             f"loss={values['denoising_loss']:.4f}, grad={values['grad_norm']:.3f}, "
@@ -57,32 +64,28 @@ def rank_file(folder: Path, name: str, rank: int) -> Path:
     return folder / (f"{name}.jsonl" if rank == 0 else f"{name}-rank{rank}.jsonl")
 
 
-def append_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add a line for each record to a .jsonl; they have left the process when this returns."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as f:  # names of files may be in any
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
     """Delete the records of steps after this one from a .jsonl, if there is one; returns the others."""
-    kept = [record for record in read_json_lines(path) if record["step"] <= step]
+    kept = [record for record in read_json_lines(path, "step") if record["step"] <= step]
     if path.is_file():
         write_json_lines(path, kept)
     return kept
 
 
 def plot_curves(log: Path, image: Path) -> None:
-    """Draw denoising loss and gradient norm over the steps, each value in grey and a running median in blue."""
+    """Draw denoising loss and gradient norm over the steps, each finite value in grey and a running median in blue."""
     from matplotlib.figure import Figure  # takes a while to import, and only rank 0 draws
     from matplotlib.ticker import LogFormatter
 
-    records = read_json_lines(log)
+    records = read_json_lines(log, "step", "denoising_loss", "grad_norm")
     if len(records) < 2:
         return
-    steps = [r["step"] for r in records]
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axis, key in zip(figure.subplots(1, 2), ("denoising_loss", "grad_norm"), strict=True):
-        values = [r[key] for r in records]
+        finite = [(r["step"], r[key]) for r in records if math.isfinite(r[key])]
+        if not finite:
+            continue
+        steps, values = zip(*finite, strict=True)
         window = max(1, len(values) // 50)
         smooth = [median(values[max(0, i - window) : i + 1]) for i in range(len(values))]
         axis.plot(steps, values, color="0.8", linewidth=0.6)

@@ -3,6 +3,7 @@
 import logging
 import shlex
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -10,14 +11,14 @@ from accelerate import PartialState
 from torch import Tensor
 
 from tim import rng
-from tim.config import Config, to_yaml
+from tim.config import Config
 from tim.data.batch import Batch
 from tim.data.prefetch import Prefetcher
-from tim.files import write_text
 from tim.models.network import traits_of
-from tim.resumable import locked
+from tim.resumable import first_process, locked
 from tim.training.bad_samples import ALL_FILES, BadSamples
 from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
+from tim.training.history import keep_config
 from tim.training.logging import RunLogger
 from tim.training.preemption import EXIT_AGAIN
 from tim.training.preview import save_preview
@@ -25,12 +26,20 @@ from tim.training.resume import CheckpointManager
 from tim.training.setup import Run, build_loader, build_run
 from tim.training.sharding import clip_gradients, set_gradient_sync
 from tim.training.tasks import Task
+from tim.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
 EARLY_PREVIEW = 50  # step whose preview, beside that of the start, shows soon whether anything is learned
 
 
-def train(config: Config, project_dir: str | Path, seed: int, task_class: type[Task], dry_run: bool = False) -> None:
+def train(
+    config: Config,
+    project_dir: str | Path,
+    seed: int,
+    task_class: type[Task],
+    dry_run: bool = False,
+    allow_changes: bool = False,
+) -> None:
     """Train a TiM, continuing where `project_dir` left off.
 
     Writes config.yaml, log.jsonl, curves.png, samples/ and checkpoints/ under project_dir. Every random number is a
@@ -39,9 +48,10 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
     Args:
         task_class: ClassTask or CaptionTask.
         dry_run: build and check everything, print the summary, write nothing.
+        allow_changes: continue with another dataset, network, transport or optimiser than before.
 
     Raises:
-        ValueError, FileNotFoundError: for what the user can mend, more unreadable samples than allowed among it.
+        ValueError, OSError: for what the user can mend, more unreadable samples than allowed and full disks among it.
         RuntimeError: after three steps in a row that cannot be used.
         SystemExit: with code EXIT_AGAIN after a signal or at `training.walltime`, a checkpoint being written.
     """
@@ -51,16 +61,15 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
     accelerator.print(summary(run), flush=True)
     if dry_run:
         return
-    checkpoints = CheckpointManager(run)
-    with locked(project_dir, PartialState()), checkpoints.preemption:
+    checkpoints, state = CheckpointManager(run, allow_changes), PartialState()
+    with locked(project_dir, state), checkpoints.preemption:
         start_step, samples_seen = checkpoints.resume()
         if start_step >= t.max_train_steps:
             logger.info(f"{project_dir} has reached step {start_step} of {t.max_train_steps}; nothing to do")
             return
-        if accelerator.is_main_process:
-            write_text(project_dir / "config.yaml", to_yaml(config))
+        first_process(state, lambda: keep_config(project_dir, config, start_step))
         accelerator.wait_for_everyone()
-        accelerator.init_trackers(t.tracker_project_name, init_kwargs={str(t.tracker): t.tracker_kwargs})
+        start_trackers(accelerator, config, project_dir, seed)
         run_log = RunLogger(accelerator, project_dir, start_step, t.max_train_steps)
         try:
             run_steps(run, checkpoints, run_log, start_step, samples_seen)
@@ -73,10 +82,23 @@ def train(config: Config, project_dir: str | Path, seed: int, task_class: type[T
 
 
 def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, start_step: int, samples_seen: int) -> None:
-    """The loop proper, from start_step to max_train_steps."""
-    t, accelerator, guard = run.config.training, run.accelerator, checkpoints.guard
+    """The loop with its data, from start_step to max_train_steps."""
     loader, samples_per_step = build_loader(run, start_step, samples_seen)
-    batches = Prefetcher(loader, accelerator.device)
+    with closing(Prefetcher(loader, run.accelerator.device)) as batches:
+        _run_steps(run, checkpoints, run_log, batches, start_step, samples_seen, samples_per_step)
+
+
+def _run_steps(
+    run: Run,
+    checkpoints: CheckpointManager,
+    run_log: RunLogger,
+    batches: Prefetcher,
+    start_step: int,
+    samples_seen: int,
+    samples_per_step: int,
+) -> None:
+    """The loop proper."""
+    t, accelerator, guard = run.config.training, run.accelerator, checkpoints.guard
     run.model.train()
     if start_step == 0 and t.sample_steps:
         save_preview(run, 0)
@@ -112,8 +134,8 @@ def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, star
         if too_many:
             raise ValueError(
                 f"{bad_samples:.0f} samples could not be read, more than data.max_bad_samples="
-                f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend or leave out the files of "
-                f"{ALL_FILES}, delete these, and start again"
+                f"{run.config.data.max_bad_samples}; stopped at step {step} with a checkpoint. Mend the files of {ALL_FILES} "
+                "or leave them out, delete these, and start again (with --allow-changes when samples were left out)"
             )
         if reason and not done:
             checkpoints.close()
@@ -240,7 +262,8 @@ def repa_target(run: Run, batch: Batch, x: Tensor) -> Tensor | None:
     if run.encoder is None:
         return None
     patch = traits_of(run.network).patch_size
-    return run.encoder.tokens(batch["image"].to(x.device), [side // patch for side in x.shape[2:]])
+    grid = [side // patch for side in x.shape[2:]]
+    return run.encoder.tokens(batch["image"].to(x.device), grid, run.config.model.enc_antialias)
 
 
 def summary(run: Run) -> str:
@@ -263,7 +286,8 @@ def closing_line(run: Run) -> str:
     """Where everything is after training, and what to run next."""
     folder, t = run.project_dir, run.config.training
     previews = f"previews in {folder / 'samples'}, " if t.sample_steps else ""
-    paths = shlex.join(["--config", str(folder / "config.yaml"), "--ckpt", str(folder)])
+    own = [word for module in run.config.own_modules() for word in ("--allow-code", module)]
+    paths = shlex.join(["--config", str(folder / "config.yaml"), "--ckpt", str(folder), *own])
     return (
         f"finished {t.max_train_steps} steps: curves in {folder / 'curves.png'}, {previews}checkpoints in "
         f"{folder / 'checkpoints'}; draw with: python {run.task.draw_with} {paths}"

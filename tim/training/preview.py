@@ -9,6 +9,7 @@ from tim.schedulers.sampling import sample
 from tim.training.compilation import eager_blocks
 from tim.training.setup import Run
 from tim.training.sharding import reshard
+from tim.training.trackers import log_preview
 
 PREVIEW_STEPS = 4
 COLUMNS = 10
@@ -40,4 +41,6 @@ def save_preview(run: Run, step: int) -> None:
     folder = run.project_dir / "samples"
     rows = [contents[k : k + COLUMNS] for k in range(0, len(contents), COLUMNS)]
     write_text(folder / "contents.txt", "".join(" | ".join(row) + "\n" for row in rows))
-    save_png(folder / f"step-{step:07d}.png", make_grid(images, columns=COLUMNS, scale=max(1, 64 // images.shape[1])))
+    grid = make_grid(images, columns=COLUMNS, scale=max(1, 64 // images.shape[1]))
+    save_png(folder / f"step-{step:07d}.png", grid)
+    log_preview(run.accelerator.trackers, grid, step)

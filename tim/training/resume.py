@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tim.checkpoint import store
+from tim.checkpoint.accelerate_folder import is_accelerate_folder, latest_folder, load_folder
 from tim.checkpoint.formats import Snapshot, build_stager, take_snapshot
 from tim.config import parse_walltime
 from tim.distributed import cpu_group, on_first_rank
 from tim.training.bad_samples import BadSamples
 from tim.training.guards import NonFiniteGuard
+from tim.training.history import check_unchanged, report_changes, what_must_stay
 from tim.training.logging import plot_curves
 from tim.training.preemption import Preemption
 from tim.training.setup import Run
@@ -23,25 +25,28 @@ logger = logging.getLogger(__name__)
 class CheckpointManager:
     """The checkpoints of a run in its project folder, and what else outlives an interruption.
 
+    Args:
+        allow_changes: go on with another dataset, network, transport or optimiser than the checkpoint's.
+
     Attributes:
         preemption: whether to leave after this step; a context manager that handles signals while it is open.
-        bad_samples: the samples that could not be read so far.
-        guard: judges the steps; there is none before `resume`.
+        bad_samples: the samples that could not be read so far. guard: judges the steps. There are none before `resume`.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, allow_changes: bool = False) -> None:
         t = run.config.training
         wanted = t.resume_from_checkpoint
         if wanted not in (None, "latest") and not Path(wanted).is_dir():  # before the project folder is made
             raise FileNotFoundError(f"training.resume_from_checkpoint={wanted!r} is no checkpoint folder")
-        self.run, self.root = run, run.project_dir / "checkpoints"
+        self.run, self.root, self.allow_changes = run, run.project_dir / "checkpoints", allow_changes
         # As configured: `fit_global_batch` may change the run's config, and a third start must compare with what was asked for.
+        self.config, self.settings = run.config, what_must_stay(run)
         self.batch = {"size": run.config.data.dataloader.batch_size, "accumulation": t.gradient_accumulation_steps}
         self.group = cpu_group()  # of whoever writes, possibly a thread; the steps have their own
         self.preemption = Preemption(cpu_group(), parse_walltime(t.walltime))
         self.saver = store.Saver(t.async_checkpoint)
         self.stager = build_stager(run.accelerator.device) if t.async_checkpoint else None
-        self.bad_samples = BadSamples(run.project_dir, run.accelerator.process_index)  # before any rank meets a new one
+        self.bad_samples: BadSamples
         self.guard: NonFiniteGuard
 
     def resume(self) -> tuple[int, int]:
@@ -51,25 +56,53 @@ class CheckpointManager:
             ValueError, FileNotFoundError: when it is not there, is damaged or belongs to another run.
         """
         run, accelerator = self.run, self.run.accelerator
+        self.bad_samples = BadSamples(run.project_dir, accelerator.process_index)  # before any rank meets a new one
         path, verified = self._wanted_checkpoint()
         state: dict[str, Any] = {"step": 0, "samples_seen": 0}
-        if path is not None:
+        if path is not None and is_accelerate_folder(path):
+            state["step"] = self._import(path)
+        elif path is not None:
             state = store.load_checkpoint(path, run.modules, run.optimizer.optimizer, self.group, verified)
-            if state["seed"] != run.seed:
-                raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
-            if accelerator.scaler is not None and state["scaler"]:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            fit_global_batch(run, state["batch"])
-            run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-            if run.lr != state["lr"]:
-                logger.info(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
-                _set_base_lr(run)
+            self._take_over(state, path)
             logger.info(f"resuming from {path} at step {state['step']}")
+            report_changes(path.parent.parent / "config.yaml", self.config)
         spike = run.config.training.max_grad_norm_spike
         self.guard = NonFiniteGuard(accelerator.device, run.project_dir, accelerator.process_index, state["step"], spike)
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
         return state["step"], state.get("samples_seen", state.get("visits", 0))  # version 0.1 wrote visits
+
+    def _import(self, path: Path) -> int:
+        """Go on with a checkpoint of accelerate; returns its step. The order of data begins anew, the schedule goes on."""
+        run = self.run
+        step = load_folder(path, run.modules, run.optimizer.optimizer)
+        run.lr_scheduler.last_epoch = step
+        _set_base_lr(run)
+        logger.info(f"going on from {path}, a checkpoint of accelerate, at step {step}; the order of samples begins anew")
+        return step
+
+    def _take_over(self, state: dict[str, Any], path: Path) -> None:
+        """Go on where a checkpoint's state says; ValueError when it is of a run that this one cannot continue."""
+        run, scaler = self.run, self.run.accelerator.scaler
+        absent = {"seed", "scaler", "batch", "lr", "lr_scheduler"} - state.keys()
+        if absent:
+            raise ValueError(f"{path / 'state.json'} has no {', '.join(sorted(absent))}: it is no trainer's checkpoint")
+        if state["seed"] != run.seed:
+            raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
+        newer = [p.name for p in store.list_checkpoints(self.root) if store.step_of(p) > state["step"]]
+        if newer and run.config.training.resume_from_checkpoint != "latest":
+            raise ValueError(
+                f"{self.root} holds newer checkpoints than {path} ({', '.join(newer)}), from which a later start would go on; "
+                "continue with training.resume_from_checkpoint=latest, move them away, or choose another --project_dir"
+            )
+        check_unchanged(state.get("settings", {}), self.settings, path, self.allow_changes)  # version 0.1 has none
+        if scaler is not None and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        fit_global_batch(run, state["batch"])
+        run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if run.lr != state["lr"]:
+            logger.info(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
+        _set_base_lr(run)
 
     def save(self, step: int, samples_seen: int) -> None:
         """Checkpoint the state after `step`, retire old ones, draw the curves; at once or, once it is copied, in a thread."""
@@ -85,6 +118,8 @@ class CheckpointManager:
             "lr_scheduler": copy.deepcopy(run.lr_scheduler.state_dict()),  # it goes on while a thread writes
             "batch": {**self.batch, "processes": run.accelerator.num_processes, "global": run.global_batch_size},
             "guard": self.guard.state_dict(),
+            "modules": list(run.modules),
+            "settings": self.settings,
         }
         self.saver.submit(partial(self._write, step, snapshot, state, began))
 
@@ -106,16 +141,29 @@ class CheckpointManager:
         wanted = self.run.config.training.resume_from_checkpoint
         if wanted == "latest":
             # By the group of checkpoints, whose timeout leaves rank 0 the hours that reading large files may take.
-            on_first_rank(self.group, lambda: store.tidy_checkpoints(self.root))
-            return on_first_rank(self.group, lambda: store.latest_checkpoint(self.root)), True
+            return on_first_rank(self.group, lambda: self._latest() or latest_folder(self.run.project_dir)), True
         if wanted is None:
-            if store.list_checkpoints(self.root):
+            if store.list_checkpoints(self.root) or latest_folder(self.run.project_dir):
                 raise ValueError(
                     f"{self.root} holds checkpoints of an earlier run; continue it with "
                     "training.resume_from_checkpoint=latest or choose another --project_dir"
                 )
             return None, True
         return Path(wanted), False
+
+    def _latest(self) -> Path | None:
+        """The newest whole checkpoint of the project folder, None for a fresh start; says what it passes over."""
+        store.tidy_checkpoints(self.root)
+        found = store.latest_checkpoint(self.root)
+        if found is None and store.list_checkpoints(self.root):
+            raise ValueError(
+                f"none of the checkpoints in {self.root} can be used, and a fresh start would take their place; name another "
+                "by training.resume_from_checkpoint=PATH, or choose another --project_dir"
+            )
+        others = sorted(path.name for path in self.root.glob("*") if store.is_checkpoint(path))
+        if found is None and others:
+            logger.warning(f"{self.root} has no step-N; {', '.join(others)} would be taken by resume_from_checkpoint=PATH only")
+        return found
 
 
 def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
@@ -161,7 +209,7 @@ def fit_global_batch(run: Run, saved: dict[str, int]) -> None:
 
 
 def _set_base_lr(run: Run) -> None:
-    """Go on with another learning rate at the same place of its schedule.
+    """Go on with today's learning rate and schedule at the same place of it.
 
     A scheduler reads its base rate once, and optimisers and schedulers load the rates of the checkpoint.
     """

@@ -1,6 +1,5 @@
 """From a config to the parts of a training run."""
 
-import importlib.util
 import logging
 import warnings
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
 from tim.training.sharding import shard, sharding_plugin
 from tim.training.tasks import Task
+from tim.training.trackers import check_tracker
 
 if TYPE_CHECKING:
     from tim.models.radio import Radio
@@ -80,9 +80,7 @@ def build_accelerator(config: Config, project_dir: Path) -> Accelerator:
     """The accelerator of this process: one of torchrun or accelerate launch, on CPU when there is no GPU."""
     t = config.training
     set_tf32(t.allow_tf32)
-    tracker = None if t.tracker in (None, "none") else t.tracker
-    if tracker and importlib.util.find_spec(tracker) is None:
-        raise ValueError(f"training.tracker={tracker} needs the package {tracker}: pip install {tracker}")
+    tracker = check_tracker(t)
     return Accelerator(
         cpu=use_cpu(),
         mixed_precision=t.mixed_precision,
@@ -106,16 +104,16 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     schedule: Objective = m.build_objective()
     if schedule.transport.enhance_target and not m.use_ema:
         raise ValueError("model.transport.params.enhance_target needs the EMA model: set model.use_ema=true")
-    vae = Autoencoder.from_pretrained(m.vae_dir, device=accelerator.device) if m.vae_dir else None
+    vae = build_autoencoder(config, accelerator, sharded=plugin is not None)
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)  # all processes draw the same starting weights
     network = build_network(m.network).to(getattr(torch, t.dtype))
+    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
+        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
     if m.ckpt:
         start = find_weights(m.ckpt, name="model.ckpt").read()
         for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
             logger.info(note)
-    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
-        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
 
@@ -153,13 +151,25 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     )  # fmt: skip
 
 
+def build_autoencoder(config: Config, accelerator: Accelerator, sharded: bool) -> Autoencoder | None:
+    """The autoencoder that encodes images or decodes previews; None for pixels, and where a process does neither.
+
+    Raises:
+        ValueError: when it cannot be loaded.
+    """
+    draws = config.training.sample_steps and (accelerator.is_main_process or sharded)
+    if not config.model.vae_dir or (config.data.data_type in ("latent", "latent_tar") and not draws):
+        return None
+    return Autoencoder.from_pretrained(config.model.vae_dir, device=accelerator.device)
+
+
 def build_encoder(config: Config, network: nn.Module, device: torch.device) -> "Radio | None":
     """The frozen encoder of REPA's target; None without REPA, or when its features come from files.
 
     Raises:
         ValueError, FileNotFoundError: for a network without projector or with one of another width, or a missing encoder.
     """
-    enc_dir, z_dim = config.model.enc_dir, traits_of(network).z_dim
+    enc_dir, z_dim = config.model.encoder_file, traits_of(network).z_dim
     if enc_dir and z_dim is None:
         raise ValueError("model.enc_dir needs a network with a REPA projector (z_dim, return_zs); set model.enc_dir=null")
     if not enc_dir or config.data.dataset.features_dir is not None:

@@ -56,7 +56,7 @@ def sharding_plugin(fsdp_config: dict[str, Any] | None) -> FullyShardedDataParal
     values = {key: value for key, value in given.items() if key not in NO_EFFECT}
     strategy = values.pop("sharding_strategy", None)
     if strategy is not None:
-        if strategy not in RESHARD:
+        if strategy not in list(RESHARD):  # which has no need to hash what a file says
             raise ValueError(f"training.fsdp_config.sharding_strategy={strategy!r} is not one of {', '.join(RESHARD)}")
         values.setdefault("reshard_after_forward", RESHARD[strategy])
     if fsdp_config is not None:
@@ -73,6 +73,9 @@ def sharding_plugin(fsdp_config: dict[str, Any] | None) -> FullyShardedDataParal
         raise ValueError(
             f"training.fsdp_config.reshard_after_forward must be true or false, got {values['reshard_after_forward']!r}"
         )
+    names = values.get("transformer_cls_names_to_wrap", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"training.fsdp_config.transformer_cls_names_to_wrap must be a list of class names, got {names!r}")
     plugin = FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy(), **values)
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ValueError("fsdp_config: cpu_offload (fsdp_offload_params) is not supported; set it to false")

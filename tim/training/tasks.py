@@ -43,7 +43,7 @@ class ClassTask:
         traits = traits_of(config.model.network)
         self.dataset = build_c2i_dataset(config.data, enc_dir is not None and not cached, traits.num_classes)
         if enc_dir is not None and cached:
-            self.dataset = CachedFeatures(self.dataset, config.data.dataset, enc_dir)
+            self.dataset = CachedFeatures(self.dataset, config.data.dataset, config.model)
         self.vae, self.device = vae, device
         self.num_classes, self.drop_prob = traits.num_classes or self.dataset.num_labels, traits.class_dropout_prob
 

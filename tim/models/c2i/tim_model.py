@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tim.models.embeddings import LabelEmbedder
+from tim.models.attention import SelfAttention as Attention
+from tim.models.blocks import FinalLayer
+from tim.models.embeddings import LabelEmbedder, TimestepEmbedder
 from tim.models.trunk import TransitionTransformer
+from tim.typed_yaml import Fraction, PositiveInt
+
+__all__ = ["Attention", "FinalLayer", "LabelEmbedder", "TiM", "TimestepEmbedder"]  # what experiments import from here
 
 
 class TiM(TransitionTransformer):
@@ -20,7 +25,7 @@ class TiM(TransitionTransformer):
         num_classes: number of classes.
     """
 
-    def __init__(self, *args: Any, class_dropout_prob: float = 0.1, num_classes: int = 1000, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, class_dropout_prob: Fraction = 0.1, num_classes: PositiveInt = 1000, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
         self.y_embedder = LabelEmbedder(num_classes, self.hidden_size, class_dropout_prob)

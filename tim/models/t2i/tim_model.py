@@ -5,10 +5,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tim.models.blocks import Block
-from tim.models.embeddings import CaptionEmbedder
+from tim.models.attention import CrossAttention
+from tim.models.attention import SelfAttention as Attention
+from tim.models.blocks import Block, FinalLayer
+from tim.models.embeddings import CaptionEmbedder, TimestepEmbedder
 from tim.models.network import traits_of
 from tim.models.trunk import TransitionTransformer
+from tim.typed_yaml import PositiveInt
+
+# What experiments import from here.
+__all__ = ["Attention", "CaptionEmbedder", "CrossAttention", "FinalLayer", "TiM", "TimestepEmbedder"]
 
 
 class TiM(TransitionTransformer):
@@ -22,7 +28,7 @@ class TiM(TransitionTransformer):
 
     cross_attention = True
 
-    def __init__(self, *args: Any, cap_feat_dim: int = 2048, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, cap_feat_dim: PositiveInt = 2048, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cap_feat_dim = cap_feat_dim
         self.y_embedder = CaptionEmbedder(cap_feat_dim, self.hidden_size)

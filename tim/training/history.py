@@ -1,0 +1,97 @@
+"""What was trained with which settings: what may not change unnoticed between two starts of a run, and what did."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tim.config import Config, Target, to_yaml
+from tim.data.latents import classes_identity
+from tim.files import write_text
+from tim.targets import constructor_keywords
+from tim.training.setup import Run
+from tim.typed_yaml import read_tree
+
+logger = logging.getLogger(__name__)
+
+NEUTRAL = ("use_checkpoint",)  # keywords of networks that do not change what they compute
+
+
+def what_must_stay(run: Run) -> dict[str, Any]:
+    """What a run cannot go on without noticing when it is another: dataset, network, transport, class of the optimiser.
+
+    Returns:
+        JSON values by dotted name.
+    """
+    m, dataset = run.config.model, run.task.dataset
+    samples = getattr(dataset, "samples", dataset)  # cached features wrap them
+    files = getattr(samples, "files", samples)
+    names = getattr(files, "class_names", None) or getattr(files, "folder_names", None)
+    data = {
+        "samples": len(dataset),
+        "batches": len(dataset.batches) if hasattr(dataset, "batches") else None,
+        "labels": getattr(dataset, "num_labels", None),
+        **(classes_identity(names) if names else {}),
+    }
+    parts = {"network": _keywords(m.network), "transport": _keywords(m.transport), "dataset": data}
+    found = {name: value for name, value in _flat(parts).items() if value is not None}
+    return json.loads(json.dumps(found | {"optimizer": run.config.training.optimizer.target}, default=str))
+
+
+def check_unchanged(before: dict[str, Any], now: dict[str, Any], path: Path, allowed: bool) -> None:
+    """Compare `what_must_stay` of a checkpoint and of today. What only one of them knows of is not compared.
+
+    Raises:
+        ValueError: when they differ and it is not allowed; names each difference.
+    """
+    changed = [f"{name} {before[name]!r}, now {now[name]!r}" for name in before if name in now and before[name] != now[name]]
+    if not changed:
+        return
+    words = f"{path} was trained with {'; '.join(changed)}"
+    if not allowed:
+        raise ValueError(f"{words}. Start another --project_dir, or go on all the same with --allow-changes")
+    logger.warning(words)
+
+
+def report_changes(record: Path, config: Config) -> None:
+    """Log every key in which today's configuration differs from the one that a project folder was trained with so far."""
+    if not record.is_file():
+        return
+    try:
+        before = _flat(read_tree(record))
+    except ValueError as error:
+        logger.warning(f"what changed since the last start is unknown: {error}")
+        return
+    now = _flat(json.loads(json.dumps(asdict(config), default=str)))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            logger.info(f"changed since the last start: {key}: {before.get(key)!r} -> {now.get(key)!r}")
+
+
+def keep_config(project_dir: Path, config: Config, step: int) -> None:
+    """Write config.yaml; one that was different goes to configs/NUMBER-until-step-N.yaml.
+
+    Args:
+        step: from which the run goes on.
+    """
+    path, text, folder = project_dir / "config.yaml", to_yaml(config), project_dir / "configs"
+    before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else text
+    if before != text:
+        number = 1 + len(list(folder.glob("*.yaml")))
+        write_text(folder / f"{number:03d}-until-step-{step:07d}.yaml", before)
+    write_text(path, text)
+
+
+def _keywords(target: Target) -> dict[str, Any]:
+    """Class and all keywords of a target, defaults included, so that writing a default down changes nothing."""
+    keywords = constructor_keywords(target.resolve()).values()
+    defaults = {k.name: k.default for k in keywords if k.default is not k.empty}
+    return {"target": target.target} | {k: v for k, v in (defaults | target.params).items() if k not in NEUTRAL}
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested dictionary by dotted name; an empty dictionary is a leaf."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}{key}.").items()}
