@@ -61,7 +61,7 @@ class Step(NamedTuple):
 
     Attributes:
         reached: r, the time where it ends.
-        c_noise: both times as the network sees them, float64 (2,) on the device.
+        c_noise: both times as the network sees them (2,) on the device, float64 where it has that.
         jump: (x_t, F, fresh noise or None) to x_r.
         is_guided: by the unconditional prediction.
         is_renoised: takes fresh noise.
@@ -80,13 +80,13 @@ class Plan:
 
     Attributes:
         transport: path and closed forms.
-        start: T_max.
+        initial_scale: of z in the start.
         cfg_scale: w of the guided F_u + w (F_c - F_u).
         steps: N of them, whose tensors lie where the state does, so that nothing is computed or copied for a step.
     """
 
     transport: Transport
-    start: float
+    initial_scale: float
     cfg_scale: float
     steps: tuple[Step, ...]
 
@@ -134,7 +134,7 @@ def plan_steps(
         c_noise = [float(transport.c_noise(torch.tensor(u, dtype=torch.float64))) for u in seen]
         wide = torch.tensor(c_noise, dtype=_state_dtype(device)).to(device)
         steps.append(Step(r, wide, _jump(transport, t, r, rho, device), guided[i], rho != 0))
-    return Plan(transport, grid[0], cfg_scale, tuple(steps))
+    return Plan(transport, transport.initial_scale(grid[0]), cfg_scale, tuple(steps))
 
 
 def _jump(
@@ -223,7 +223,7 @@ def follow(
     if plan.cfg_scale > 1 and uncond is None:
         raise ValueError(f"cfg_scale={plan.cfg_scale} needs the null condition, got none")
     predict = _predictor(plan, model, z.dtype, cond, uncond)
-    x = plan.transport.initial_scale(plan.start) * z.to(_state_dtype(z.device))
+    x = plan.initial_scale * z.to(_state_dtype(z.device))
     trajectory = [x] if return_trajectory else []
     for i, step in enumerate(plan.steps):
         F = predict(x, step).to(x.dtype)
