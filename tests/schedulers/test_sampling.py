@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from helpers.networks import load_golden, relative_error
+from helpers.networks import TINY, load_golden, randomize, relative_error
 
+from tim.models.c2i.tim_model import TiM
 from tim.schedulers.sampling import _predictor, follow, guided_steps, plan_steps, sample
 from tim.schedulers.transition import TransitionSchedule
 from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, TrigFlow
@@ -161,16 +162,16 @@ def test_a_plan_is_made_once_for_any_number_of_batches(tiny_c2i, monkeypatch):
         assert torch.equal(got.x, want.x) and got.nfe == want.nfe == plan.nfe == 9
 
 
-def test_a_step_is_one_graph_for_each_kind_of_step(tiny_c2i):
+def test_a_step_is_one_graph_for_each_kind_of_step():
     """Without a break, and without a new one for other times: guided or not, renoised or not."""
-    graphs, y = [], torch.arange(2)
+    graphs, y, network = [], torch.arange(2), randomize(TiM(num_classes=10, **{**TINY, "depth": 1}))
 
     def compiler(graph, _):
         graphs.append(graph)
         return graph
 
     plan = plan_steps(OT_FM(), y.device, num_steps=8, cfg_scale=2.0, stochasticity_ratio=0.3)
-    predict = _predictor(plan, tiny_c2i, torch.float32, {"y": y}, {"y": torch.full_like(y, 10)})
+    predict = _predictor(plan, network, torch.float32, {"y": y}, {"y": torch.full_like(y, 10)})
     step = torch.compile(lambda x, s, noise: s.jump(x, predict(x, s).to(x.dtype), noise), backend=compiler, fullgraph=True)
     x = noise = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     with torch.no_grad():
