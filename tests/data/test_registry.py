@@ -28,6 +28,11 @@ class Numbers:
         return {"image": torch.full((1, 4, 4), float(index)), "label": index % 2}
 
 
+@pytest.fixture
+def allowed(monkeypatch):
+    monkeypatch.setenv("TIM_ALLOW_CODE", __name__)
+
+
 def own(**params):
     return Data(dataset=Dataset(target=f"{__name__}.Numbers", params=params))
 
@@ -37,14 +42,14 @@ def test_the_schema_and_the_registry_know_the_same_types():
     assert list(words) == [*CLASS_CONDITIONAL, *TEXT_TO_IMAGE]
 
 
-def test_a_dataset_of_ones_own():
+def test_a_dataset_of_ones_own(allowed):
     dataset = build_c2i_dataset(own(count=5))
     assert isinstance(dataset, Numbers) and len(dataset) == 5
     with pytest.raises(ValueError, match="is not text-to-image; use image_ms"):
         build_t2i_dataset(own(), factor=1)
 
 
-def test_without_peers_any_sample_stands_in():
+def test_without_peers_any_sample_stands_in(allowed):
     read = ReplacingDataset(build_c2i_dataset(own()), seed=0)
     seen = {int(read[SampleKey(step, 0, 3, 1)]["index"]) for step in range(60)}
     assert seen == {1, 2, 4, 5, 7, 8}

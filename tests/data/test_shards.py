@@ -317,7 +317,7 @@ def test_mistakes_are_named(source):
     for words, match in [
         ([], "nothing to pack"),
         (["--image-dir", source / "absent"], "no dataset folder"),
-        (["--image-dir", source / "images", "--samples-per-shard", 0], "at least one sample"),
+        (["--image-dir", source / "images", "--samples-per-shard", 0], "--samples-per-shard must be >= 1, got 0"),
     ]:
         done = pack(source, *words, check=False)
         assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr

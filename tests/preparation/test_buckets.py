@@ -280,8 +280,8 @@ def test_mistakes_are_one_line(folder, tmp_path):
         ([folder, "--area", 500], "area=500 is not a multiple of factor=32; the nearest are 480 and 512"),
         ([folder, "--factor", 0], "--factor must be >= 1"),
         ([folder, "--max-aspect", 0.5], "max_aspect must be >= 1"),
-        ([folder, "--min-bucket", 0], "min_bucket"),
-        ([folder, "--batch-size", 0], "tokens_per_batch"),
+        ([folder, "--min-bucket", 0], "--min-bucket must be >= 1, got 0"),
+        ([folder, "--batch-size", 0], "--batch-size must be >= 1, got 0"),
     ]
     for words, match in cases:
         size = [] if "--batch-size" in words else ["--batch-size", 4]

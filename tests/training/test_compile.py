@@ -20,6 +20,8 @@ from tim.training.tasks import ClassTask
 
 BUCKETS = [(3, 8, 8, 5), (4, 6, 12, 7), (5, 12, 6, 4), (2, 16, 8, 6)]  # samples, height, width, caption tokens
 
+SCHEDULES = {kind: TransitionSchedule(OT_FM(), diffusion_ratio=0.3, derivative_type=kind) for kind in ("dde", "jvp")}
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -34,21 +36,30 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def objective(network, bucket) -> torch.Tensor:
-    """One training loss with its gradients: finite differences, REPA and masked captions."""
+def drawn(bucket) -> tuple[torch.Tensor, ...]:
+    """What a training loss of a bucket is made of: x, z, captions and their mask, REPA target, normals of the times."""
     batch, height, width, tokens = bucket
     g = torch.Generator().manual_seed(batch)
     x, z = (torch.randn(batch, 4, height, width, generator=g) for _ in range(2))
     mask = torch.arange(tokens) < torch.randint(1, tokens + 1, (batch, 1), generator=g)
     target = torch.randn(batch, height * width // 4, TINY["z_dim"], generator=g)
-    network.zero_grad()
-    conditions = {"y": torch.randn(batch, tokens, 20, generator=g), "y_mask": mask}
-    times = {"normal": torch.randn(batch, 2, generator=g)}
-    schedule = TransitionSchedule(OT_FM(), diffusion_ratio=0.3)
+    return x, z, torch.randn(batch, tokens, 20, generator=g), mask, target, torch.randn(batch, 2, generator=g)
+
+
+def objective(network, schedule, x, z, y, y_mask, h_target, normal) -> torch.Tensor:
+    """One training loss: REPA and masked captions."""
+    conditions, times = {"y": y, "y_mask": y_mask}, {"normal": normal}
     loss, projection, _ = schedule(
-        network, None, network, batch, x, z, conditions, use_dir_loss=True, h_target=target, time_kwargs=times
+        network, None, network, len(x), x, z, conditions, use_dir_loss=True, h_target=h_target, time_kwargs=times
     )
-    (loss + projection).backward()
+    return loss + projection
+
+
+def train_on(network, kind, bucket) -> torch.Tensor:
+    """The loss of a bucket, with its gradients."""
+    network.zero_grad()
+    loss = objective(network, SCHEDULES[kind], *drawn(bucket))
+    loss.backward()
     return loss.detach()
 
 
@@ -62,19 +73,36 @@ def pair():
 
 
 @pytest.mark.slow
-def test_no_recompilation_once_all_buckets_were_seen(pair):
+@pytest.mark.parametrize("kind,checkpointing", [("dde", False), ("jvp", True)])
+def test_no_recompilation_once_all_buckets_were_seen(pair, kind, checkpointing):
     """Losses and gradients are the eager ones in every bucket; a second and third round compile nothing."""
     plain, compiled = pair
+    plain.use_checkpoint = compiled.use_checkpoint = checkpointing
     for bucket in BUCKETS:
-        torch.testing.assert_close(objective(compiled, bucket), objective(plain, bucket), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(train_on(compiled, kind, bucket), train_on(plain, kind, bucket), rtol=1e-4, atol=1e-5)
         for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5)
     warm = graphs()
     assert 0 < warm <= 8
     with torch.compiler.set_stance("fail_on_recompile"):
         for bucket in itertools.chain(reversed(BUCKETS), BUCKETS):
-            objective(compiled, bucket)
+            train_on(compiled, kind, bucket)
     assert graphs() == warm
+
+
+@pytest.mark.parametrize("kind", ["dde", "jvp"])
+def test_a_whole_objective_is_one_graph(pair, kind):
+    """Times, path, student, derivative, target and loss without a break, with activations that are computed anew."""
+    network, _ = pair
+    network.use_checkpoint = True
+    want, gradients = train_on(network, kind, BUCKETS[1]), [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    loss = torch.compile(objective, backend="aot_eager", fullgraph=True)(network, SCHEDULES[kind], *drawn(BUCKETS[1]))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), want, rtol=1e-6, atol=0)
+    for p, gradient in zip(network.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+    assert graphs() == 1
 
 
 def test_names_and_values_of_the_weights_stay(pair):

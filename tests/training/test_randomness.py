@@ -17,7 +17,7 @@ from tim.data.t2i import CaptionedImages
 from tim.models.autoencoders import Autoencoder
 from tim.schedulers.transition import TransitionSchedule
 from tim.schedulers.transports import OT_FM
-from tim.training.loop import latents
+from tim.training.loop import add_draws, latents
 
 WORLDS = [1, 2, 3, 4, 8]
 SPLITS = [(1, 1), (1, 4), (2, 2), (4, 1), (2, 12), (3, 8), (8, 3)]
@@ -116,7 +116,8 @@ class Pictures:
 def test_mirrors_and_posterior_noise_do_not_depend_on_the_split(tmp_path):
     save_tiny_kl(tmp_path)
     vae = Autoencoder.from_pretrained(str(tmp_path))
-    run = SimpleNamespace(vae=vae, seed=3, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    accelerator, task = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(drop_prob=0.1)
+    run = SimpleNamespace(vae=vae, seed=3, accelerator=accelerator, task=task, dtype=torch.float32)
 
     def encoded(world, accumulation):
         out, hashes = {}, {}
@@ -126,7 +127,7 @@ def test_mirrors_and_posterior_noise_do_not_depend_on_the_split(tmp_path):
             )
             sampler = StepBatchSampler(12, 8 // world // accumulation, **place)
             for batch in DataLoader(ReplacingDataset(Pictures(), 3), batch_sampler=sampler):
-                for k, latent in enumerate(latents(run, batch)):
+                for k, latent in enumerate(latents(run, add_draws(run, batch))):
                     key = int(batch["step"][k]), int(batch["position"][k])
                     out[key], hashes[key] = latent, batch["image"][k].numpy().tobytes()
         return out, hashes

@@ -24,6 +24,11 @@ class Batch(TypedDict, total=False):
         position: (B,) int64, increasing: places in the global batch, to which all random numbers belong.
         total: (B,) int64, the same for all: size of the global batch.
         problem: B strings, why the wanted sample could not be read and another stands in; empty where it could.
+
+    The random numbers of the step, functions of (seed, step, position), made beside the step before it:
+
+        times: (B, 2) standard normals of the interval's ends. dropped: (B,) bool, whether a sample loses its condition.
+        noise: (B, C, h, w) standard normals, z. posterior: like it, of the autoencoder's posterior where images are encoded.
     """
 
     latent: Tensor
@@ -37,3 +42,7 @@ class Batch(TypedDict, total=False):
     position: Tensor
     total: Tensor
     problem: list[str]
+    times: Tensor
+    dropped: Tensor
+    noise: Tensor
+    posterior: Tensor

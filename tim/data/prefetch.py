@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, cast
 
@@ -11,7 +11,9 @@ import torch
 from tim.data.batch import Batch
 
 # The large tensors; whatever decides something is read on the host.
-LARGE: tuple[Literal["latent", "image", "features"], ...] = ("latent", "image", "features")
+LARGE: tuple[Literal["latent", "image", "features", "times", "noise", "posterior"], ...] = (
+    "latent", "image", "features", "times", "noise", "posterior"
+)  # fmt: skip
 
 
 class Prefetcher:
@@ -22,11 +24,14 @@ class Prefetcher:
     Args:
         loader: yields micro-batches, their tensors in pinned memory when `device` is a GPU.
         device: where the tensors of `LARGE` go.
+        complete: adds to a batch what its step needs besides, in the thread.
     """
 
-    def __init__(self, loader: Iterable[Batch], device: torch.device) -> None:
+    def __init__(
+        self, loader: Iterable[Batch], device: torch.device, complete: Callable[[Batch], Batch] = lambda batch: batch
+    ) -> None:
         self._batches = iter(loader)  # here, since workers should be started by the main thread
-        self._device = device
+        self._device, self._complete = device, complete
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._waited = 0.0
         self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -80,10 +85,14 @@ class Prefetcher:
     def _fetch(self) -> tuple[Batch, torch.cuda.Event | None] | None:
         """In the thread: the next batch and the event of its copy; None at the end."""
         batch = next(self._batches, None)
-        if batch is None or self._stream is None:
-            return None if batch is None else (batch, None)
+        if batch is None:
+            return None
+        batch = self._complete(batch)
+        if self._stream is None:
+            return batch, None
         with torch.cuda.stream(self._stream):
-            moved = {key: batch[key].to(self._device, non_blocking=True) for key in LARGE if key in batch}
+            pinned = {key: batch[key] if batch[key].is_pinned() else batch[key].pin_memory() for key in LARGE if key in batch}
+            moved = {key: tensor.to(self._device, non_blocking=True) for key, tensor in pinned.items()}
             copied = torch.cuda.Event()
             copied.record(self._stream)
         return cast(Batch, {**batch, **moved}), copied

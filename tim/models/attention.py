@@ -11,6 +11,8 @@ import torch.nn.functional as nnf
 from einops import rearrange
 from torch import Tensor, nn
 
+from tim.models.attention_tangent import attention_tangent
+from tim.models.dual import Dual, Value, add, each, layer_norm, linear, value_of
 from tim.models.rope import apply_rope
 
 ATTN_TYPES = ("flash_attn", "fused_attn", "vanilla_attn")
@@ -55,6 +57,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
     raise ValueError(f"attn_type={attn_type!r} is not one of {', '.join(map(repr, ATTN_TYPES))}")
 
 
+def dual_attention(q: Value, k: Value, v: Value, attn_type: str | None = None, mask: Tensor | None = None) -> Value:
+    """`attention`, with the tangent where the queries have one; keys and values without are constant along the path."""
+    if not isinstance(q, Dual):
+        assert isinstance(k, Tensor) and isinstance(v, Tensor), "keys do not move without queries"
+        return attention(q, k, v, attn_type, mask)
+    value = attention(q.value, value_of(k), value_of(v), attn_type, mask)
+    first = q.value.shape[0] - q.tangent.shape[0]
+    (k_tail, dk), (v_tail, dv) = ((u.tail, u.tangent) if isinstance(u, Dual) else (u.detach()[first:], None) for u in (k, v))
+    tail_mask = None if mask is None else mask[first:, None, None, :]
+    return Dual(value, attention_tangent(q.tail, k_tail, v_tail, q.tangent, dk, dv, tail_mask))
+
+
 class SelfAttention(nn.Module):
     """Interval-aware self-attention (Eq. 15): the interval embedding d adds to q, k and v."""
 
@@ -69,16 +83,19 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, u: Tensor, d: Tensor, rope: Tensor, attn_type: str | None = None) -> Tensor:
+    def forward(self, u: Value, d: Value, rope: Tensor, attn_type: str | None = None) -> Value:
         """u: tokens (B, N, C); d: interval embedding (B, C); returns (B, N, C)."""
-        qkv = self.qkv(u)
+        qkv = linear(self.qkv, u)
         if self.qkv_d is not None:
-            qkv = qkv + self.qkv_d(d)[:, None]
-        q, k, v = rearrange(qkv, "b n (three heads c) -> three b heads n c", three=3, heads=self.num_heads)
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
+            qkv = add(qkv, each(lambda a: a[:, None], linear(self.qkv_d, d)))
+        heads = {"three": 3, "heads": self.num_heads}
+        q, k, v = each(lambda a: rearrange(a, "b n (three heads c) -> three b heads n c", **heads).unbind(0), qkv)
         # Under autocast the norms return float32; the attention kernels want one dtype.
-        out = attention(q.to(v.dtype), k.to(v.dtype), v, attn_type)
-        return self.proj(rearrange(out, "b heads n c -> b n (heads c)"))
+        dtype = (v.value if isinstance(v, Dual) else v).dtype
+        q, k = (
+            each(lambda a: apply_rope(a, rope).to(dtype), layer_norm(n, a)) for n, a in ((self.q_norm, q), (self.k_norm, k))
+        )
+        return linear(self.proj, each(join_heads, dual_attention(q, k, v, attn_type)))
 
 
 class CrossAttention(nn.Module):
@@ -99,11 +116,15 @@ class CrossAttention(nn.Module):
         k, v = rearrange(self.kv(y), "b m (two heads c) -> two b heads m c", two=2, heads=self.num_heads)
         return torch.stack([self.k_norm(k).to(v.dtype), v], dim=1)  # one tensor, which the sampler keeps for all steps
 
-    def forward(
-        self, u: Tensor, kv: Tensor, rope: Tensor, y_mask: Tensor | None = None, attn_type: str | None = None
-    ) -> Tensor:
+    def forward(self, u: Value, kv: Tensor, rope: Tensor, y_mask: Tensor | None = None, attn_type: str | None = None) -> Value:
         """u: image tokens (B, N, C); kv: from `keys_values`; y_mask: (B, M) bool; returns (B, N, C)."""
-        q = rearrange(self.q(u), "b n (heads c) -> b heads n c", heads=self.num_heads)
+        q = each(lambda a: rearrange(a, "b n (heads c) -> b heads n c", heads=self.num_heads), linear(self.q, u))
         k, v = kv.unbind(1)
-        q = apply_rope(self.q_norm(q), rope).to(v.dtype)  # caption tokens have no place in the image: k stays unturned
-        return self.proj(rearrange(attention(q, k, v, attn_type, y_mask), "b heads n c -> b n (heads c)"))
+        # Caption tokens have no place in the image: k stays unturned.
+        q = each(lambda a: apply_rope(a, rope).to(v.dtype), layer_norm(self.q_norm, q))
+        return linear(self.proj, each(join_heads, dual_attention(q, k, v, attn_type, y_mask)))
+
+
+def join_heads(out: Tensor) -> Tensor:
+    """(B, heads, N, head_dim) -> (B, N, heads head_dim)."""
+    return rearrange(out, "b heads n c -> b n (heads c)")

@@ -1,10 +1,24 @@
 """The transformer block, its gated MLP and the output layer, all modulated by the condition (adaLN-Zero, arXiv 2212.09748)."""
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tim.models.attention import CrossAttention, SelfAttention
+from tim.models.dual import (
+    Dual,
+    Value,
+    add_gated,
+    each,
+    is_recomputing,
+    layer_norm,
+    linear,
+    modulate,
+    multiply,
+    recompute_values,
+    silu,
+    value_of,
+)
 
 
 class SwiGLU(nn.Module):
@@ -16,14 +30,9 @@ class SwiGLU(nn.Module):
         self.fc1_x = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features)
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Value) -> Value:
         """(..., in_features) -> (..., out_features)."""
-        return self.fc2(nnf.silu(self.fc1_g(u)) * self.fc1_x(u))
-
-
-def modulate(u: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """u (1 + scale) + shift; u (B, N, C), shift and scale (B, C)."""
-    return torch.addcmul(shift[:, None], u, 1 + scale[:, None])  # one pass over memory instead of two
+        return linear(self.fc2, multiply(silu(linear(self.fc1_g, u)), linear(self.fc1_x, u)))
 
 
 class Block(nn.Module):
@@ -60,14 +69,15 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        c: Tensor,
-        d: Tensor,
+        x: Value,
+        c: Value,
+        d: Value,
         rope: Tensor,
         y: Tensor | None = None,
         y_mask: Tensor | None = None,
         attn_type: str | None = None,
-    ) -> Tensor:
+        remember: bool = False,
+    ) -> Value:
         """Tokens through the block.
 
         Args:
@@ -76,21 +86,35 @@ class Block(nn.Module):
             rope: of `tim.models.rope.rope_table`.
             y: caption tokens (B, M, C), or their keys and values (B, 2, heads, M, head_dim); with cross_attention alone.
             y_mask: (B, M) bool, True for real tokens.
+            remember: keep nothing but the inputs for the backward pass, which computes the rest anew.
 
         Returns:
-            (B, N, C).
+            (B, N, C); with the tangent when x, c and d have one.
         """
-        parts = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
+        arguments = (x, c, d, rope, y, y_mask, attn_type)
+        if not remember:
+            return self.transform(*arguments)
+        if torch.compiler.is_compiling():  # the compiler leaves tangents out of the recomputation by itself
+            return checkpoint(self.transform, *arguments, use_reentrant=False)
+        return checkpoint(self.transform, *arguments, use_reentrant=False, context_fn=recompute_values)
+
+    def transform(
+        self, x: Value, c: Value, d: Value, rope: Tensor, y: Tensor | None, y_mask: Tensor | None, attn_type: str | None
+    ) -> Value:
+        """`forward` proper."""
+        if isinstance(x, Dual) and isinstance(c, Dual) and isinstance(d, Dual) and is_recomputing():
+            return Dual(value_of(self.transform(x.value, c.value, d.value, rope, y, y_mask, attn_type)), x.tangent)
+        parts = each(lambda a: a.chunk(self.chunks, dim=-1), self.adaLN_modulation(c))
         shift, scale, gate = parts[:3]
-        x = torch.addcmul(x, gate[:, None], self.attn(modulate(self.norm(x), shift, scale), d, rope, attn_type))
+        x = add_gated(x, gate, self.attn(modulate(layer_norm(self.norm, x), shift, scale), d, rope, attn_type))
         if self.cross_attn is not None:
             assert y is not None, "cross-attention needs a caption"
             kv = self.caption_keys_values(y) if y.ndim == 3 else y
             shift, scale, gate = parts[3:6]
-            u = modulate(self.norm(x), shift, scale)
-            x = torch.addcmul(x, gate[:, None], self.cross_attn(u, kv, rope, y_mask, attn_type))
+            u = modulate(layer_norm(self.norm, x), shift, scale)
+            x = add_gated(x, gate, self.cross_attn(u, kv, rope, y_mask, attn_type))
         shift, scale, gate = parts[-3:]
-        return torch.addcmul(x, gate[:, None], self.mlp(modulate(self.norm(x), shift, scale)))
+        return add_gated(x, gate, self.mlp(modulate(layer_norm(self.norm, x), shift, scale)))
 
     def caption_keys_values(self, y: Tensor) -> Tensor:
         """Cross-attention keys and values (B, 2, heads, M, head_dim) of caption tokens (B, M, C)."""
@@ -108,7 +132,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = SwiGLU(hidden_size, hidden_size // 2, 2 * hidden_size)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Value, c: Value) -> Value:
         """Tokens (B, N, hidden_size) and condition (B, hidden_size) to patches."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        shift, scale = each(lambda a: a.chunk(2, dim=-1), self.adaLN_modulation(c))
+        return linear(self.linear, modulate(layer_norm(self.norm, x), shift, scale))

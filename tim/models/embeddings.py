@@ -1,10 +1,13 @@
 """Embeddings of patches, times, class labels and captions."""
 
+from typing import cast
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from tim.models.blocks import SwiGLU
+from tim.models.dual import Dual, Value, each, linear, patches, silu, value_of
 
 
 class PatchEmbed(nn.Module):
@@ -14,9 +17,9 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Value) -> Value:
         """(B, C, H, W) -> (B, N, hidden_size)."""
-        return rearrange(self.proj(x), "b c h w -> b (h w) c")
+        return each(lambda a: rearrange(a, "b c h w -> b (h w) c"), patches(self.proj, x))
 
 
 class TimestepEmbedder(nn.Module):
@@ -31,16 +34,27 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Value) -> Value:
         """t (B,), any real values -> (B, hidden_size). The angles are float32 or wider, also under autocast."""
+        dtype = next(self.mlp.parameters()).dtype
+        inner, outer = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+        return linear(outer, silu(linear(inner, each(lambda a: a.to(dtype), self.features(t)))))
+
+    def features(self, t: Value) -> Value:
+        """[cos wt | sin wt] (B, frequency_size), whose tangent is [-w sin wt | w cos wt] t'."""
         half = self.frequency_size // 2
         # Half precision would round t itself, and neighbouring times to one.
-        t = t.to(torch.promote_types(t.dtype, torch.float32))
-        frequencies = 10000.0 ** (-torch.arange(half, device=t.device, dtype=t.dtype) / half)
-        angles = t[:, None] * frequencies
+        t = each(lambda a: a.to(torch.promote_types(a.dtype, torch.float32)), t)
+        times = value_of(t)
+        frequencies = 10000.0 ** (-torch.arange(half, device=times.device, dtype=times.dtype) / half)
+        angles = times[:, None] * frequencies
         # cos first: the order is part of the released weights.
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        value = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        if not isinstance(t, Dual):
+            return value
+        angles = t.tail[:, None] * frequencies
+        turned = torch.cat([-angles.sin() * frequencies, angles.cos() * frequencies], dim=-1)
+        return Dual(value, turned * t.tangent[:, None])
 
 
 class LabelEmbedder(nn.Module):

@@ -19,6 +19,8 @@ class Network(Protocol):
     * attributes: see `NetworkTraits`.
     * forward keyword `jvp`, True in the passes that only serve dF/dt, and `attn_type`, 'vanilla_attn' under forward-mode AD:
       not passed to a network that does not take them.
+    * forward keyword `tangents`: derivatives of x (m, C, H, W), t and r (m,) along the path for the last m samples. The pass
+      then returns dF/dt (m, C, H, W), without gradient, after F. A network without it is differentiated in a pass of its own.
     * forward keyword `return_zs` (return the REPA projection (B, N, z_dim) beside F) and `projector`, the layers that make
       it: needed with model.enc_dir alone, else neither trained nor kept in checkpoints.
     * `blocks`, the units of torch.compile: the whole network is compiled. `use_checkpoint`, set by FSDP's

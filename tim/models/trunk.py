@@ -6,9 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from tim.models.blocks import Block, FinalLayer
+from tim.models.dual import Dual, Value, add, each, subtract, value_of
 from tim.models.embeddings import PatchEmbed, TimestepEmbedder
 from tim.models.rope import ROPE_GRIDS, grid_positions, rope_table
 from tim.typed_yaml import NotNegative, PositiveFloat, PositiveInt
@@ -126,7 +126,7 @@ class TransitionTransformer(nn.Module):
         h = round(x.shape[1] ** 0.5) if h is None else h
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w or h, p=self.patch_size, q=self.patch_size)
 
-    def interval_embedding(self, t: Tensor, r: Tensor) -> Tensor:
+    def interval_embedding(self, t: Value, r: Value) -> Value:
         """d (B, hidden_size): the sum of T(t), T(r) and D(.) that `new_condition` names; its last term goes through D.
 
         With 't-r' and c = T(t) + d this is the decoupled time embedding T(t) + D(t - r) of section 3.3.
@@ -137,12 +137,12 @@ class TransitionTransformer(nn.Module):
         # With one embedder for both, a time and an interval of the same length would be one condition.
         D = self.t_embedder if self.delta_embedder is None else self.delta_embedder
         *others, last = self.new_condition.split(",")
-        d = D(t - r if last == "t-r" else r)
+        d = D(subtract(t, r) if last == "t-r" else r)
         for name in others:
-            d = d + self.t_embedder(t if name == "t" else r)
+            d = add(d, self.t_embedder(t if name == "t" else r))
         return d
 
-    def condition(self, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def condition(self, c: Value, y: Tensor) -> tuple[Value, Tensor | None]:
         """How the network takes its condition.
 
         Args:
@@ -165,8 +165,9 @@ class TransitionTransformer(nn.Module):
         return_zs: bool = False,
         jvp: bool = False,
         y_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """F(x_t, t, r, y).
+        tangents: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """F(x_t, t, r, y), and with `tangents` its derivative along the path in the same pass.
 
         Args:
             x: state (B, C, H, W), H and W multiples of patch_size.
@@ -176,9 +177,11 @@ class TransitionTransformer(nn.Module):
             return_zs: also return the REPA projection (B, N, z_dim).
             jvp: a derivative pass: no gradient checkpointing, and explicit softmax when forward-mode AD runs.
             y_mask: (B, M) bool, True for real tokens of captions, at least one a caption; None counts all.
+            tangents: derivatives of x (m, C, H, W), t and r (m,) along the path for the last m >= 1 samples.
 
         Returns:
-            (B, C, H, W), or that and the projection.
+            F (B, C, H, W); then, with `tangents`, dF/dt (m, C, H, W) without gradient, in the precision of the pass; then, with
+            `return_zs`, the projection.
         """
         _, channels, height, width = x.shape
         p = self.patch_size
@@ -188,20 +191,22 @@ class TransitionTransformer(nn.Module):
         # The caller may have left attn_type to us, and fused kernels have no forward-mode derivative.
         if jvp and forward_ad.unpack_dual(x).tangent is not None:
             attn_type = "vanilla_attn"
-        d = self.interval_embedding(t, r)
-        c, y_tokens = self.condition(self.t_embedder(t) + d, y)
-        tokens = self.x_embedder(x)
+        u, t_both, r_both = (x, t, r) if tangents is None else map(Dual, (x, t, r), tangents)
+        d = self.interval_embedding(t_both, r_both)
+        c, y_tokens = self.condition(add(self.t_embedder(t_both), d), y)
+        tokens = self.x_embedder(u)
         # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
         # A derivative pass has no backward pass, so there is nothing to recompute for.
         remember = self.use_checkpoint and torch.is_grad_enabled() and not jvp
         captions = y_tokens.unbind(1) if y_tokens is not None and y_tokens.ndim == 6 else [y_tokens] * len(self.blocks)
-        h_proj = self.projector(tokens) if return_zs and self.encoder_depth == 0 else None
+        h_proj = self.projector(value_of(tokens)) if return_zs and self.encoder_depth == 0 else None
         for number, (block, caption) in enumerate(zip(self.blocks, captions, strict=True), start=1):
-            arguments = (tokens, c, d, rope, caption, y_mask, attn_type)
-            tokens = checkpoint(block, *arguments, use_reentrant=False) if remember else block(*arguments)
+            tokens = block(tokens, c, d, rope, caption, y_mask, attn_type, remember)
             # Before the last blocks, which REPA leaves free to draw details.
             if return_zs and number == self.encoder_depth:
-                h_proj = self.projector(tokens)
-        out = self.unpatchify(self.final_layer(tokens, c), h, w)
-        return out if h_proj is None else (out, h_proj)
+                h_proj = self.projector(value_of(tokens))
+        out = each(lambda a: self.unpatchify(a, h, w), self.final_layer(tokens, c))
+        results = (*out,) if isinstance(out, Dual) else (out,)
+        results += () if h_proj is None else (h_proj,)
+        return results if len(results) > 1 else out

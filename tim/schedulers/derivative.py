@@ -1,7 +1,7 @@
 """dF/dt along the path, which the training target contains (Eq. 9): x_t moves with the path, t at unit speed, r is fixed."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,10 +21,19 @@ def expand_times(t: Tensor, like: Tensor) -> Tensor:
 
 def accepted(model: Callable[..., Tensor], **options: object) -> dict[str, Any]:
     """Those of the options that the model's forward pass takes: a plain network knows neither `jvp` nor `attn_type`."""
-    known = inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
+    known = _parameters(model)
     if any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return options
     return {key: value for key, value in options.items() if key in known}
+
+
+def carries_tangents(model: Callable[..., Any]) -> bool:
+    """Whether the forward pass has the keyword `tangents` and so returns dF/dt beside F; **kwargs would swallow it."""
+    return "tangents" in _parameters(model)
+
+
+def _parameters(model: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters
 
 
 def conditioning(kwargs: dict[str, Any] | None) -> Any:
@@ -100,9 +109,44 @@ def difference_derivative(
     return (F_hi - F_lo) / expand_times(t_hi - t_lo, x)
 
 
+def path_tangents(transport: Transport, velocity: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """d/dt of the arguments of F: of x_t its velocity (B, C, H, W), of c_noise(t) (B,) by the chain rule, of c_noise(r) 0."""
+    rate = torch.func.jvp(transport.c_noise, (t,), (torch.ones_like(t),))[1]
+    return velocity, rate, torch.zeros_like(t)
+
+
+def predict(
+    model: Callable[..., Any],
+    x_t: Tensor,
+    c_t: Tensor,
+    c_r: Tensor,
+    model_kwargs: dict[str, Any],
+    tangents: tuple[Tensor, Tensor, Tensor] | None = None,
+    return_zs: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The student's pass, with all that is wanted of it.
+
+    Args:
+        tangents: of x_t, c_t and c_r for the last samples of the batch.
+
+    Returns:
+        F(x_t, t, r) (B, C, H, W); with tangents, dF/dt like it in at least float32, without gradient, and 0 for the samples
+        before them; with return_zs, the REPA projection (B, N, z_dim).
+    """
+    options: dict[str, Any] = {"return_zs": True} if return_zs else {}
+    options |= {} if tangents is None else {"tangents": tangents}
+    results = model(x_t, c_t, c_r, **model_kwargs, **options)
+    F_pred, *others = results if options else (results,)
+    dF_dt = None
+    if tangents is not None:
+        tail = at_least_float32(others.pop(0))
+        dF_dt = torch.cat([tail.new_zeros(len(x_t) - len(tail), *tail.shape[1:]), tail])
+    return F_pred, dF_dt, others[0] if return_zs else None
+
+
 @torch.no_grad()
 def jvp_derivative(
-    model: Callable[..., Tensor],
+    model: Callable[..., Any],
     transport: Transport,
     x: Tensor,
     z: Tensor,
@@ -110,19 +154,41 @@ def jvp_derivative(
     r: Tensor,
     model_kwargs: dict[str, Any],
 ) -> Tensor:
-    """Exact forward-mode derivative with tangents (v_t, 1, 0) in raw time, as MeanFlow and sCM take it.
+    """Exact derivative in a pass of its own: by the model's `tangents`, or forward-mode differentiation where it takes none.
 
     Arguments and result are those of `difference_derivative`, without epsilon.
     """
-    x_t, v_t = transport.path(x, z, expand_times(t, x))
+    x_t, v_t = (u.to(x.dtype) for u in transport.path(x, z, expand_times(t, x)))
+    if carries_tangents(model):
+        times = transport.c_noise(t), transport.c_noise(r)
+        return at_least_float32(model(x_t, *times, **model_kwargs, tangents=path_tangents(transport, v_t, t))[1])
+    return forward_mode_derivative(model, transport, x_t, v_t, t, r, model_kwargs)
+
+
+@torch.no_grad()
+def forward_mode_derivative(
+    model: Callable[..., Tensor],
+    transport: Transport,
+    x_t: Tensor,
+    v_t: Tensor,
+    t: Tensor,
+    r: Tensor,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    """dF/dt by forward-mode differentiation, for networks that do not carry tangents themselves.
+
+    Args:
+        x_t, v_t: state and its velocity along the path (B, C, H, W).
+        t, r: raw times (B,).
+    """
     # Fused attention kernels have no forward-mode derivative.
     options = {**model_kwargs, **accepted(model, jvp=True, attn_type="vanilla_attn")}
     with forward_ad.dual_level():  # r carries no tangent: it is fixed
-        x_dual = forward_ad.make_dual(x_t.to(x.dtype), v_t.to(x.dtype))
+        x_dual = forward_ad.make_dual(x_t, v_t)
         t_dual = transport.c_noise(forward_ad.make_dual(t, torch.ones_like(t)))
         F_dual = model(x_dual, t_dual, transport.c_noise(r), **options)
         tangent = forward_ad.unpack_dual(F_dual).tangent
-    return at_least_float32(torch.zeros_like(x) if tangent is None else tangent)  # None: F depends on neither x nor t
+    return at_least_float32(torch.zeros_like(x_t) if tangent is None else tangent)  # None: F depends on neither x nor t
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

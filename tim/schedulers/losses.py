@@ -39,6 +39,12 @@ def denoising_loss(F_pred: Tensor, F_target: Tensor, kept: Tensor, use_dir_loss:
     return loss
 
 
+def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
+    """The mean of values (B,) where kept (B,) is True; 0 when it nowhere is."""
+    weights = kept.to(values.dtype)
+    return (values * weights).sum() / weights.sum().clamp(min=1)
+
+
 def projection_loss(h_proj: Tensor, h_target: Tensor) -> Tensor:
     """REPA (arXiv 2410.06940): mean over samples and tokens of 1 - cos(h_proj, h_target), both (B, N, D).
 

@@ -1,5 +1,6 @@
 """The objective of transition models (arXiv 2509.04394, section 3), step by step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +10,17 @@ from torch import Tensor, nn
 from tim.schedulers import sampling
 from tim.schedulers.derivative import (
     at_least_float32,
+    carries_tangents,
     conditioning,
     difference_derivative,
     expand_times,
     jvp_derivative,
+    path_tangents,
     precision,
+    predict,
     take_batch,
 )
-from tim.schedulers.losses import TIME_WEIGHTS, denoising_loss, finite_samples, projection_loss
+from tim.schedulers.losses import TIME_WEIGHTS, denoising_loss, finite_samples, mean_of_kept, projection_loss
 from tim.schedulers.transports import OT_FM, Transport, draw_times
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,8 +37,8 @@ class TransitionSchedule:
         transport: the path and its closed forms.
         diffusion_ratio: share of the batch trained with r = t (Tab. 11).
         consistency_ratio: share trained with r = T_min (Tab. 11).
-        derivative_type: 'dde' (finite differences, forwards only; section 3.3, Tab. 1) or 'jvp' (exact forward-mode
-            derivative).
+        derivative_type: 'dde' (finite differences, forwards only; section 3.3, Tab. 1) or 'jvp' (exact, carried along
+            with F by the training pass at half of dde's cost).
         differential_epsilon: half-width of the dde difference, in raw time (Tab. 10).
         weight_t_and_r: weigh by t - r (after the time transform) instead of t.
         weight_time_type: one of `TIME_WEIGHTS`.
@@ -42,8 +46,8 @@ class TransitionSchedule:
         guidance_path: with model guidance, differentiate along the path of the data ('data', as published) or of the
             guided target ('guided'), along which alone Eq. 51 is an exact flow map.
         derivative_dtype: dtype of the network in the derivative passes. None is float32 for 'dde', whose difference
-            would magnify the rounding of half precision a hundredfold, and the ambient precision for 'jvp'
-            (measured in docs/numerics.md).
+            would magnify the rounding of half precision a hundredfold, and that of the training pass for 'jvp', which a
+            dtype gives a pass of its own (measured in docs/numerics.md).
 
     Attributes:
         kept: (B,) bool of the last call, the samples that entered its loss: their input, prediction and target are finite.
@@ -96,7 +100,7 @@ class TransitionSchedule:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         normal: Tensor | None = None,
-        position: Tensor | None = None,
+        position: Sequence[int] | Tensor | None = None,
         global_batch_size: int | None = None,
     ) -> tuple[Tensor, Tensor, int]:
         """Draw the interval ends t >= r: two independent draws of the transport's time law (Tab. 8), sorted.
@@ -117,12 +121,14 @@ class TransitionSchedule:
         t, r = torch.maximum(first, second), torch.minimum(first, second)
         # The shares are places in the global batch, so one process may hold none of the samples with r = t, or nothing else.
         total = batch_size if global_batch_size is None else global_batch_size
-        position = torch.arange(batch_size) if position is None else position.cpu()
-        is_diffusion = position < round(self.diffusion_ratio * total)
-        is_consistency = position >= total - round(self.consistency_ratio * total)
-        r = torch.where(is_consistency.to(device), torch.full_like(r, self.transport.T_min), r)
-        r = torch.where(is_diffusion.to(device), t, r)
-        return t, r, int(is_diffusion.sum())
+        places = range(batch_size) if position is None else position.tolist() if torch.is_tensor(position) else position
+        # Counted in Python: a sum on the device would be waited for, and would cut a compiled graph in two.
+        n_diffusion = sum(place < round(self.diffusion_ratio * total) for place in places)
+        n_others = sum(place < total - round(self.consistency_ratio * total) for place in places)
+        row = torch.arange(batch_size, device=device)
+        r = torch.where(row >= n_others, torch.full_like(r, self.transport.T_min), r)
+        r = torch.where(row < n_diffusion, t, r)
+        return t, r, n_diffusion
 
     # ---- the loss -------------------------------------------------------------------------------
     def __call__(
@@ -168,60 +174,53 @@ class TransitionSchedule:
         finite_input = finite_samples(x) & finite_samples(z)
         x, z = (torch.where(expand_times(finite_input, v), v, torch.zeros_like(v)) for v in (x, z))
         x_t, v_t = self.transport.path(x, z, expand_times(t, x))
-
-        F_pred, proj_loss = self._predict(model, x_t.to(x.dtype), t, r, model_kwargs, h_target)
+        # Before the student's pass, which may carry the derivative along the guided path.
         guidance = self._guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs, null_kwargs)
-        F_target = self._target(unwrapped_model, x, z, x_t, v_t, t, r, n_diffusion, model_kwargs, guidance)
+        path = (x, z) if self.guidance_path == "data" else self.guided_path(x, z, x_t, expand_times(t, x), *guidance)
+        passes = (model, unwrapped_model, x_t.to(x.dtype), path, t, r, n_diffusion, model_kwargs)
+        F_pred, dF_dt, h_proj = self._student(*passes, return_zs=h_target is not None)
+        # The right-hand side of Eq. 9. Detached: it is what F should be now, not something to be moved towards F.
+        at = expand_times(t, x), expand_times(r, x)
+        F_target = self.transport.target(x_t, v_t, x, z, *at, dF_dt, *guidance, self.transport.enhance_target).detach()
 
         self.kept = finite_input & finite_samples(F_pred.detach()) & finite_samples(F_target)
         loss = denoising_loss(F_pred, F_target, self.kept, use_dir_loss)
         # The adaptive weight of MeanFlow (arXiv 2505.13447): without it few samples with a large dF/dt own the gradient.
         weight = self.time_weight(t, r, n_diffusion) / (loss.detach() + 1e-5)
-        kept = self.kept.to(loss.dtype)
-        count = kept.sum().clamp(min=1)
-        weighted_loss = (weight * loss * kept).sum() / count
-        log = {
-            "weighted_loss": weighted_loss.detach(),
-            "denoising_loss": (loss.detach() * kept).sum() / count,
-            "proj_loss": proj_loss.detach(),
-        }
-        return weighted_loss, proj_loss, log
+        weighted_loss = mean_of_kept(weight * loss, self.kept)
+        proj_loss = loss.new_zeros(()) if h_proj is None or h_target is None else projection_loss(h_proj, h_target)
+        losses = {"weighted_loss": weighted_loss, "denoising_loss": mean_of_kept(loss, self.kept), "proj_loss": proj_loss}
+        return weighted_loss, proj_loss, {name: loss.detach() for name, loss in losses.items()}
 
-    def _predict(
-        self, model: nn.Module, x_t: Tensor, t: Tensor, r: Tensor, model_kwargs: dict[str, Any], h_target: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The student's F(x_t, t, r) (B, C, H, W), and the REPA term of its tokens, 0 without h_target."""
-        times = self.transport.c_noise(t), self.transport.c_noise(r)
-        if h_target is None:
-            F_pred = model(x_t, *times, **model_kwargs)
-            return F_pred, torch.zeros((), dtype=torch.promote_types(x_t.dtype, torch.float32), device=x_t.device)
-        F_pred, h_proj = model(x_t, *times, **model_kwargs, return_zs=True)
-        return F_pred, projection_loss(h_proj, h_target)
-
-    def _target(
+    def _student(
         self,
         model: nn.Module,
-        x: Tensor,
-        z: Tensor,
+        bare: nn.Module,
         x_t: Tensor,
-        v_t: Tensor,
+        path: tuple[Tensor, Tensor],
         t: Tensor,
         r: Tensor,
         n_diffusion: int,
         model_kwargs: dict[str, Any],
-        guidance: tuple[Tensor | float, Tensor | float],
-    ) -> Tensor:
-        """The right-hand side of the transition identity (Eq. 9), without gradient.
+        return_zs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """F(x_t, t, r) of the student, its dF/dt along the path (B, C, H, W), and with return_zs its REPA projection.
 
         Args:
-            model: the bare student, whose dF/dt the identity contains.
-            guidance: of `_guidance`.
+            bare: the student without a wrapper.
+            path: clean latents and noise (B, C, H, W), along whose interpolation t moves.
         """
-        t_x, r_x = expand_times(t, x), expand_times(r, x)
-        path = (x, z) if self.guidance_path == "data" else self.guided_path(x, z, x_t, t_x, *guidance)
-        dF_dt = self.derivative(model, *path, t, r, n_diffusion, model_kwargs)
-        # Detached: the target is what F should be now, not something to be moved towards F.
-        return self.transport.target(x_t, v_t, x, z, t_x, r_x, dF_dt, *guidance, self.transport.enhance_target).detach()
+        tangents = None
+        rides = self.derivative_type == "jvp" and self.derivative_dtype is None and carries_tangents(bare)
+        if rides and n_diffusion < len(t):
+            x, z, moving = (u[n_diffusion:] for u in (*path, t))
+            _, velocity = self.transport.path(x, z, expand_times(moving, x))
+            tangents = path_tangents(self.transport, velocity.to(x.dtype), moving)
+        times = self.transport.c_noise(t), self.transport.c_noise(r)
+        F_pred, dF_dt, h_proj = predict(model, x_t, *times, model_kwargs, tangents, return_zs)
+        if dF_dt is None:
+            dF_dt = self.derivative(bare, *path, t, r, n_diffusion, model_kwargs)
+        return F_pred, dF_dt, h_proj
 
     def time_weight(self, t: Tensor, r: Tensor, n_diffusion: int) -> Tensor:
         """The time weight (B,) of each sample (Eq. 12); 1 for the first n_diffusion, whose r is t.

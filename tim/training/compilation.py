@@ -15,8 +15,9 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """Compile the forward pass of every block of a network, in place, or of a network without blocks as a whole.
 
     All blocks share their graphs. The first size is compiled as it is; a dimension that changes later is compiled once
-    more for any size, so new sizes cost nothing from then on. Names and values of the weights stay. Forward-mode
-    derivatives (jvp) run the blocks eagerly, because compiled graphs carry no tangents.
+    more for any size, so new sizes cost nothing from then on. Names and values of the weights stay. Blocks that carry
+    tangents themselves are compiled with them; under forward-mode differentiation, of which graphs know nothing, they run
+    eagerly.
 
     Args:
         network: copy it before, not after: a copy would run the blocks of the original.

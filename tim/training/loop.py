@@ -2,8 +2,9 @@
 
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def train(
 def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, start_step: int, samples_seen: int) -> None:
     """The loop with its data, from start_step to max_train_steps."""
     loader, samples_per_step = build_loader(run, start_step, samples_seen)
-    with closing(Prefetcher(loader, run.accelerator.device)) as batches:
+    with closing(Prefetcher(loader, run.accelerator.device, partial(add_draws, run))) as batches:
         _run_steps(run, checkpoints, run_log, batches, start_step, samples_seen, samples_per_step)
 
 
@@ -211,14 +212,26 @@ def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, sam
         )
 
 
+def add_draws(run: Run, batch: Batch) -> Batch:
+    """A batch with its random numbers (`Batch`): made in the thread that fetches it, they cost the step nothing."""
+    step, positions = int(batch["step"][0]), batch["position"].tolist()
+    vae = None if "latent" in batch else run.vae
+    shape: Sequence[int] = (batch["latent"] if "latent" in batch else batch["image"]).shape[1:]
+    if vae is not None:
+        shape = vae.latent_shape(*shape[1:])
+    times, drop, noise = rng.training_draws(run.seed, step, positions, shape)
+    batch = {**batch, "times": times, "dropped": drop < run.task.drop_prob, "noise": noise.to(run.dtype)}
+    if vae is not None and vae.is_kl:
+        batch["posterior"] = rng.normals(run.seed, "posterior", step, positions, shape)
+    return batch
+
+
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Total loss of one micro-batch, its detached log values, and codes (B,): LATENT or LOSS where it is not finite, else 0."""
-    model, device = run.config.model, run.accelerator.device
-    step, positions = int(batch["step"][0]), batch["position"].tolist()
+    model, positions = run.config.model, batch["position"].tolist()
     x = latents(run, batch).to(run.dtype)
-    times, drop, z = rng.training_draws(run.seed, step, positions, x.shape[1:])
-    cond, uncond = run.task.conditions(batch, drop < run.task.drop_prob)
-    z = z.to(device, run.dtype, non_blocking=True)
+    cond, uncond = run.task.conditions(batch, batch["dropped"])
+    z = batch["noise"].to(x.device)
     with run.accelerator.autocast():
         weighted, projection, log = run.schedule(
             run.model,
@@ -231,7 +244,7 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
             use_dir_loss=model.use_dir_loss,
             h_target=repa_target(run, batch, x),
             null_kwargs=uncond,
-            time_kwargs={"normal": times, "position": batch["position"], "global_batch_size": int(batch["total"][0])},
+            time_kwargs={"normal": batch["times"], "position": positions, "global_batch_size": int(batch["total"][0])},
         )
     kept = run.schedule.kept
     projection = torch.where(kept.any(), projection, 0 * projection)  # without a sample there is nothing to learn
@@ -247,11 +260,7 @@ def latents(run: Run, batch: Batch) -> Tensor:
     x = stored.to(run.accelerator.device, non_blocking=True)
     if "latent" in batch or run.vae is None:
         return x
-    noise = None
-    if run.vae.is_kl:
-        shape = run.vae.latent_shape(*x.shape[2:])
-        noise = rng.normals(run.seed, "posterior", int(batch["step"][0]), batch["position"].tolist(), shape)
-    return run.vae.encode(x, noise)
+    return run.vae.encode(x, batch.get("posterior"))
 
 
 @torch.no_grad()

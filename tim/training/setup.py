@@ -20,6 +20,7 @@ from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
+from tim.schedulers.derivative import carries_tangents
 from tim.schedulers.objective import Objective
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
@@ -130,8 +131,8 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     schedule.always_run_derivative = plugin is not None
     if t.compile:  # after the moving average was copied, which would run the blocks of the original
         compile_blocks(network)
-        if schedule.derivative_type == "jvp":
-            logger.info("training.compile: jvp derivatives run eagerly, because compiled graphs carry no tangents")
+        if schedule.derivative_type == "jvp" and not carries_tangents(network):
+            logger.info("training.compile: the network takes no tangents, so jvp derivatives run eagerly")
         if ema is not None and schedule.transport.enhance_target:
             compile_blocks(ema.network)
     global_batch_size = config.data.dataloader.batch_size * t.gradient_accumulation_steps * accelerator.num_processes

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tim.models.attention import SelfAttention as Attention
 from tim.models.blocks import FinalLayer
+from tim.models.dual import Value, add
 from tim.models.embeddings import LabelEmbedder, TimestepEmbedder
 from tim.models.trunk import TransitionTransformer
 from tim.typed_yaml import Fraction, PositiveInt
@@ -37,6 +38,6 @@ class TiM(TransitionTransformer):
         super().initialize_weights()
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
-    def condition(self, c: Tensor, y: Tensor) -> tuple[Tensor, None]:
+    def condition(self, c: Value, y: Tensor) -> tuple[Value, None]:
         """c with the embedding of labels y (B,), num_classes for the null class; nothing for cross-attention."""
-        return c + self.y_embedder(y), None
+        return add(c, self.y_embedder(y)), None
