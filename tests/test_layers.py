@@ -11,6 +11,7 @@ LAYERS = (
     (
         "listing",
         "files",
+        "digests",
         "resumable",
         "labels",
         "images",

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
@@ -25,6 +25,12 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # names of mixed precisi
 def inference_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     """dtype of a model that is not trained: the mixed precision's on a GPU, float32 on a CPU."""
     return HALF.get(mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; a GPU takes it when it gets there, without anybody waiting."""
+    # From memory that is not pinned, the copy would wait for all that was launched before it.
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def set_tf32(allowed: bool) -> None:

@@ -32,6 +32,7 @@ TURNS = {  # by EXIF orientation
 QUARTER_TURNS = (5, 6, 7, 8)
 SHORT = 3  # EXIF's word for a number of 16 bits
 SAMPLE_FORMAT = 339  # TIFF's tag: 1 for unsigned, 2 for signed numbers
+PNG_LEVEL = 6  # zlib's and Pillow's own
 LARGE = 1 << 24  # pixels; no larger image is made on the way to a crop
 PAD, LABEL_WIDTH = 4, 150
 
@@ -146,14 +147,19 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_uint8(x: Tensor, truncate: bool = False) -> np.ndarray:
+    """`to_pixels` as an array on the host."""
+    return to_pixels(x, truncate).cpu().numpy()
+
+
+def to_pixels(x: Tensor, truncate: bool = False) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] to uint8 (B, H, W, 3): round(clamp(127.5 x + 127.5)); one channel becomes grey.
 
     Args:
         truncate: cut the fraction instead of rounding, as the published code does; half a level darker on average.
     """
-    x = 127.5 * x.detach().float().cpu() + 127.5
+    x = 127.5 * x.detach().float() + 127.5
     x = (x if truncate else x.round()).clamp(0, 255).to(torch.uint8)
-    return (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x).permute(0, 2, 3, 1).numpy()
+    return (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x).permute(0, 2, 3, 1).contiguous()
 
 
 def read_png(path: str | Path) -> np.ndarray:
@@ -166,10 +172,15 @@ def save_png(path: str | Path, pixels: np.ndarray) -> None:
     save_image(Path(path), pixels)
 
 
-def save_image(path: Path, pixels: np.ndarray) -> None:
-    """`save_png` in the format of the suffix; .jpg is written at Pillow's default quality, 75, as published scores are."""
+def save_image(path: Path, pixels: np.ndarray, png_level: int = PNG_LEVEL) -> None:
+    """`save_png` in the format of the suffix; .jpg is written at Pillow's default quality, 75, as published scores are.
+
+    Args:
+        png_level: of zlib's compression, 0 (none) to 9; the pixels are the same.
+    """
     with replacing(path) as partial:
-        Image.fromarray(pixels).save(partial, format="JPEG" if path.suffix == ".jpg" else "PNG")
+        options = {"format": "JPEG"} if path.suffix == ".jpg" else {"format": "PNG", "compress_level": png_level}
+        Image.fromarray(pixels).save(partial, **options)
 
 
 def is_whole(path: Path) -> bool:

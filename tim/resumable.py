@@ -6,7 +6,8 @@ that results depend neither on the number of processes nor on interruptions.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -71,6 +72,32 @@ def own_blocks(count: int, size: int, done: Callable[[int], bool], state: Partia
         items = range(start, min(start + size, count))
         blocks.append(Block(items, [k for k in items if not done(k)]))
     return [block for block in blocks if block.missing]
+
+
+def write_behind(batches: Iterable[Sequence[Callable[[], T]]], threads: int) -> Generator[list[T], None, None]:
+    """Run the jobs of every batch in threads while the next batch is made.
+
+    Two batches are there at a time: one in the threads, one in the making. After an error, of a job or in the making, no
+    further batch is made, and the jobs of those that are there come to their end, so that nothing made is lost.
+
+    Args:
+        batches: iterated over here, one batch ahead of the results.
+
+    Yields:
+        results of a batch, in the order of batches and jobs whatever the threads do.
+
+    Raises:
+        Exception: the first that a job raised, in the same order.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        last: list[Future[T]] | None = None
+        for jobs in batches:
+            futures = [pool.submit(job) for job in jobs]
+            if last is not None:
+                yield [future.result() for future in last]
+            last = futures
+        if last is not None:
+            yield [future.result() for future in last]
 
 
 def progress_bar(blocks: Iterable[Block], state: PartialState, desc: str | None, unit: str = "img", each: int = 1) -> tqdm:

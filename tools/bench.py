@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     t2i.add_argument("--width", type=int, default=1024, help="pixels")
     t2i.add_argument("--tokens", type=int, default=64, help="tokens of a caption")
     t2i.add_argument("--vae-dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="decoder dtype")
+    t2i.add_argument("--channels-last-vae", action="store_true", help="keep the decoder's images channels last")
     t2i.add_argument("--tile-vae", type=int, metavar="PIXELS", help="decode larger images in tiles")
     t2i.add_argument("--psnr", action="store_true", help="compare decoding in bfloat16 with float32")
     adm = parser.add_argument_group("adm")
@@ -97,7 +98,7 @@ def measure(args: argparse.Namespace) -> "Results":
     settings = SampleSettings(
         height=args.height if t2i else None, width=args.width if t2i else None, num_steps=args.num_steps,
         cfg_scale=args.cfg_scale or (2.5 if t2i else 1.0), vae_dtype=args.vae_dtype, tile_vae=args.tile_vae,
-        compile_vae=args.compile and t2i, tf32=config.training.allow_tf32,
+        compile_vae=args.compile and t2i, channels_last_vae=args.channels_last_vae, tf32=config.training.allow_tf32,
     )  # fmt: skip
     return bench_sample(config, settings, batch_size, args.steps, args.warmup, args.tokens, args.psnr)
 

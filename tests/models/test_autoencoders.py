@@ -127,6 +127,19 @@ def test_a_tile_side_that_does_not_divide_names_the_nearest(vae):
             vae.set_tiling(above)
 
 
+def test_channels_last_changes_the_layout_alone(vae):
+    images, noise = torch.randn(2, 3, 32, 48), torch.randn(2, *vae.latent_shape(32, 48))
+    latents, identity = vae.encode(images, noise), Autoencoder(vae.model).identity
+    decoded, layouts = vae.decode(latents), []
+    vae.configure(channels_last=True)
+    hook = vae.model.decoder.conv_out.register_forward_hook(lambda _, inputs, output: layouts.append(output))
+    torch.testing.assert_close(vae.encode(images, noise), latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.decode(latents), decoded, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    assert [output.is_contiguous(memory_format=torch.channels_last) for output in layouts] == [True]
+    assert Autoencoder(vae.model).identity == identity, "folders may be continued in either layout"
+
+
 def test_the_dtype_can_change(vae):
     images, noise = torch.randn(1, 3, 32, 48), torch.randn(1, *vae.latent_shape(32, 48))
     latents = vae.encode(images, noise)

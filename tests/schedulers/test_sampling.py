@@ -4,9 +4,10 @@ import warnings
 
 import pytest
 import torch
-from helpers.networks import load_golden, relative_error
+from helpers.networks import TINY, load_golden, randomize, relative_error
 
-from tim.schedulers.sampling import guided_steps, sample
+from tim.models.c2i.tim_model import TiM
+from tim.schedulers.sampling import _predictor, follow, guided_steps, plan_steps, sample
 from tim.schedulers.transition import TransitionSchedule
 from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, TrigFlow
 
@@ -145,6 +146,47 @@ def test_network_sees_float32_times_and_its_own_dtype(tiny_c2i):
     assert x.dtype == torch.float64
     assert all(a.dtype == torch.bfloat16 and t.dtype == r.dtype == torch.float32 for a, t, r in seen)
     assert all(t > r for _, t, r in seen), "no step of zero length"
+
+
+def test_a_plan_is_made_once_for_any_number_of_batches(tiny_c2i, monkeypatch):
+    y, settings = torch.arange(2), {"num_steps": 5, "cfg_scale": 2.0, "stochasticity_ratio": 0.3}
+    transport, noise = EDM(), torch.randn(2, 4, 8, 8)
+    plan = plan_steps(transport, noise.device, **settings)
+    for z in torch.randn(2, 2, 4, 8, 8):
+        arguments = tiny_c2i, z, {"y": y}, {"y": y + 8}
+        want = sample(transport, *arguments, **settings, noise_fn=lambda i: noise)
+        with monkeypatch.context() as patched:
+            for formula in ("interpolant", "prediction", "c_noise", "transition", "time_grid"):
+                patched.setattr(EDM, formula, None)  # the loop has no use for them
+            got = follow(plan, *arguments, noise_fn=lambda i: noise)
+        assert torch.equal(got.x, want.x) and got.nfe == want.nfe == plan.nfe == 9
+
+
+def test_a_step_is_one_graph_for_each_kind_of_step():
+    """Without a break, and without a new one for other times: guided or not, renoised or not."""
+    graphs, y, network = [], torch.arange(2), randomize(TiM(num_classes=10, **{**TINY, "depth": 1}))
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    plan = plan_steps(OT_FM(), y.device, num_steps=8, cfg_scale=2.0, stochasticity_ratio=0.3)
+    predict = _predictor(plan, network, torch.float32, {"y": y}, {"y": torch.full_like(y, 10)})
+    step = torch.compile(lambda x, s, noise: s.jump(x, predict(x, s).to(x.dtype), noise), backend=compiler, fullgraph=True)
+    x = noise = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for s in plan.steps:
+            x = step(x, s, noise if s.is_renoised else None)
+    assert len(graphs) == 3 and x.isfinite().all()
+
+
+def test_a_transport_may_say_itself_how_to_jump(tiny_c2i):
+    class Own(OT_FM):
+        def from_x_t_to_x_r(self, x_t, t, r, F, s_ratio=0.0, noise=None):
+            return x_t * (1 + r - t)
+
+    z, y = torch.randn(2, 4, 8, 8), torch.arange(2)
+    assert torch.allclose(sample(Own(), tiny_c2i, z, {"y": y}, num_steps=2).x, z.double() / 4)
 
 
 def test_renoising_spares_the_first_and_last_step_and_uses_the_given_noise(tiny_c2i):

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from tim.distributed import set_tf32
 from tim.generation.conditions import CaptionConditions, Keywords, build_conditions
 from tim.generation.sampler import Sampler, network_dtype
 from tim.generation.settings import SampleSettings
+from tim.images import save_image
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
 from tim.models.text_encoders import load_model
@@ -26,6 +29,7 @@ from tim.training.compilation import compile_blocks
 from tim.typed_yaml import read_tree
 
 ARCHITECTURES = read_tree(Path(__file__).with_name("architectures.yaml"))
+CALLS = 3  # of the network, whose median stands for all calls of a run
 AUTOENCODERS = {"dc-ae-f32c32": AutoencoderDC, "sd-vae": AutoencoderKL}
 
 
@@ -53,7 +57,7 @@ def random_sampler(config: Config, settings: SampleSettings, device: torch.devic
     encoder = load_encoder(encoder_folder, dtype, device, tokens) if encoder_folder else None
     vae = load_vae(vae_folder, getattr(torch, settings.vae_dtype), device) if vae_folder else None
     if vae is not None:
-        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
+        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae, settings.channels_last_vae)
     network = build_network(config.model.network).to(device, dtype).eval().requires_grad_(False)
     with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
         for p in network.parameters():
@@ -76,7 +80,8 @@ def bench_sample(
         psnr: also compare decoding in bfloat16 with float32.
 
     Returns:
-        A step is the batch. Milliseconds per image of each phase. `sampler_overhead` is the sampling loop over the sum of its
+        A step is the batch. Milliseconds per image of each phase. `write_ms` is beside them: one thread's time for a file, of
+        which a run has several while the next batch is drawn. `sampler_overhead` is the sampling loop over the sum of its
         network calls, minus one; `psnr_db` that of images decoded in half precision.
     """
     device = best_device()
@@ -100,9 +105,8 @@ def bench_sample(
         compile_blocks(sampler.network)
     reset_peak_memory(device)
     phases = {"text": timed(encode, device, repeats, warmup)[0]}
-    phases["network"], x = timed(draw, device, repeats, warmup)
-    phases["decode"], _ = timed(lambda: sampler.decode(x), device, repeats, warmup)
-    calls = call_seconds(sampler, x, cond, uncond, repeats, warmup)
+    phases["network"], x, overhead = time_network(sampler, draw, cond, uncond, repeats, warmup)
+    phases["decode"], (pixels, _) = timed(lambda: sampler.decode(x), device, repeats, warmup)
     total = sum(phases.values())
     height, width = sampler.settings.size
     return {
@@ -116,16 +120,35 @@ def bench_sample(
         "num_steps": settings.num_steps,
         **{f"{name}_ms": 1e3 * seconds / batch_size for name, seconds in phases.items()},
         **{f"{name}_share": seconds / total for name, seconds in phases.items()},
-        "sampler_overhead": phases["network"] / calls - 1,
+        "write_ms": 1e3 * write_seconds(pixels.cpu().numpy(), settings.png_level, repeats, warmup) / batch_size,
+        "sampler_overhead": overhead,
         "random_weights": random_weights,
         "psnr_db": decode_psnr(sampler.vae, x) if psnr and sampler.vae is not None else None,
     }
 
 
+def time_network(
+    sampler: Sampler, draw: Callable[[], Tensor], cond: Keywords, uncond: Keywords | None, repeats: int, warmup: int
+) -> tuple[float, Tensor, float]:
+    """Seconds of a sampling run, the latents it drew, and its overhead over the network calls alone.
+
+    Run and calls are timed in turn, because a busy machine changes its pace.
+    """
+    for _ in range(warmup):
+        draw()
+    runs, ratios = [], []
+    for _ in range(repeats):
+        seconds, x = timed(draw, sampler.device, 1, 0)
+        runs.append(seconds)
+        ratios.append(seconds / call_seconds(sampler, x, cond, uncond))
+    return median(runs), x, median(ratios) - 1
+
+
 @torch.no_grad()
-def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords | None, repeats: int, warmup: int) -> float:
+def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords | None) -> float:
     """Seconds of the network calls of one sampling run alone, guided steps as one call of twice the batch."""
-    network, guided = sampler.network, sum(sampler.guided)
+    network, steps = sampler.network, sampler.plan.steps
+    guided = sum(step.is_guided for step in steps)
     state = x.to(next(network.parameters()).dtype)
 
     def call(batch: Tensor, condition: Keywords) -> Callable[[], Any]:
@@ -135,10 +158,21 @@ def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords |
     seconds = 0.0
     both = None if uncond is None else join_conditions(cond, uncond)
     if guided and both is not None:
-        seconds += guided * timed(call(torch.cat([state, state]), both), x.device, repeats, warmup)[0]
-    if guided < len(sampler.guided):
-        seconds += (len(sampler.guided) - guided) * timed(call(state, cond), x.device, repeats, warmup)[0]
+        seconds += guided * timed(call(torch.cat([state, state]), both), x.device, CALLS, 0)[0]
+    if guided < len(steps):
+        seconds += (len(steps) - guided) * timed(call(state, cond), x.device, CALLS, 0)[0]
     return seconds
+
+
+def write_seconds(pixels: np.ndarray, png_level: int, repeats: int, warmup: int) -> float:
+    """Seconds in which one thread writes images (B, H, W, 3) uint8 as .png files."""
+    with TemporaryDirectory() as folder:
+
+        def write() -> None:
+            for k, image in enumerate(pixels):
+                save_image(Path(folder) / f"{k}.png", image, png_level)
+
+        return timed(write, torch.device("cpu"), repeats, warmup)[0]
 
 
 def decode_psnr(vae: Autoencoder, x: Tensor) -> float:

@@ -14,6 +14,7 @@ from tim.checkpoint.accelerate_folder import NAME, latest_folder, weights_files
 from tim.checkpoint.formats import has_weights, is_sharded, read_weights
 from tim.checkpoint.store import MANIFEST, find_corruption, is_checkpoint, latest_checkpoint
 from tim.config import Config
+from tim.digests import cached_sha256
 from tim.files import parse_json, replacing, sha256
 from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
@@ -57,13 +58,13 @@ class Weights:
         return folder.name if folder else self.source.stem
 
     def digest(self) -> str:
-        """What tells them apart: the sha256 of the file.
+        """What tells them apart: the sha256 of the file, see `cached_sha256`.
 
         A sharded checkpoint has no file of the weights alone. Its digest is the sha256 of `kind`, then a line `sha256  name`
         for every file of its manifest, in the order of names.
         """
         if self.source.is_file():
-            return sha256(self.source)
+            return cached_sha256(self.source)
         manifest = parse_json((self.source / MANIFEST).read_bytes())
         lines = [self.kind, *(f"{entry['sha256']}  {name}" for name, entry in sorted(manifest.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -17,7 +17,8 @@ from tim.data import latents
 from tim.data.c2i import Images, Latents
 from tim.data.folders import Folder, find_beside
 from tim.data.replacement import LabelledSamples
-from tim.files import claim, parse_json, read_text, sha256, write_tensors
+from tim.digests import cached_sha256
+from tim.files import claim, parse_json, read_text, write_tensors
 
 RECORD = "features.json"
 
@@ -58,7 +59,7 @@ class CachedFeatures:
         enc_dir = str(model.encoder_file)
         if not Path(enc_dir).is_file():
             raise FileNotFoundError(f"model.enc_dir: no RADIO checkpoint {enc_dir}, which must be the one of features_dir")
-        wanted: dict[str, Any] = {"encoder_sha256": sha256(enc_dir)}
+        wanted: dict[str, Any] = {"encoder_sha256": cached_sha256(enc_dir)}
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as nnf
 from torchvision.transforms import InterpolationMode, functional
 
+from tim.digests import cached_sha256
 from tim.evaluation.pretrained import first_line, load_pretrained
-from tim.files import sha256
 from tim.typed_yaml import nearest
 
 OPEN_CLIP = "open_clip:"
@@ -123,7 +123,7 @@ def _open_clip(name: str, device: torch.device) -> Clip:
     tokenizer, how = open_clip.get_tokenizer(architecture), open_clip.get_model_preprocess_cfg(model)
     size = how["size"]
     return Clip(
-        {"name": name, **({"weights_sha256": sha256(source)} if local else {})},
+        {"name": name, **({"weights_sha256": cached_sha256(source)} if local else {})},
         size if isinstance(size, int) else size[0],
         how["mean"],
         how["std"],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tim.config import Config
+from tim.distributed import to_device
 from tim.models.network import Network, traits_of
 
 NO_CLASSES = "the network does not say how many classes it has: give its constructor the keyword num_classes"
@@ -65,7 +66,7 @@ class ClassConditions:
         for label in prompts:
             if not isinstance(label, Integral) or not 0 <= label < self.num_classes:
                 raise ValueError(f"{label!r} is no class; the network has 0 to {self.num_classes - 1}")
-        y = torch.tensor(prompts, device=self.device)
+        y = to_device(torch.tensor(prompts), self.device)
         return {"y": y}, {"y": torch.full_like(y, self.num_classes)} if guided and self.has_null else None
 
 
@@ -100,7 +101,7 @@ class CaptionConditions:
         if self.last is None or self.last[0] != captions:  # the same prompts again, under other seeds
             self.last = captions, self._keys_values(captions)
         kv, mask = self.last[1]
-        rows = torch.tensor([unique.index(p) for p in prompts], device=kv.device)
+        rows = to_device(torch.tensor([unique.index(p) for p in prompts]), kv.device)
         if not guided:
             return _rows(kv, mask, rows), None
         if self.uncond is not None:

@@ -2,10 +2,13 @@
 
 import glob
 import logging
+import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -23,15 +26,20 @@ import tim
 from tim.checkpoint.weights import Weights
 from tim.files import claim, parse_json, replacing, run_record, write_json
 from tim.generation.prompt_sets import PromptSet
-from tim.generation.sampler import Sampler
+from tim.generation.sampler import Drawn, Sampler
+from tim.generation.settings import SampleSettings
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
-from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
+from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes, write_behind
 
 # Do not change an image: dtype stands for what identity holds as network.dtype.
-NEUTRAL = ("compile_vae", "dtype", "num_fid_samples", "per_proc_batch_size", "save_latent", "slice_vae")
+NEUTRAL = (
+    "channels_last_vae", "compile", "compile_vae", "dtype", "num_fid_samples", "per_proc_batch_size", "png_level",
+    "save_latent", "slice_vae",
+)  # fmt: skip
 REMEDY = "choose another --sample-dir or --name"
 BESIDE = (".run.json", ".png", ".npz")  # what a run writes beside its folder, whose files are all images
 OVERVIEW_IMAGES, OVERVIEW_SIDE = 64, 256
+MAX_WRITERS = 16  # threads of a process that write files; more only wait for the disk
 GRID_ROWS, GRID_IMAGES = 16, 4  # prompts, and images of each prompt and number of steps, in a labelled grid
 
 logger = logging.getLogger(__name__)
@@ -122,37 +130,52 @@ def _draw_missing(
     sampler: Sampler, prompt_set: PromptSet, folder: Path, blocks: list[Block], state: PartialState
 ) -> tuple[int, float, list[str]]:
     """Draw and write what is not there; images drawn by all processes, seconds, and names of those that are not finite."""
-    began, drawn, broken = time.perf_counter(), 0, []
-    with progress_bar(blocks, state, None, each=prompt_set.per_group) as bar:
-        for block in blocks:
-            broken += _draw_groups(sampler, prompt_set, folder, block)
+    began, drawn = time.perf_counter(), 0
+    broken: list[str] = []
+    threads = max(1, min(MAX_WRITERS, (os.cpu_count() or 1) // state.num_processes))
+    batches = (_launch(sampler, prompt_set, folder, block) for block in blocks)
+    with (
+        progress_bar(blocks, state, None, each=prompt_set.per_group) as bar,
+        closing(write_behind(batches, threads)) as written,
+    ):
+        for block, names in zip(blocks, written, strict=True):
+            broken += chain.from_iterable(names)
             drawn += len(block.items) * prompt_set.per_group
             bar.update(len(block.missing) * prompt_set.per_group)
     return total_over_processes(drawn), time.perf_counter() - began, sorted(gather_object(broken))
 
 
-def _draw_groups(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: Block) -> list[str]:
-    """Draw all images of a block, in calls of at most per_proc_batch_size, and write what is missing.
+def _launch(sampler: Sampler, prompt_set: PromptSet, folder: Path, block: Block) -> list[Callable[[], list[str]]]:
+    """Draw all images of a block, in calls of at most per_proc_batch_size.
 
     Returns:
-        names of the missing images that are not finite.
+        for each group with missing files a function that waits for its images, writes what is missing, and returns the
+        names of those that are not finite.
     """
-    s, n, broken = sampler.settings, prompt_set.per_group, []
+    n, size = prompt_set.per_group, sampler.settings.per_proc_batch_size
     keys = [(prompt_set.prompts[g], g, j) for g in block.items for j in range(n)]
-    size = s.per_proc_batch_size
-    parts = [sampler.attempt(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
-    images, latents = np.concatenate([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    finite = np.concatenate([p[2] for p in parts])
-    for g in block.missing:
-        own = range((g - block.items.start) * n, (g - block.items.start + 1) * n)
-        broken += [prompt_set.image_name(g, k - own.start) for k in own if not finite[k]]
-        if not prompt_set.is_done(folder, g):
-            prompt_set.write(folder, g, [images[k] if finite[k] else None for k in own])
-        for path, k in zip(latent_files(prompt_set, folder, g), own, strict=True) if s.save_latent else ():
-            if finite[k] and not _is_whole_latent(path):
-                with replacing(path) as partial:
-                    save_file({"latent": latents[k].cpu().contiguous()}, partial)
-    return broken
+    parts = [sampler.launch(*zip(*keys[k : k + size], strict=True)) for k in range(0, len(keys), size)]
+    rows = [(parts[k // size], k % size) for k in range(len(keys))]
+    starts = {g: (g - block.items.start) * n for g in block.missing}
+    return [partial(_write, sampler.settings, prompt_set, folder, g, rows[k : k + n]) for g, k in starts.items()]
+
+
+def _write(s: SampleSettings, prompt_set: PromptSet, folder: Path, group: int, rows: Sequence[tuple[Drawn, int]]) -> list[str]:
+    """Write what is missing of a group; returns the names of its images that are not finite.
+
+    Args:
+        rows: batch of each image, and its row there.
+    """
+    finite = [bool(drawn.wait().finite[k]) for drawn, k in rows]
+    if not prompt_set.is_done(folder, group):
+        images = [drawn.images[k].numpy() if good else None for (drawn, k), good in zip(rows, finite, strict=True)]
+        prompt_set.write(folder, group, images, s.png_level)
+    latents = latent_files(prompt_set, folder, group) if s.save_latent else []
+    for path, (drawn, k), good in zip(latents, rows, finite, strict=False):
+        if good and not _is_whole_latent(path):
+            with replacing(path) as unfinished:
+                save_file({"latent": drawn.latents[k].contiguous()}, unfinished)
+    return [prompt_set.image_name(group, j) for j, good in enumerate(finite) if not good]
 
 
 def _claim(folder: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weights) -> dict[str, Any]:
@@ -202,8 +225,8 @@ def _tidy(folder: Path, save_latent: bool) -> None:
         latents.mkdir(exist_ok=True)
     own = (glob.escape(f".{(folder.name + suffix)[:200]}.") for suffix in BESIDE)
     partials = chain(*(folder.parent.glob(f"{name}????????.part") for name in own), latents.glob(".*.????????.part"))
-    for partial in partials:
-        partial.unlink(missing_ok=True)
+    for path in partials:
+        path.unlink(missing_ok=True)
 
 
 def save_overview(folder: Path, prompt_set: PromptSet) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tim import rng
 from tim.files import parse_json, published, read_json_lines, read_text, replacing, write_json_lines
-from tim.images import is_whole, make_grid, read_png, save_image
+from tim.images import PNG_LEVEL, is_whole, make_grid, read_png, save_image
 from tim.listing import check_inside, list_files
 
 IMAGENET_CLASSES = 1000
@@ -72,9 +72,9 @@ class PromptSet:
         """Whether the files of a group are there and whole."""
         return all(map(is_whole, self.files(folder, group)))
 
-    def write(self, folder: Path, group: int, images: Images) -> None:
+    def write(self, folder: Path, group: int, images: Images, png_level: int = PNG_LEVEL) -> None:
         """Write the files of a group, each whole or absent, without those of images that are None."""
-        _save(self.files(folder, group), images)
+        _save(self.files(folder, group), images, png_level)
 
 
 class ClassLabels(PromptSet):
@@ -162,12 +162,12 @@ class GenEvalPrompts(PromptSet):
         written = read_json_lines(folder / self.names[group] / "metadata.jsonl")
         return written == [self.metadata[group]] and super().is_done(folder, group)
 
-    def write(self, folder: Path, group: int, images: Images) -> None:
+    def write(self, folder: Path, group: int, images: Images, png_level: int = PNG_LEVEL) -> None:
         """Grid, metadata and images."""
         grid, *samples = self.files(folder, group)
         write_json_lines(grid.with_name("metadata.jsonl"), [self.metadata[group]])
-        _save(samples, images)
-        _save([grid], [_join(images, pad=2)])
+        _save(samples, images, png_level)
+        _save([grid], [_join(images, pad=2)], png_level)
 
 
 class DPGPrompts(PromptSet):
@@ -193,9 +193,9 @@ class DPGPrompts(PromptSet):
         """One of all images of a prompt."""
         return super().files(folder, group)[:1]
 
-    def write(self, folder: Path, group: int, images: Images) -> None:
+    def write(self, folder: Path, group: int, images: Images, png_level: int = PNG_LEVEL) -> None:
         """One of all images of a prompt."""
-        _save(self.files(folder, group), [_join(images, pad=0)])
+        _save(self.files(folder, group), [_join(images, pad=0)], png_level)
 
 
 class MJHQPrompts(PromptSet):
@@ -210,12 +210,12 @@ class MJHQPrompts(PromptSet):
         self.file_name = f"{{name}}.{image_format}"
 
 
-def _save(paths: Sequence[Path], images: Images) -> None:
+def _save(paths: Sequence[Path], images: Images, png_level: int) -> None:
     """Write images, each whole or absent, without those that are None."""
     for path, image in zip(paths, images, strict=True):
         if image is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_image(path, image)
+            save_image(path, image, png_level)
 
 
 def _join(images: Images, pad: int) -> np.ndarray | None:

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,17 @@ from torch import Tensor, nn
 from tim import rng
 from tim.checkpoint.weights import Weights
 from tim.config import Config
-from tim.distributed import inference_dtype, set_tf32
+from tim.distributed import inference_dtype, set_tf32, to_device
 from tim.generation.conditions import Conditions, Keywords, build_conditions
 from tim.generation.settings import SampleSettings
-from tim.images import to_uint8
+from tim.images import to_pixels
 from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
-from tim.schedulers.sampling import guided_steps, sample
+from tim.schedulers.sampling import Plan, follow, plan_steps
 from tim.schedulers.transports import Transport
 from tim.targets import constructor_keywords
+from tim.training.compilation import compile_blocks
 
 PUBLISHED = {  # weights, and the config that they belong to
     "c2i_model_256": "configs/c2i/tim_xl_p2_256.yaml",
@@ -72,18 +74,24 @@ class Sampler:
                 below = max(0, side // step * step)
                 near = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
                 raise ValueError(f"{flag} {side} is not a multiple of {step} (autoencoder x patch); the nearest are {near}")
-        return replace(self, settings=settings)
+        sampler = replace(self, settings=settings)
+        _ = sampler.plan  # made now, so that an impossible grid is refused before anything is drawn
+        return sampler
 
-    @property
-    def guided(self) -> list[bool]:
-        """Which steps are guided."""
-        s, (T_max, T_min) = self.settings, self.settings.ends
-        return guided_steps(self.transport.time_grid(s.num_steps, T_max, T_min).tolist(), T_max, *s.guidance())
+    @cached_property
+    def plan(self) -> Plan:
+        """The steps, the same for every batch."""
+        s = self.settings
+        scale, low, high, first = s.guidance()
+        return plan_steps(
+            self.transport, self.device, num_steps=s.num_steps, T_max=s.T_max, T_min=s.T_min, cfg_scale=scale, cfg_low=low,
+            cfg_high=high, guide_first_step=first, stochasticity_ratio=s.stochasticity_ratio, sample_type=s.sample_type,
+        )  # fmt: skip
 
     @property
     def nfe(self) -> int:
         """Network evaluations per image."""
-        return self.settings.num_steps + sum(self.guided)
+        return self.plan.nfe
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -112,20 +120,24 @@ class Sampler:
             ValueError: for what the network cannot be asked for, or images that are not finite.
         """
         indices = range(len(prompts)) if indices is None else indices
-        images, latents, finite = self.attempt(prompts, indices, repetitions)
-        if not finite.all():
-            raise ValueError(
-                not_finite([f"index {k}" for k, good in zip(indices, finite, strict=True) if not good], len(finite))
-            )
-        return images, latents
+        drawn = self.launch(prompts, indices, repetitions).wait()
+        if not drawn.finite.all():
+            names = [f"index {k}" for k, good in zip(indices, drawn.finite.tolist(), strict=True) if not good]
+            raise ValueError(not_finite(names, len(drawn.finite)))
+        return drawn.images.numpy(), drawn.latents.to(self.device)
 
-    def attempt(
+    def launch(
         self, prompts: Sequence[str] | Sequence[int], indices: Sequence[int], repetitions: Sequence[int] | None = None
-    ) -> tuple[np.ndarray, Tensor, np.ndarray]:
-        """As `draw`, but with bools (B,) that say which images are finite; the pixels of others mean nothing."""
+    ) -> "Drawn":
+        """As `draw`, but images that are not finite raise nothing, and a GPU may still be at work on all of them."""
         latents = self.latents(indices, repetitions, *self.conditions(prompts, self.settings.cfg_scale > 1))
-        images, finite = self.decode(latents)
-        return images, latents, finite
+        is_cuda = self.device.type == "cuda"
+        images, finite, latents = (x.to("cpu", non_blocking=is_cuda) for x in (*self.decode(latents), latents))
+        if not is_cuda:
+            return Drawn(images, finite, latents)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Drawn(images, finite, latents, arrived)
 
     @torch.no_grad()
     def latents(
@@ -141,21 +153,37 @@ class Sampler:
 
         def fresh(step: int = 0) -> Tensor:
             rows = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
-            return torch.from_numpy(rows).to(self.device, non_blocking=True)
+            return to_device(torch.from_numpy(rows), self.device)
 
-        scale, low, high, first = s.guidance()
-        result = sample(
-            self.transport, self.network, fresh(), cond, uncond, num_steps=s.num_steps, T_max=s.T_max, T_min=s.T_min,
-            cfg_scale=scale, cfg_low=low, cfg_high=high, guide_first_step=first, stochasticity_ratio=s.stochasticity_ratio,
-            sample_type=s.sample_type, noise_fn=fresh,
-        )  # fmt: skip
-        return result.x.float()
+        return follow(self.plan, self.network, fresh(), cond, uncond, noise_fn=fresh).x.float()
 
-    def decode(self, latents: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images (B, H, W, 3) of latents, and bools (B,) that say which of them are finite."""
+    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images (B, H, W, 3) of latents, and bools (B,) that say which of them are finite; both on the device."""
         x = latents if self.vae is None else self.vae.decode(latents)
-        finite = x.flatten(1).isfinite().all(1).cpu().numpy()
-        return to_uint8(x, truncate=self.settings.uint8 == "truncate"), finite
+        return to_pixels(x, truncate=self.settings.uint8 == "truncate"), x.flatten(1).isfinite().all(1)
+
+
+@dataclass
+class Drawn:
+    """Images of a batch on the host, or on their way to it.
+
+    Attributes:
+        images: uint8 (B, H, W, 3); those that are not finite mean nothing.
+        finite: bools (B,).
+        latents: (B, C, h, w) float32.
+        ready: when all have arrived; None when they have.
+    """
+
+    images: Tensor
+    finite: Tensor
+    latents: Tensor
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> "Drawn":
+        """Return when everything has arrived."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self
 
 
 def load_sampler(config: Config, weights: Weights, settings: SampleSettings, device: torch.device) -> Sampler:
@@ -179,12 +207,15 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
         slip = f"; {weights.source.name} belongs to {theirs} (the published 512x512 script names the 256 file by mistake)"
         raise ValueError(f"{error}{slip if theirs else ''}") from error
     network = network.to(device, dtype).eval()
+    if settings.compile:
+        compile_blocks(network)
     vae = None
     if config.model.vae_dir:
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)
-        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae)
-    elif settings.slice_vae or settings.tile_vae or settings.compile_vae:
-        warnings.warn("--slice_vae, --tile-vae and --compile-vae have no effect: the model has no autoencoder", stacklevel=2)
+        vae.configure(settings.slice_vae, settings.tile_vae, settings.compile_vae, settings.channels_last_vae)
+    elif settings.slice_vae or settings.tile_vae or settings.compile_vae or settings.channels_last_vae:
+        flags = "--slice_vae, --tile-vae, --compile-vae and --channels-last-vae"
+        warnings.warn(f"{flags} have no effect: the model has no autoencoder", stacklevel=2)
     conditions = build_conditions(config, network, dtype, device)
     return Sampler(settings, transport, network, vae, conditions, device, _identity(config, dtype)).at(settings)
 

@@ -68,6 +68,7 @@ class SampleSettings:
     )
     slice_vae: bool = flag(False, PRECISION, "decode one image at a time", "--slice_vae", "--slice-vae")
     save_latent: bool = flag(False, IMAGES, "also keep the latents, in FOLDER.latents/*.safetensors beside the images' folder")
+    png_level: int = flag(1, IMAGES, "zlib's compression of .png, 0 to 9; 6 is Pillow's default", minimum=0, maximum=9)
     uint8: str = flag("round", IMAGES, "pixels to whole numbers; the published code truncates", choices=ROUNDINGS)
     tf32: bool = flag(True, PRECISION, "TF32 in float32 products on a GPU")
     dtype: str = flag("auto", PRECISION, "network; auto: the config's mixed precision, float32 on a CPU", choices=DTYPES)
@@ -76,6 +77,8 @@ class SampleSettings:
         None, PRECISION, "decode images with a longer side than this in tiles (default: never)", minimum=1, metavar="PIXELS"
     )
     compile_vae: bool = flag(False, PRECISION, "torch.compile the decoder")
+    channels_last_vae: bool = flag(False, PRECISION, "keep the decoder's images channels last, as tensor cores take them")
+    compile: bool = flag(False, PRECISION, "torch.compile the network's blocks")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -116,14 +116,20 @@ class Autoencoder:
         else:
             self.model.enable_tiling(above, above, above * 3 // 4, above * 3 // 4)
 
-    def configure(self, slicing: bool = False, tiling_above: int | None = None, compiled: bool = False) -> None:
+    def configure(
+        self, slicing: bool = False, tiling_above: int | None = None, compiled: bool = False, channels_last: bool = False
+    ) -> None:
         """How to encode and decode from now on.
 
         Args:
             slicing: one image of a batch at a time, to save memory; the result is the same.
             tiling_above: see `set_tiling`.
             compiled: compile the decoder for any size (torch.compile); the first image then waits for the compiler.
+            channels_last: keep weights and images with the channels last in memory, as the tensor cores of GPUs take them; the
+                result differs by rounding.
         """
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
         if slicing:
             self.model.enable_slicing()
         if tiling_above is not None:
@@ -133,7 +139,8 @@ class Autoencoder:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Autoencoder":
         """Compute in another dtype or elsewhere. Weights once rounded to a lower precision stay rounded."""
-        self.model.to(device=device, dtype=dtype)
+        wanted = {"device": device, "dtype": dtype}
+        self.model.to(**{key: value for key, value in wanted.items() if value is not None})  # diffusers warns of any dtype
         return self
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tim.files import sha256
+from tim.digests import cached_sha256
 from tim.typed_yaml import first_line
 
 WRAPPERS = ("ema", "model", "state_dict", "module")  # keys under which training frameworks nest a state dict
@@ -169,5 +169,5 @@ def model_identity(name: str, config: Any = None) -> dict[str, Any]:
     folder = Path(name)
     if not folder.is_dir():
         return {"name": name, "revision": getattr(config, "_commit_hash", None)}
-    weights = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")}
+    weights = {path.name: cached_sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")}
     return {"name": folder.resolve().name, "weights_sha256": weights}

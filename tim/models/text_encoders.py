@@ -28,7 +28,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 from tim.config import Model
-from tim.files import replacing, sha256
+from tim.digests import cached_sha256
+from tim.files import replacing
 from tim.models.hub import hub_options
 
 PADDINGS = ("mask", "batch")
@@ -114,7 +115,7 @@ class TextEncoder:
         """Short hash of all that determines a caption's features: files (or hub id and revision), length, layer, dtype."""
         if self.hub_id is None:
             files = sorted(f for f in self.folder.iterdir() if f.suffix in IDENTIFYING)
-            source = {f.name: sha256(f) for f in files}
+            source = {f.name: cached_sha256(f) for f in files}
         else:
             source = {"id": self.hub_id, "revision": self.folder.name}  # the hub's cache names folders by revision
         facts = [source, self.max_length, self.use_last_hidden_state, str(self.dtype)]

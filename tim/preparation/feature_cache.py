@@ -16,8 +16,9 @@ from tim.data.c2i import load_square
 from tim.data.features import RECORD, find_corruption, write_features
 from tim.data.registry import build_c2i_dataset
 from tim.data.replacement import PROBED, first_readable
+from tim.digests import cached_sha256
 from tim.distributed import set_tf32
-from tim.files import claim, sha256
+from tim.files import claim
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
 from tim.models.radio import Radio
@@ -50,7 +51,7 @@ class FeatureEncoder(FolderEncoder):
         size = {"tokens": math.prod(self.grid), "width": int(self.encoder.width)}
         self.shape = (2, *size.values())
         self.antialias = config.model.enc_antialias
-        made = {"encoder_sha256": sha256(enc_dir), "image_size": d.image_size, "antialias": self.antialias}
+        made = {"encoder_sha256": cached_sha256(enc_dir), "image_size": d.image_size, "antialias": self.antialias}
         self.record = {**made, **size, "dtype": dtype}
 
     def claim(self, write: bool) -> None:

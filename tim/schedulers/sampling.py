@@ -2,16 +2,16 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tim.schedulers import SAMPLE_TYPES
-from tim.schedulers.transports import Transport
+from tim.schedulers.transports import Transport, jump
 
 
 @dataclass
@@ -56,7 +56,105 @@ def guided_steps(
     return [low < t < high for t in times[:-1]]
 
 
-@torch.no_grad()
+class Step(NamedTuple):
+    """A transition: all that it takes from its two times.
+
+    Attributes:
+        reached: r, the time where it ends.
+        c_noise: both times as the network sees them (2,) on the device, float64 where it has that.
+        jump: (x_t, F, fresh noise or None) to x_r.
+        is_guided: by the unconditional prediction.
+        is_renoised: takes fresh noise.
+    """
+
+    reached: float
+    c_noise: Tensor
+    jump: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    is_guided: bool
+    is_renoised: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a sampler's settings, made once for all batches; see `plan_steps`.
+
+    Attributes:
+        transport: path and closed forms.
+        initial_scale: of z in the start.
+        cfg_scale: w of the guided F_u + w (F_c - F_u).
+        steps: N of them, whose tensors lie where the state does, so that nothing is computed or copied for a step.
+    """
+
+    transport: Transport
+    initial_scale: float
+    cfg_scale: float
+    steps: tuple[Step, ...]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image (a guided step costs two)."""
+        return len(self.steps) + sum(step.is_guided for step in self.steps)
+
+
+def plan_steps(
+    transport: Transport,
+    device: torch.device,
+    *,
+    num_steps: int = 4,
+    times: Sequence[float] | Tensor | None = None,
+    T_max: float | None = None,
+    T_min: float | None = None,
+    cfg_scale: float = 1.0,
+    cfg_low: float = 0.0,
+    cfg_high: float = 1.0,
+    guide_first_step: bool = False,
+    stochasticity_ratio: float = 0.0,
+    sample_type: str = "transition",
+) -> Plan:
+    """Time grid and coefficients of a run.
+
+    Args:
+        device: of the state. The others as in `sample`.
+
+    Raises:
+        ValueError: for an impossible grid, or a value out of range.
+    """
+    grid = _grid(transport, num_steps, times, T_max, T_min)
+    _check(cfg_scale, stochasticity_ratio, sample_type)
+    guided = guided_steps(grid, grid[0], cfg_scale, cfg_low, cfg_high, guide_first_step)
+    if cfg_scale > 1 and not any(guided):
+        window = f"({cfg_low * grid[0]:g}, {cfg_high * grid[0]:g})"
+        inside = f"no step of {[round(t, 4) for t in grid[:-1]]} lies strictly inside {window}"
+        warnings.warn(f"cfg_scale={cfg_scale} has no effect: {inside}; guide_first_step closes the window", stacklevel=3)
+    steps = []
+    for i, (t, r) in enumerate(pairwise(grid)):
+        # The start is noise already; the end would keep what is added.
+        rho = stochasticity_ratio if 0 < i < len(guided) - 1 else 0.0
+        seen = (t, r if sample_type == "transition" else t)  # r = t asks for the instantaneous F: a step of the diffusion ODE
+        c_noise = [float(transport.c_noise(torch.tensor(u, dtype=torch.float64))) for u in seen]
+        wide = torch.tensor(c_noise, dtype=_state_dtype(device)).to(device)
+        steps.append(Step(r, wide, _jump(transport, t, r, rho, device), guided[i], rho != 0))
+    return Plan(transport, transport.initial_scale(grid[0]), cfg_scale, tuple(steps))
+
+
+def _jump(
+    transport: Transport, t: float, r: float, rho: float, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The transition from t to r as a function of state, prediction and fresh noise."""
+    # On the host, where every device finds the same numbers.
+    t_x, r_x = (torch.tensor(u, dtype=_state_dtype(device)) for u in (t, r))
+    if type(transport).from_x_t_to_x_r is not Transport.from_x_t_to_x_r:  # of a transport that says itself how to jump
+        return lambda x, F, noise: transport.from_x_t_to_x_r(x, t_x, r_x, F, rho, noise)
+    values = [torch.as_tensor(c, dtype=t_x.dtype) for c in transport.jump_coefficients(t_x, r_x, rho)]
+    coefficients = torch.stack(values).to(device).unbind()
+    return lambda x, F, noise: jump(x, F, coefficients, noise)
+
+
+def _state_dtype(device: torch.device) -> torch.dtype:
+    """Hundreds of small steps add up the rounding of the state, so it is wider than the network's input."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sample(
     transport: Transport,
     model: Callable[..., Tensor],
@@ -97,91 +195,77 @@ def sample(
     Raises:
         ValueError: for an impossible grid, guidance without `uncond`, or a value out of range.
     """
-    grid = _grid(transport, num_steps, times, T_max, T_min)
-    _check(cfg_scale, uncond, stochasticity_ratio, sample_type)
-    guided = guided_steps(grid, grid[0], cfg_scale, cfg_low, cfg_high, guide_first_step)
-    if cfg_scale > 1 and not any(guided):
-        window = f"({cfg_low * grid[0]:g}, {cfg_high * grid[0]:g})"
-        inside = f"no step of {[round(t, 4) for t in grid[:-1]]} lies strictly inside {window}"
-        warnings.warn(f"cfg_scale={cfg_scale} has no effect: {inside}; guide_first_step closes the window", stacklevel=2)
-    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    dtype = z.dtype if weight is None else weight.dtype
-    predict = _predictor(transport, model, dtype, cond, uncond if any(guided) else None, cfg_scale)
-    states = _states(transport, predict, z, grid, guided, stochasticity_ratio, sample_type, noise_fn)
-    x = next(states)
+    plan = plan_steps(
+        transport, z.device, num_steps=num_steps, times=times, T_max=T_max, T_min=T_min, cfg_scale=cfg_scale,
+        cfg_low=cfg_low, cfg_high=cfg_high, guide_first_step=guide_first_step, stochasticity_ratio=stochasticity_ratio,
+        sample_type=sample_type,
+    )  # fmt: skip
+    return follow(plan, model, z, cond, uncond, noise_fn=noise_fn, callback=callback, return_trajectory=return_trajectory)
+
+
+@torch.no_grad()
+def follow(
+    plan: Plan,
+    model: Callable[..., Tensor],
+    z: Tensor,
+    cond: dict[str, Any],
+    uncond: dict[str, Any] | None = None,
+    *,
+    noise_fn: Callable[[int], Tensor] | None = None,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+    return_trajectory: bool = False,
+) -> SampleResult:
+    """Draw samples by the steps of a plan (Alg. 2); arguments as in `sample`.
+
+    Raises:
+        ValueError: for guidance without `uncond`.
+    """
+    if plan.cfg_scale > 1 and uncond is None:
+        raise ValueError(f"cfg_scale={plan.cfg_scale} needs the null condition, got none")
+    predict = _predictor(plan, model, z.dtype, cond, uncond)
+    x = plan.initial_scale * z.to(_state_dtype(z.device))
     trajectory = [x] if return_trajectory else []
-    for i, x in enumerate(states):
+    for i, step in enumerate(plan.steps):
+        F = predict(x, step).to(x.dtype)
+        noise = None if not step.is_renoised else (noise_fn(i).to(x) if noise_fn else torch.randn_like(x))
+        x = step.jump(x, F, noise)
+        if i == len(plan.steps) - 1:
+            x = plan.transport.final_state(x, step.reached)
         if return_trajectory:
             trajectory.append(x)
         if callback is not None:
-            callback(i, grid[i + 1], x)
-    return SampleResult(x, len(guided) + sum(guided), trajectory)
-
-
-def _states(
-    transport: Transport,
-    predict: Callable[[Tensor, float, float, bool], Tensor],
-    z: Tensor,
-    grid: list[float],
-    guided: list[bool],
-    stochasticity_ratio: float,
-    sample_type: str,
-    noise_fn: Callable[[int], Tensor] | None,
-) -> Iterator[Tensor]:
-    """The start and the state after each transition (Alg. 2).
-
-    Args:
-        predict: of `_predictor`. The others as in `sample`, checked.
-    """
-    # Hundreds of small steps add up the rounding of the state, so it is wider than the network's input.
-    dtype = torch.float32 if z.device.type == "mps" else torch.float64
-    x = transport.initial_scale(grid[0]) * z.to(dtype)
-    yield x
-    last = len(grid) - 2
-    for i, (t, r) in enumerate(pairwise(grid)):
-        r_seen = r if sample_type == "transition" else t  # r = t asks for the instantaneous F: a step of the diffusion ODE
-        F = predict(x, t, r_seen, guided[i])
-        rho = stochasticity_ratio if 0 < i < last else 0.0  # the start is noise already; the end would keep what is added
-        noise = None if rho == 0 else (noise_fn(i).to(x) if noise_fn else torch.randn_like(x))
-        # On the CPU: scalars of the formulas, which no kernel has to read back from the device.
-        t_x, r_x = (torch.tensor(u, dtype=dtype) for u in (t, r))
-        x = transport.from_x_t_to_x_r(x, t_x, r_x, F.to(dtype), rho, noise)
-        yield transport.final_state(x, r) if i == last else x
+            callback(i, step.reached, x)
+    return SampleResult(x, plan.nfe, trajectory)
 
 
 def _predictor(
-    transport: Transport,
-    model: Callable[..., Tensor],
-    dtype: torch.dtype,
-    cond: dict[str, Any],
-    uncond: dict[str, Any] | None,
-    scale: float,
-) -> Callable[[Tensor, float, float, bool], Tensor]:
-    """F(x, t, r), float32 or wider, with classifier-free guidance (arXiv 2207.12598) or without.
+    plan: Plan, model: Callable[..., Tensor], dtype: torch.dtype, cond: dict[str, Any], uncond: dict[str, Any] | None
+) -> Callable[[Tensor, Step], Tensor]:
+    """F(x, step), float32 or wider, with classifier-free guidance (arXiv 2207.12598) or without.
 
     Args:
-        dtype: the network's.
-        uncond: None when no step is guided.
-        scale: w of the guided F_u + w (F_c - F_u).
+        dtype: of the network's input where it has no weights to tell.
     """
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    dtype = dtype if weight is None else weight.dtype
     # Half precision has no room for c_noise of neighbouring times: they stay float32 whatever the network's dtype is.
     wide = torch.promote_types(dtype, torch.float32)
-    joined = None if uncond is None else join_conditions(cond, uncond)  # both in one forward pass where they can be
+    guided = uncond is not None and any(step.is_guided for step in plan.steps)
+    joined = join_conditions(cond, uncond) if guided and uncond is not None else None  # in one forward pass where they can be
 
-    def run(x: Tensor, t: float, r: float, condition: dict[str, Any]) -> Tensor:
-        c_noise = (float(transport.c_noise(torch.tensor(u, dtype=torch.float64))) for u in (t, r))
-        times = (torch.full((x.shape[0],), c, dtype=wide, device=x.device) for c in c_noise)
-        return model(x, *times, **condition).to(wide)
+    def run(x: Tensor, step: Step, condition: dict[str, Any]) -> Tensor:
+        t, r = step.c_noise.to(wide)[:, None].repeat(1, x.shape[0])
+        return model(x, t, r, **condition).to(wide)
 
-    def predict(x: Tensor, t: float, r: float, guided: bool) -> Tensor:
+    def predict(x: Tensor, step: Step) -> Tensor:
         x = x.to(dtype)
-        if not guided or uncond is None:
-            return run(x, t, r, cond)
+        if not step.is_guided or uncond is None:
+            return run(x, step, cond)
         if joined is not None:
-            F_c, F_u = run(torch.cat([x, x]), t, r, joined).chunk(2)
+            F_c, F_u = run(torch.cat([x, x]), step, joined).chunk(2)
         else:
-            F_c, F_u = run(x, t, r, cond), run(x, t, r, uncond)
-        return F_u + scale * (F_c - F_u)
+            F_c, F_u = run(x, step, cond), run(x, step, uncond)
+        return F_u + plan.cfg_scale * (F_c - F_u)
 
     return predict
 
@@ -216,13 +300,11 @@ def _grid(
     return grid
 
 
-def _check(cfg_scale: float, uncond: dict[str, Any] | None, stochasticity_ratio: float, sample_type: str) -> None:
+def _check(cfg_scale: float, stochasticity_ratio: float, sample_type: str) -> None:
     """ValueError for what `sample` cannot do."""
     if sample_type not in SAMPLE_TYPES:
         raise ValueError(f"sample_type={sample_type!r} is not one of {', '.join(map(repr, SAMPLE_TYPES))}")
     if not cfg_scale >= 1:
         raise ValueError(f"cfg_scale must be >= 1 (1 is no guidance), got {cfg_scale}")
-    if cfg_scale > 1 and uncond is None:
-        raise ValueError(f"cfg_scale={cfg_scale} needs the null condition, got none")
     if not stochasticity_ratio >= 0:
         raise ValueError(f"stochasticity_ratio must be >= 0, got {stochasticity_ratio}")

@@ -148,10 +148,12 @@ class Transport:
 
     def estimates(self, x_t: Tensor, F: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Invert (x_t, F) to the clean and noise estimates (x, z)."""
-        # Two equations, x_t = alpha x + sigma z and F = alpha_hat x + sigma_hat z, by Cramer's rule; c is their determinant.
+        return _solve(x_t, F, *self._equations(t))
+
+    def _equations(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """alpha, sigma, alpha_hat and sigma_hat at t, and their determinant."""
         at, hat = self.interpolant(t), self.prediction(t)
-        c = hat.sigma_hat * at.alpha - hat.alpha_hat * at.sigma
-        return (hat.sigma_hat * x_t - at.sigma * F) / c, (at.alpha * F - hat.alpha_hat * x_t) / c
+        return at.alpha, at.sigma, hat.alpha_hat, hat.sigma_hat, hat.sigma_hat * at.alpha - hat.alpha_hat * at.sigma
 
     def guided_target(self, F_star: Tensor, t: Tensor, F_cond: Tensor | float, F_uncond: Tensor | float) -> Tensor:
         """Model guidance (Eq. 51): inside the window, w_gt F* + w_cond F_c + (1 - w_gt - w_cond) F_u; F* outside it.
@@ -210,15 +212,19 @@ class Transport:
             s_ratio: stochasticity ratio rho >= 0.
             noise: eps shaped like x_t; drawn here when None and needed.
         """
+        return jump(x_t, F, self.jump_coefficients(t, r, s_ratio), noise)
+
+    def jump_coefficients(self, t: Tensor, r: Tensor, s_ratio: float = 0.0) -> tuple[Tensor, ...]:
+        """All that `jump` takes from the times, each shaped like t and r broadcast.
+
+        Returns:
+            (A, B); with noise drawn anew, what determines the two estimates and the weights of x̂, ẑ and eps.
+        """
         if s_ratio == 0.0:
-            a, b = self.transition(t, r)
-            return a * x_t + b * F
-        x_hat, z_hat = self.estimates(x_t, F, t)
-        at_r = self.interpolant(r)
+            return self.transition(t, r)
+        at_r, eta2 = self.interpolant(r), self.renoise_variance(t, r, s_ratio)
         # A and B give ẑ the whole of sigma_r; with a part of it drawn anew the two estimates are weighed apart.
-        eta2 = self.renoise_variance(t, r, s_ratio)
-        noise = torch.randn_like(x_t) if noise is None else noise
-        return at_r.alpha * x_hat + (at_r.sigma**2 - eta2).clamp(min=0).sqrt() * z_hat + eta2.sqrt() * noise
+        return *self._equations(t), at_r.alpha, (at_r.sigma**2 - eta2).clamp(min=0).sqrt(), eta2.sqrt()
 
     def renoise_variance(self, t: Tensor, r: Tensor, s_ratio: float) -> Tensor:
         """eta² = 2 rho dt (alpha sigma sigma' - alpha' sigma²) at t (Eq. 30), within [0, sigma_r²]."""
@@ -241,6 +247,29 @@ class Transport:
     def weight_tangent(self, t: Tensor) -> Tensor:
         """The time transform of `weight_time_tangent` (Eq. 12): tan(t), the noise-to-data ratio of TrigFlow at t."""
         return torch.tan(t)
+
+
+def jump(x_t: Tensor, F: Tensor, coefficients: tuple[Tensor, ...], noise: Tensor | None = None) -> Tensor:
+    """x_r of a transition whose coefficients are known, see `Transport.from_x_t_to_x_r`.
+
+    Args:
+        coefficients: of `Transport.jump_coefficients`.
+        noise: eps shaped like x_t; drawn here when None and needed.
+    """
+    if len(coefficients) == 2:
+        a, b = coefficients
+        return a * x_t + b * F
+    *equations, of_x, of_z, of_noise = coefficients
+    x_hat, z_hat = _solve(x_t, F, *equations)
+    noise = torch.randn_like(x_t) if noise is None else noise
+    return of_x * x_hat + of_z * z_hat + of_noise * noise
+
+
+def _solve(
+    x_t: Tensor, F: Tensor, alpha: Tensor, sigma: Tensor, alpha_hat: Tensor, sigma_hat: Tensor, determinant: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x, z) of x_t = alpha x + sigma z and F = alpha_hat x + sigma_hat z, by Cramer's rule."""
+    return (sigma_hat * x_t - sigma * F) / determinant, (alpha * F - alpha_hat * x_t) / determinant
 
 
 @dataclass(eq=False, kw_only=True)

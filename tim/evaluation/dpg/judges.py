@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tim.digests import cached_sha256
 from tim.evaluation.pretrained import load_pretrained
-from tim.files import sha256
 
 MPLUG = "mplug"
 MPLUG_MODEL = "damo/mplug_visual-question-answering_coco_large_en"
@@ -109,7 +109,7 @@ class MPlugJudge:
         logging.getLogger().setLevel(logging.WARNING)  # the packages it imports leave it at DEBUG, for every other package
         folder = Path(self.pipeline.model.model_dir)
         self.name = folder.resolve().name if Path(model).is_dir() else model
-        self.identity = {"name": self.name, "weights_sha256": {p.name: sha256(p) for p in sorted(folder.glob("*.bin"))}}
+        self.identity = {"name": self.name, "weights_sha256": {p.name: cached_sha256(p) for p in sorted(folder.glob("*.bin"))}}
 
     def __call__(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
         """Answers to questions about an image, as mPLUG words them."""

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from tim.digests import cached_sha256
 from tim.evaluation.geneval.detection import COCO_CLASSES, MAX_DETECTIONS, SYNONYMS, Detections, Detector
 from tim.evaluation.geneval.mask2former import (
     NAME,
@@ -26,7 +27,6 @@ from tim.evaluation.geneval.mask2former import (
 )
 from tim.evaluation.inputs import shown
 from tim.evaluation.pretrained import load_pretrained
-from tim.files import sha256
 from tim.models.loading import read_state_dict
 
 OWL, GROUNDING = ("owlvit", "owlv2"), ("grounding-dino", "mm-grounding-dino")  # model types
@@ -49,7 +49,7 @@ def load_detector(model_path: str, device: torch.device) -> Detector:
     if checkpoint is None:
         return _load_transformers(model_path, device)
     model = build_mask2former(_read(checkpoint), swin_s_config(), checkpoint)
-    identity = {"name": f"{NAME} (mmdet weights)", "weights_sha256": {checkpoint.name: sha256(checkpoint)}}
+    identity = {"name": f"{NAME} (mmdet weights)", "weights_sha256": {checkpoint.name: cached_sha256(checkpoint)}}
     return Mask2FormerDetector(model, prepare_image, range(len(COCO_CLASSES)), identity, device)
 
 
