@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tim.files import parse_json, read_text, replacing
+from tim.files import replacing
 from tim.images import IMAGE_SUFFIXES, image_size, read_png
 from tim.listing import list_files
 
@@ -42,18 +42,6 @@ def find_images(folder: str | Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(files, key=lambda p: p.relative_to(folder).as_posix())
-
-
-def read_json(path: Path) -> Any:
-    """Content of a JSON file.
-
-    Raises:
-        ValueError: names one that is damaged.
-    """
-    try:
-        return parse_json(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def shown(names: Sequence[str], most: int = SHOWN) -> str:

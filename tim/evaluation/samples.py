@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tim.evaluation.inputs import find_images, read_json, some
-from tim.files import run_record
+from tim.evaluation.inputs import find_images, some
+from tim.files import read_json, run_record
 
 # Paths of images without their suffix, as the samplers number them: of classes, of own prompts, of GenEval.
 NUMBERED = (r"(\d{6})", r"(\d{5})-(\d{2})", r"(\d{5})/samples/(\d{5})")

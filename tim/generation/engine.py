@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import tim
 from tim.checkpoint.weights import Weights
-from tim.files import claim, parse_json, replacing, run_record, write_json
+from tim.files import claim, read_json, replacing, run_record, write_json
 from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Sampler
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
@@ -185,7 +185,7 @@ def _claim(folder: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weigh
 def _read_record(path: Path) -> dict[str, Any]:
     """A run's record; one without settings when there is none, or it is damaged."""
     try:
-        record = parse_json(path.read_bytes())
+        record = read_json(path)
         return record if isinstance(record["settings"], dict) else {"settings": {}}
     except (OSError, ValueError, KeyError, TypeError):
         return {"settings": {}}

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tim import rng
-from tim.files import parse_json, published, read_json_lines, read_text, replacing, write_json_lines
+from tim.files import parse_json, published, read_json, read_json_lines, read_text, replacing, write_json_lines
 from tim.images import is_whole, make_grid, read_png, save_image
 from tim.listing import check_inside, list_files
 
@@ -234,7 +234,7 @@ def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
     path = published(str(path))
     _check_there(path, "MJHQ-30K's prompts", FETCH.format("mjhq"))
     try:
-        meta = parse_json(read_text(path))
+        meta = read_json(path)
         names = [f"{entry['category']}/{key}" for key, entry in meta.items()]
         prompts = [entry["prompt"] for entry in meta.values()]
     except (ValueError, AttributeError, KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
 from tim.config import Config, Training
-from tim.files import write_json
+from tim.files import read_json, write_json
 
 RUN_NAME = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name"}
 IDS = "tracker.json"  # in the project folder: by which id a tracker knows the run
@@ -86,7 +86,9 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, str | int | fl
 
 def _id_of_run(path: Path, name: str) -> str:
     """The id by which a tracker knows the run, made at the first start."""
-    ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ids = read_json(path) if path.is_file() else {}
+    if not isinstance(ids, dict):
+        raise ValueError(f"{path} does not say by which ids trackers know the run; delete it to begin another there")
     if name not in ids:
         ids[name] = secrets.token_hex(4)
         write_json(path, ids)
