@@ -255,7 +255,7 @@ def claim(
             before = read_json(record)
             before = before if key is None else before[key]
             changed = next((k for k in identity if before.get(k) != identity[k]), None)
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{record} does not say what {folder} holds; {remedy}, or move this one away") from error
         if changed is not None:
             there, now = before.get(changed), identity[changed]

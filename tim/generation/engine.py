@@ -25,6 +25,7 @@ from tim.files import claim, read_json, replacing, run_record, write_json
 from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Sampler
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
+from tim.listing import check_plain
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes
 
 # Do not change an image: dtype stands for what identity holds as network.dtype.
@@ -112,6 +113,7 @@ def _find_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: 
 def _is_whole_latent(path: Path) -> bool:
     """Whether a file of latents is there to its end; safetensors compares its length with its header."""
     try:
+        check_plain(path)
         with safe_open(path, "pt") as file:
             return list(file.keys()) == ["latent"]
     except (OSError, SafetensorError):
@@ -186,8 +188,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     """A run's record; one without settings when there is none, or it is damaged."""
     try:
         record = read_json(path)
-        return record if isinstance(record["settings"], dict) else {"settings": {}}
-    except (OSError, ValueError, KeyError, TypeError):
+        count = record["settings"].get("num_fid_samples", 0)
+        return record if type(count) is int and count >= 0 else {"settings": {}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"settings": {}}
 
 
