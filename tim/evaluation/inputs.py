@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tim.files import replacing
 from tim.images import IMAGE_SUFFIXES, image_size, read_png
-from tim.listing import list_files
+from tim.listing import check_plain, list_files
 
 SHOWN = 5  # names in a message
 LOCAL_HEADER = 30  # bytes of a zip member's fixed header; name and extra field follow
@@ -169,6 +169,7 @@ def npz_names(path: Path) -> list[str]:
         ValueError: when it is none.
     """
     try:
+        check_plain(path)
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError) as error:
