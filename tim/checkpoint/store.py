@@ -7,6 +7,7 @@ copies such as `step-0001000-best`, and links belong to the user: nothing here l
 
 import itertools
 import json
+import os
 import re
 import shutil
 import warnings
@@ -235,9 +236,9 @@ def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) 
         raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")
     # A folder cannot be replaced in one move. Killed between the two, `tidy_checkpoints` brings the old one back.
     aside = final.with_name(f".{final.name}.old")
-    if final.exists() and _is_renamed(final):  # the user's
-        kept = next(p for n in itertools.count(1) if not (p := final.with_name(f"{final.name} ({n})")).exists())
-        warnings.warn(f"{final} is a checkpoint of another step and becomes {kept.name}", stacklevel=2)
+    if os.path.lexists(final) and final not in list_checkpoints(final.parent):  # the user's
+        kept = next(p for n in itertools.count(1) if not os.path.lexists(p := final.with_name(f"{final.name} ({n})")))
+        warnings.warn(f"{final} is no checkpoint of its step and becomes {kept.name}", stacklevel=2)
         final.rename(kept)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
