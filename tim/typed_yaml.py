@@ -198,6 +198,13 @@ def _look_up(tree: Any, key: str, place: str) -> Any:
     return tree
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested dictionary by dotted name; an empty dictionary is a leaf."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in flatten(value, f"{prefix}{key}.").items()}
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return next(iter(str(error).splitlines()), type(error).__name__)
