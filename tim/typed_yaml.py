@@ -34,6 +34,7 @@ LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what tensors hold
 REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
 PositiveInt = Annotated[int, "> 0"]
 NotNegative = Annotated[int, ">= 0"]
+ImageSide = Annotated[int, "> 0", "<= 65536"]  # in pixels
 PositiveFloat = Annotated[float, "> 0"]
 Fraction = Annotated[float, ">= 0", "<= 1"]
 T = TypeVar("T", bound="DataclassInstance")
