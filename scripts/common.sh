@@ -7,11 +7,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/prelude.sh"
 source scripts/environment.sh
 if [ -z "${PYTHON:-}" ]; then
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
-  "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' || asks_for_help "$@" || {
-    echo "error: $PYTHON has no PyTorch; run 'bash scripts/setup_venv.sh' once, or set PYTHON to an interpreter that has it" >&2
-    exit 2
-  }
+else
+  case "$PYTHON" in */*) PYTHON="$(given_path "$PYTHON")" ;; esac
 fi
+has_torch='import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+asks_for_help "$@" || "$PYTHON" -c "$has_torch" >/dev/null 2>&1 || {
+  echo "error: $PYTHON has no PyTorch; run 'bash scripts/setup_venv.sh' once, or set PYTHON to an interpreter that has it" >&2
+  exit 2
+}
 
 # explain FUNCTION PROGRAM ARGS...: answer --help of a launcher that calls FUNCTION, which starts PROGRAM.
 explain() {
@@ -28,9 +31,13 @@ explain() {
 
 # split TEXT: set the array `words` to its words; quotes keep a word with spaces together, as in a shell.
 split() {
-  local word
+  local word list
   words=()
-  [ -z "$1" ] || while IFS= read -r word; do words+=("$word"); done < <(printf '%s\n' "$1" | xargs -n 1 printf '%s\n')
+  list="$(printf '%s\n' "$1" | xargs -n 1 printf '%s\n')" || {
+    echo "error: the quotes in $1 do not match; write \"a.b=c d.e='two words'\"" >&2
+    exit 2
+  }
+  [ -z "$list" ] || while IFS= read -r word; do words+=("$word"); done <<<"$list"
 }
 
 # launch FILE ARGS...: run an entry point on all processes of this node. With replace=exec it takes the place of the script, so
@@ -38,6 +45,10 @@ split() {
 launch() {
   local gpus nnodes="${NNODES:-1}" port="${MASTER_PORT:-29500}"
   gpus="${GPUS:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+  if [[ ! "$gpus" =~ ^[1-9][0-9]*$ || ! "$nnodes" =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: GPUS=$gpus and NNODES=$nnodes must be whole numbers from 1 on" >&2
+    exit 2
+  fi
   if [ "$nnodes" = 1 ] && [ "$gpus" = 1 ]; then
     ${replace-} "$PYTHON" "$@"
   elif [ "$nnodes" = 1 ]; then

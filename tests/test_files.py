@@ -21,6 +21,7 @@ from tim.files import (
     claim,
     lock,
     parse_json,
+    read_json,
     read_json_lines,
     replacing,
     sha256,
@@ -233,6 +234,33 @@ def test_an_error_of_the_first_process_keeps_its_words(tmp_path):
         first_process(PartialState(), lambda: (_ for _ in ()).throw(PermissionError("read-only")))
     with locked(tmp_path, PartialState()):
         assert first_process(PartialState(), lambda: 3) == 3
+
+
+def test_what_says_who_holds_a_lock_is_no_way_to_other_files(tmp_path):
+    """In a folder of others it may be a pipe, or a link."""
+    run, holder = tmp_path / "run", tmp_path / "run" / ".lock.holder"
+    run.mkdir()
+    (tmp_path / "precious").write_text("mine")
+    for make in (lambda: holder.symlink_to(tmp_path / "precious"), lambda: os.mkfifo(holder), holder.mkdir):
+        make()
+        with lock(run):
+            pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_pipes_are_neither_read_nor_written_as_json(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for use in (read_json, lambda path: append_json_lines(path, [{}])):
+        with pytest.raises(OSError, match="a folder, a pipe or a device instead of a file"):
+            use(tmp_path / "pipe")
+    assert read_json_lines(tmp_path / "pipe") == []
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"settings": []}', '{"settings": 3}', "{}", "null", "[" * 100000])
+def test_a_record_of_another_form_is_no_claim(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json does not say what .* holds"):
+        claim(tmp_path / "run.json", {"a": 1}, "images", key="settings")
 
 
 def test_brackets_by_the_thousand_are_an_error_like_others():

@@ -237,6 +237,23 @@ def test_paths_count_from_where_the_caller_stands_and_overrides_keep_their_space
     assert words[4] == "checkpoints/c2i_model_256.safetensors" and words[6] == f"{tmp_path}/out" and words[-1] == "my run"
 
 
+@pytest.mark.parametrize(
+    "variables,words",
+    [
+        ({"OVERRIDES": "a.b='two words"}, "the quotes in a.b='two words do not match"),
+        ({"GPUS": "x"}, "GPUS=x and NNODES=1 must be whole numbers"),
+        ({"GPUS": "0"}, "GPUS=0 and NNODES=1 must be whole numbers"),
+        ({"NNODES": "-1"}, "GPUS=1 and NNODES=-1 must be whole numbers"),
+        ({"PYTHON": "./nowhere"}, "./nowhere has no PyTorch; run 'bash scripts/setup_venv.sh'"),
+    ],
+)
+def test_variables_that_mean_nothing_start_nothing(echo, tmp_path, variables, words):
+    env = {**os.environ, "PYTHON": "./echo", "GPUS": "1", **variables}
+    script = ROOT / "scripts/train/c2i/train_tim_c2i_b.sh"
+    done = subprocess.run(["bash", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and f"error: {words}" in done.stderr
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_script_answers_help_with_its_variables(flag, tmp_path):
     """From any folder, at once, without PyTorch, and without making .venv."""

@@ -31,3 +31,18 @@ def test_numbers_that_mean_nothing(words, flag, tmp_path):
     done = command(f"tools/{program}", *flags, check=False)
     assert (done.returncode, done.stdout) == (2, "") and f"error: {flag}" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["projects/train/trainer_c2i.py", "--config", DIGITS, "--project_dir", ""],
+        ["projects/preprocess/image_latent_c2i.py", "--config", "configs/preprocess/imagenet_256.yaml", "--project_dir", ""],
+        ["tools/build_shards.py", "--image-dir", "images", "--out", ""],
+        ["tools/write_prompts.py", "--config", DIGITS, "--out", ""],
+    ],
+)
+def test_an_empty_folder_is_not_the_current_one(words, tmp_path):
+    done = command(*words, check=False, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(": the path is empty; --help lists the flags\n")
+    assert not list(tmp_path.iterdir())

@@ -73,6 +73,17 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
     return Parser(description=inspect.cleandoc(description or ""), formatter_class=HelpFormatter)
 
 
+def usable_path(text: str) -> Path:
+    """A path of the command line that the system takes: not empty, as from an unset variable, nor too long."""
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:200]} cannot be a path: {error.strerror}") from error
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def add_config_arguments(parser: argparse._ActionsContainer, config_help: str = "YAML file") -> None:
     """Add --config and its overrides to a parser or group; see `parse_with_overrides`."""
     parser.add_argument("--config", required=True, metavar="FILE", help=config_help)

@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 
 from tim.targets import Target, check_keywords
-from tim.typed_yaml import ConfigError, Fraction, NotNegative, PositiveFloat, PositiveInt, build_typed, convert, read_tree
+from tim.typed_yaml import (
+    ConfigError,
+    Fraction,
+    ImageSide,
+    NotNegative,
+    PositiveFloat,
+    PositiveInt,
+    build_typed,
+    convert,
+    read_tree,
+)
 
 IGNORED_KEYS = ("training.proportion_empty_prompts", "training.validation_steps")
 OBJECTIVE = "tim.schedulers.transition.TransitionSchedule"
@@ -84,7 +94,7 @@ class Dataset:
     name: str | None = None
     latent_dir: str | None = None
     image_dir: str | None = None
-    image_size: Annotated[int, "> 0", "<= 65536"] | None = None
+    image_size: ImageSide | None = None
     shard_dir: str | None = None
     index_dir: str | None = None
     mirror: bool = True

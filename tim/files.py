@@ -134,6 +134,20 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: when it is missing, or no plain file.
+        ValueError: when it is damaged; names it.
+    """
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all, in a folder that is made when it is missing."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -149,6 +163,8 @@ def append_json_lines(path: Path, records: list[Any]) -> None:
 
     A line that a killed process left unfinished is closed first, so that it alone is lost.
     """
+    if path.exists():
+        check_plain(path)
     with naming(path), open(path, "ab+") as f:
         if f.tell() > 0:
             f.seek(-1, os.SEEK_END)
@@ -236,10 +252,10 @@ def claim(
     folder = folder or record.parent
     if record.is_file():
         try:
-            before = parse_json(record.read_bytes())
+            before = read_json(record)
             before = before if key is None else before[key]
             changed = _first_difference(before, identity)
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{record} does not say what {folder} holds; {remedy}, or move this one away") from error
         if changed is not None:
             raise ValueError(f"{folder} holds {holds} of another run ({changed}); {remedy}")
@@ -286,17 +302,19 @@ def lock(folder: Path, file: Path | None = None) -> Iterator[None]:
             partial.unlink(missing_ok=True)
         with suppress(OSError):  # on a full disk there may yet be nothing to write
             since = {"pid": os.getpid(), "host": socket.gethostname(), "since": _clock(time.time())}
+            holder.unlink(missing_ok=True)  # a pipe would be waited for, and a link's target be overwritten
             holder.write_text(json.dumps(since), encoding="utf-8")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):
+            holder.unlink()
         held.release()
 
 
 def _holder_words(holder: Path, lock_file: Path, folder: Path) -> str:
     """Who holds the lock of a folder, for a message; nothing when that is unknown."""
     try:
-        pid, host, since = (json.loads(holder.read_text(encoding="utf-8"))[key] for key in ("pid", "host", "since"))
+        pid, host, since = (read_json(holder)[key] for key in ("pid", "host", "since"))
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     if host == socket.gethostname():

@@ -112,6 +112,11 @@ class Target:
             said = f"{type(error).__name__}: {first_line(error)} (TIM_DEBUG=1 says where)"
             raise ConfigError(f"{self.target} cannot be built with {shown(self.params)}: {said}") from error
 
+    def keywords(self) -> dict[str, Any]:
+        """All keywords as `build` would pass them, defaults among them, so that writing a default down changes nothing."""
+        known = constructor_keywords(self.resolve()).values()
+        return {k.name: k.default for k in known if k.default is not k.empty} | self.params
+
     def argument(self, name: str) -> Any:
         """A keyword as `build` would pass it, or its default; None when the constructor has no such keyword."""
         if name in self.params:

@@ -34,6 +34,7 @@ LARGEST = {int: 2**63 - 1, float: 3.4e38}  # what tensors hold
 REFERENCE = re.compile(r"\$\{([\w-]+(?:\.[\w-]+)*)\}")
 PositiveInt = Annotated[int, "> 0"]
 NotNegative = Annotated[int, ">= 0"]
+ImageSide = Annotated[int, "> 0", "<= 65536"]  # in pixels
 PositiveFloat = Annotated[float, "> 0"]
 Fraction = Annotated[float, ">= 0", "<= 1"]
 T = TypeVar("T", bound="DataclassInstance")
@@ -196,6 +197,13 @@ def _look_up(tree: Any, key: str, place: str) -> Any:
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(f"{place}: there is no {key}") from error
     return tree
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested dictionary by dotted name; an empty dictionary is a leaf."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.removesuffix("."): tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in flatten(value, f"{prefix}{key}.").items()}
 
 
 def first_line(error: BaseException) -> str:

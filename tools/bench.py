@@ -9,10 +9,9 @@ unless told otherwise. `adm` extracts Inception features of images and tells the
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tim.cli import add_allow_code, check_least, command_parser, parse_with_overrides, run_command
+from tim.cli import add_allow_code, check_least, command_parser, parse_with_overrides, run_command, usable_path
 
 if TYPE_CHECKING:
     from tim.benchmarks.measure import Results
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_argument("--batch-size", type=int, help="default: the config's; 1 for text-to-image sampling, 64 for adm")
     shared.add_argument("--steps", type=int, default=20, help="timed steps; overhead: steps between checkpoints")
     shared.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
-    shared.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers here")
+    shared.add_argument("--json", type=usable_path, metavar="FILE", help="also write the numbers here")
     model = parser.add_argument_group("train, overhead, sample")
     model.add_argument("--config", metavar="FILE", help="YAML file")
     model.add_argument("--compile", action="store_true", help="torch.compile the network (text-to-image: the decoder)")
@@ -63,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     t2i.add_argument("--tile-vae", type=int, metavar="PIXELS", help="decode larger images in tiles")
     t2i.add_argument("--psnr", action="store_true", help="compare decoding in bfloat16 with float32")
     adm = parser.add_argument_group("adm")
-    adm.add_argument("--inception", type=Path, metavar="FILE", help="weights (default: in checkpoints/)")
+    adm.add_argument("--inception", type=usable_path, metavar="FILE", help="weights (default: in checkpoints/)")
     adm.add_argument("--images", type=int, default=1000, help="number of generated PNG files to read")
     adm.add_argument("--side", type=int, default=256, help="of these images, in pixels")
     adm.add_argument("--workers", type=int, help="processes that read images (default: up to 8)")

@@ -6,7 +6,7 @@ build_shards.py --image-dir DIR --out SHARDS packs images with their labels. Run
 
 from pathlib import Path
 
-from tim.cli import check_least, command_parser, run_command
+from tim.cli import check_least, command_parser, run_command, usable_path
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     sources.add_argument("--latent-dir", help="DIR/<class>/<name>.safetensors")
     sources.add_argument("--image-dir", help="DIR/<class>/<name>.*")
     shards = parser.add_argument_group("shards")
-    shards.add_argument("--out", required=True, help="folder of the shards")
+    shards.add_argument("--out", type=usable_path, required=True, help="folder of the shards")
     shards.add_argument("--index-dir", help="folder of the index files (default: that of the shards)")
     shards.add_argument("--samples-per-shard", type=int, default=10000, help="the last shard may hold fewer")
     shards.add_argument("--name", default="shard", help="shards are called NAME-00000-of-00010.tar")

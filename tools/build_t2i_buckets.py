@@ -4,16 +4,16 @@ SOURCE is a folder with name.txt (a caption a line) beside name.png; a .jsonl wi
 or webdataset tar shards (a folder of them will do), whose images are unpacked to the root folder.
 """
 
-from pathlib import Path
-
-from tim.cli import check_least, command_parser, run_command
+from tim.cli import check_least, command_parser, run_command, usable_path
 
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("source", nargs="+", type=Path, metavar="SOURCE", help="captioned images")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the two files")
-    parser.add_argument("--root", type=Path, help="folder of the images (default: SOURCE, its folder, or OUT/images for tars)")
+    parser.add_argument("source", nargs="+", type=usable_path, metavar="SOURCE", help="captioned images")
+    parser.add_argument("--out", type=usable_path, required=True, help="folder of the two files")
+    parser.add_argument(
+        "--root", type=usable_path, help="folder of the images (default: SOURCE, its folder, or OUT/images for tars)"
+    )
     layout = parser.add_argument_group("buckets")
     layout.add_argument("--area", type=int, default=512, help="side of the square whose area the buckets have")
     layout.add_argument("--factor", type=int, default=32, help="pixels per token along a side")

@@ -3,15 +3,13 @@
 export_checkpoint.py SOURCE OUT.safetensors [--weights ema|raw] [--config FILE]
 """
 
-from pathlib import Path
-
-from tim.cli import add_allow_code, command_parser, run_command
+from tim.cli import add_allow_code, command_parser, run_command, usable_path
 
 
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("source", help="weights file, checkpoint folder or project folder (its newest undamaged checkpoint)")
-    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("out", type=usable_path, help="the file to write")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: the EMA when there is one")
     parser.add_argument("--config", help="refuse weights that do not match this config's network key for key")
     add_allow_code(parser)

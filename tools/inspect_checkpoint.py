@@ -3,13 +3,15 @@
 import sys
 from pathlib import Path
 
-from tim.cli import add_allow_code, command_parser, run_command
+from tim.cli import add_allow_code, command_parser, run_command, usable_path
 
 
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("source", help="weights file, checkpoint folder or project folder")
-    parser.add_argument("--config", type=Path, action="append", help="config to compare with (default: all under configs/)")
+    parser.add_argument(
+        "--config", type=usable_path, action="append", help="config to compare with (default: all under configs/)"
+    )
     add_allow_code(parser)
     args = parser.parse_args()
 

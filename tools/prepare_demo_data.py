@@ -3,9 +3,7 @@
 prepare_demo_data.py openmoji|nature|shapes|digits|text-encoder --out DIR
 """
 
-from pathlib import Path
-
-from tim.cli import command_parser, run_command
+from tim.cli import command_parser, run_command, usable_path
 
 
 def main() -> None:
@@ -15,7 +13,7 @@ def main() -> None:
         choices=("openmoji", "nature", "shapes", "digits", "text-encoder"),
         help="nature: food, plants and animals of openmoji",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
+    parser.add_argument("--out", type=usable_path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
     parser.add_argument("--size", type=int, help="longer side in pixels (default: emoji up to 180, shapes 40)")
     args = parser.parse_args()
 

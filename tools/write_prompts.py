@@ -1,14 +1,12 @@
 """Write the captions of a text-to-image set as prompt files, one an image size: write_prompts.py --config FILE --out DIR"""
 
-from pathlib import Path
-
-from tim.cli import add_config_arguments, check_least, command_parser, parse_with_overrides, run_command
+from tim.cli import add_config_arguments, check_least, command_parser, parse_with_overrides, run_command, usable_path
 
 
 def main() -> None:
     parser = command_parser(__doc__)
     add_config_arguments(parser, "text-to-image YAML file; its data and sizes count")
-    parser.add_argument("--out", type=Path, required=True, help="folder of prompts-HxW.txt")
+    parser.add_argument("--out", type=usable_path, required=True, help="folder of prompts-HxW.txt")
     parser.add_argument("--limit", type=int, help="at most this many prompts in all, spread over the set")
     args = parse_with_overrides(parser)
     check_least(args, limit=1)

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, verified, retired in order."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from tim.checkpoint.store import (
     latest_checkpoint,
     list_checkpoints,
     prune_checkpoints,
+    read_state,
     tidy_checkpoints,
 )
 from tim.training.ema import EMA
@@ -130,6 +132,45 @@ def test_only_step_and_a_number_counts_and_nothing_else_is_touched(trained, tmp_
     prune_checkpoints(tmp_path, 1, keep_steps=[9])
     assert set(tmp_path.iterdir()) == foreign | {tmp_path / "step-9", tmp_path / "step-0000010"}
     assert load(tmp_path / "step-best", network, None, optimizer)["step"] == 10, "by its own name it is taken"
+
+
+@pytest.mark.parametrize("kind", ["renamed", "link", "file"])
+def test_what_a_user_put_in_the_place_of_a_checkpoint_is_kept(trained, tmp_path, kind):
+    network, _, optimizer = trained
+    place = save_checkpoint(tmp_path, 9, network, None, optimizer, {}).rename(tmp_path / "step-0000010")
+    if kind == "link":
+        place.rename(tmp_path / "best")
+        place.symlink_to("best")
+    elif kind == "file":
+        shutil.rmtree(place)
+        place.write_text("mine")
+    with pytest.warns(UserWarning, match=r"is no checkpoint of its step and becomes step-0000010 \(1\)"):
+        save_checkpoint(tmp_path, 10, network, None, optimizer, {})
+    kept = tmp_path / "step-0000010 (1)"
+    assert kept.read_text() == "mine" if kind == "file" else read_state(kept)["step"] == 9
+    assert kept.is_symlink() == (kind == "link") and [path.name for path in list_checkpoints(tmp_path)] == ["step-0000010"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_a_pipe_in_a_checkpoint_is_damage_and_not_waited_for(trained, tmp_path, name):
+    network, _, optimizer = trained
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, network, None, optimizer, {})
+    (tmp_path / "step-0000002" / name).unlink()
+    os.mkfifo(tmp_path / "step-0000002" / name)
+    with pytest.warns(UserWarning, match=f"passing over .*{name}"):
+        assert latest_checkpoint(tmp_path).name == "step-0000001"
+
+
+@pytest.mark.parametrize("step", ["Infinity", "6.5", '"6"', "-6", "true", "null", "1" * 30])
+def test_a_step_that_is_no_number_of_steps_is_damage(trained, tmp_path, step):
+    network, _, optimizer = trained
+    path = save_checkpoint(tmp_path, 6, network, None, optimizer, {})
+    (path / "state.json").write_text(f'{{"step": {step}}}')
+    with pytest.raises(ValueError, match=r"state\.json does not say the state of a run"):
+        read_state(path)
+    with pytest.warns(UserWarning, match="passing over"):
+        assert latest_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["full", "sharded"])

@@ -198,8 +198,8 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
 @pytest.mark.parametrize(
     "batches,match",
     [
-        ("[[0, 1", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON: it is nested too deeply"),
+        ("[[0, 1", "is no JSON"),
+        ("[" * 100_000, "is no JSON: it is nested too deeply"),
         ([], "at least one batch"),
         ({"0": [0]}, "at least one batch"),
         ([[0], []], r"batch 1 .* bucket that names no line"),

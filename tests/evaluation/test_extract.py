@@ -1,7 +1,9 @@
 """Reading images and extracting features: any source, any number of processes, interruptions, damage."""
 
+import os
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -11,7 +13,17 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from tim.evaluation.extract import Extraction, FeatureExtractor
-from tim.evaluation.inputs import ImageArray, ImageFiles, as_uint8_tensor, check_one_size, find_images, map_member, open_images
+from tim.evaluation.inputs import (
+    ImageArray,
+    ImageFiles,
+    as_uint8_tensor,
+    check_one_size,
+    find_images,
+    map_member,
+    npz_arrays,
+    npz_names,
+    open_images,
+)
 from tim.images import save_png
 from tim.resumable import map_items
 
@@ -236,3 +248,26 @@ def test_work_goes_on_after_an_interruption_and_refuses_other_work(tmp_path):
         go(model="b")
     with pytest.raises(ValueError, match="items"):
         go(range(12), model="a")
+
+
+@pytest.mark.parametrize("shape", ["(-1, 8, 8, 3)", "(1000000000000,)", "(" * 3000, "x"])
+def test_an_array_whose_header_says_nonsense_is_named(tmp_path, shape):
+    path = tmp_path / "a.npz"
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}".encode() + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    for read in (lambda: open_images(path, tmp_path), lambda: npz_arrays(path, ["arr_0"])):
+        with pytest.raises(ValueError, match=r"a\.npz: arr_0 cannot be read"):
+            read()
+
+
+def test_pipes_are_no_arrays(folder, tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"a\.npz is damaged or no \.npz: .*a pipe"):
+        npz_names(tmp_path / "a.npz")
+    files = find_images(folder)[:4]
+    before = run(ImageFiles(files), tmp_path / "cache").array("pixels")
+    (chunk,) = (tmp_path / "cache").rglob("*.npz")
+    chunk.unlink()
+    os.mkfifo(chunk)
+    np.testing.assert_array_equal(run(ImageFiles(files), tmp_path / "cache").array("pixels"), before)

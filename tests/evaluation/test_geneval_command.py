@@ -175,7 +175,7 @@ def remove(pattern):
         (lambda folder: [p.rename(folder / f"x{p.name}") for p in folder.iterdir()], "holds no folders 00000"),
         (remove("0000[12]/metadata.jsonl"), r"2 \(00001, 00002\) of 3 prompts without metadata\.jsonl"),
         (remove("00002/samples/*"), r"1 \(00002\) of 3 prompts without samples"),
-        (rewrite("{"), r"00001/metadata\.jsonl is not one line of JSON"),
+        (rewrite("{"), r"00001/metadata\.jsonl is no JSON"),
         (rewrite('{"prompt": "a"}'), r"00001/metadata\.jsonl has no `tag` and `prompt`"),
         (
             rewrite('{"tag": "a", "prompt": "b", "include": [{"class": "bnch", "count": 1}]}'),

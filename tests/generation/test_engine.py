@@ -1,6 +1,7 @@
 """Folders of samples: whose they are, what completes them, what is made again, what is not written."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -118,6 +119,11 @@ def test_damaged_files_are_made_again(draw, tmp_path):
         (images / f"{k:06d}.png").write_bytes(damage)
     (latents / "000004.safetensors").write_bytes(before[1]["000004.safetensors"][:-1])
     (latents / "000005.safetensors").write_bytes(b"")
+    (latents / "000003.safetensors").unlink()
+    os.mkfifo(latents / "000003.safetensors")
+    own = record(images)
+    own["settings"]["num_fid_samples"] = "x"
+    run_record(images).write_text(json.dumps(own))
     for name in (".run.run.json.abcd1234.part", ".run.png.abcd1234.part", "run.latents/.1.safetensors.abcd1234.part"):
         (tmp_path / name).write_bytes(b"left by a killed run")
     draw("--save-latent")

@@ -210,6 +210,7 @@ def test_mistakes_are_refused(source, whole, tmp_path):
     cases = [
         (["image_sise=32"], "image_size"),
         (["image_size=30"], "multiple of 8"),
+        (["image_size=10000000"], "image_size must be <= 65536"),
         (["latent_dtype=int8"], "latent_dtype='int8'"),
         (["batch_size=0"], "batch_size must be >= 1"),
         ([f"image_dir={tmp_path}/absent"], "no dataset folder"),

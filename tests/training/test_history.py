@@ -15,6 +15,7 @@ from tim.checkpoint.store import find_corruption
 from tim.config import load_config
 from tim.files import sha256
 from tim.training import loop
+from tim.training.resume import check_saved
 from tim.training.tasks import ClassTask
 
 SMALL = [
@@ -191,6 +192,29 @@ def test_a_checkpoint_that_does_not_say_resumes(train, project, caplog):
         manifest["state.json"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         train(project, 5, f"training.resume_from_checkpoint={folder}")
+
+
+@pytest.mark.parametrize(
+    "key,value,words",
+    [
+        ("samples_seen", -1, "samples_seen must be >= 0"),
+        ("samples_seen", "x", "samples_seen must be int"),
+        ("lr", "x", "lr must be float"),
+        ("batch", {}, "batch has no accumulation"),
+        ("batch", {"size": 4, "accumulation": 1, "global": 10**15}, "batch.global must be <= "),
+        ("lr_scheduler", [], "lr_scheduler must be dict"),
+        ("lr_scheduler", {"last_epoch": "x", "lr_lambdas": [None]}, "lr_scheduler.last_epoch must be int"),
+        ("guard", {"counts": []}, "guard has no norms"),
+        ("guard", {"counts": [], "norms": []}, "guard.counts must have three numbers"),
+        ("settings", [1], "settings must be dict"),
+        ("scaler", "x", "scaler must be dict"),
+    ],
+)
+def test_a_state_that_no_trainer_wrote_is_named(trained, key, value, words):
+    state = json.loads((trained / "checkpoints" / "step-0000003" / "state.json").read_text())
+    check_saved(state, "there: ")
+    with pytest.raises(ValueError, match=f"^there: {words}"):
+        check_saved(state | {key: value}, "there: ")
 
 
 def test_going_back_asks_to_move_the_newer_checkpoints_away(train, project):

@@ -12,7 +12,7 @@ from tim.checkpoint.formats import has_weights, is_sharded, read_weights
 from tim.checkpoint.store import find_corruption, is_checkpoint, list_checkpoints
 from tim.checkpoint.weights import empty_network
 from tim.config import load_config
-from tim.files import parse_json
+from tim.files import read_json
 from tim.models.loading import check_state, read_state_dict
 
 
@@ -66,7 +66,7 @@ def _describe_file(path: Path, configs: Sequence[Path]) -> tuple[list[str], bool
 def _describe_files(folder: Path, problem: str | None) -> list[str]:
     """A checkpoint's step, state and files."""
     try:
-        step = parse_json((folder / "state.json").read_bytes())["step"]
+        step = read_json(folder / "state.json")["step"]
     except (OSError, ValueError, KeyError, TypeError):
         step = "unknown"
     kind = "sharded" if is_sharded(folder) else "full"

@@ -5,7 +5,9 @@ sizes and sha256, read back against it, and renamed into place. Old ones go only
 copies such as `step-0001000-best`, and links belong to the user: nothing here looks at them.
 """
 
+import itertools
 import json
+import os
 import re
 import shutil
 import warnings
@@ -21,7 +23,8 @@ from torch import nn
 
 from tim.checkpoint.formats import Snapshot, read_into, tensor_files, write_snapshot
 from tim.distributed import on_all_ranks, on_first_rank
-from tim.files import flush, naming, settle, sha256, write_json, write_text
+from tim.files import flush, naming, read_json, settle, sha256, write_json, write_text
+from tim.typed_yaml import NotNegative, convert
 
 MANIFEST = "manifest.json"
 
@@ -128,9 +131,9 @@ def is_checkpoint(path: Path) -> bool:
 def find_corruption(path: Path) -> str | None:
     """Why a checkpoint cannot be used; None when its manifest names all that it needs, with the sizes and sha256 they have."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
 
     def check(name: str) -> str | None:
@@ -161,8 +164,8 @@ def find_corruption(path: Path) -> str | None:
 def read_state(path: Path) -> dict[str, Any]:
     """What a checkpoint's state.json says. ValueError when it is not from here."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return {**state, "step": int(state["step"])}
+        state = read_json(path / "state.json")
+        return {**state, "step": convert(state["step"], NotNegative, "step")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / 'state.json'} does not say the state of a run: {error}") from error
 
@@ -233,6 +236,10 @@ def _put_in_place(partial: Path, final: Path, files: dict[str, dict[str, Any]]) 
         raise OSError(f"{partial} was written but cannot be read back: {problem}; check the disk, and that all nodes share it")
     # A folder cannot be replaced in one move. Killed between the two, `tidy_checkpoints` brings the old one back.
     aside = final.with_name(f".{final.name}.old")
+    if os.path.lexists(final) and final not in list_checkpoints(final.parent):  # the user's
+        kept = next(p for n in itertools.count(1) if not os.path.lexists(p := final.with_name(f"{final.name} ({n})")))
+        warnings.warn(f"{final} is no checkpoint of its step and becomes {kept.name}", stacklevel=2)
+        final.rename(kept)
     if final.exists():
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)

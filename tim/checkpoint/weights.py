@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import tim
 from tim.checkpoint.accelerate_folder import NAME, latest_folder, weights_files
 from tim.checkpoint.formats import has_weights, is_sharded, read_weights
-from tim.checkpoint.store import MANIFEST, find_corruption, is_checkpoint, latest_checkpoint
+from tim.checkpoint.store import MANIFEST, find_corruption, is_checkpoint, latest_checkpoint, read_state
 from tim.config import Config
 from tim.digests import cached_sha256
-from tim.files import parse_json, replacing, sha256
+from tim.files import read_json, replacing, sha256
 from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
 
@@ -65,7 +65,7 @@ class Weights:
         """
         if self.source.is_file():
             return cached_sha256(self.source)
-        manifest = parse_json((self.source / MANIFEST).read_bytes())
+        manifest = read_json(self.source / MANIFEST)
         lines = [self.kind, *(f"{entry['sha256']}  {name}" for name, entry in sorted(manifest.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -73,7 +73,7 @@ class Weights:
         """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
         if self.checkpoint is None:
             return {"weights": self.kind, "source": self.source.name}
-        step = parse_json((self.checkpoint / "state.json").read_bytes())["step"]
+        step = read_state(self.checkpoint)["step"]
         known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(step)}
         config = self.checkpoint.parent.parent / "config.yaml"
         return {**known, "config_sha256": sha256(config)} if config.is_file() else known

@@ -18,7 +18,7 @@ from tim.data.c2i import Images, Latents
 from tim.data.folders import Folder, find_beside
 from tim.data.replacement import LabelledSamples
 from tim.digests import cached_sha256
-from tim.files import claim, parse_json, read_text, write_tensors
+from tim.files import claim, read_json, write_tensors
 
 RECORD = "features.json"
 
@@ -63,7 +63,7 @@ class CachedFeatures:
         if dataset.image_size is not None:
             wanted["image_size"] = dataset.image_size
         claim(root / RECORD, wanted, "features", "use another folder", write=False)
-        record = parse_json(read_text(root / RECORD))
+        record = read_json(root / RECORD)
         if record.get("antialias", True) != model.enc_antialias:  # files from before there was a choice say nothing
             raise ValueError(
                 f"{root} holds features made with model.enc_antialias={not model.enc_antialias}; set it so, or make them anew"

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tim.data.folders import SUFFIXES, class_folders
-from tim.files import parse_json, read_text, write_tensors
+from tim.files import read_json, write_tensors
 from tim.listing import check_plain, list_files
 
 RECORD = "preprocess.json"  # beside the class folders: what the files depend on
@@ -123,10 +123,7 @@ def check_classes(latent_dir: str | Path) -> bool:
     record = Path(latent_dir) / RECORD
     if not record.is_file():
         return False
-    try:
-        said = parse_json(read_text(record))
-    except ValueError as error:
-        raise ValueError(f"{record} is damaged: {error}") from error
+    said = read_json(record)
     if not isinstance(said, dict) or "classes_sha256" not in said:
         return False
     names = [folder.name for folder in class_folders(latent_dir)]

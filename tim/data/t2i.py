@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tim.files import parse_json
+from tim.files import parse_json, read_json
 from tim.images import open_rgb, to_tensor
 from tim.listing import check_inside
 
@@ -174,10 +174,7 @@ def _scan(path: Path, factor: int) -> tuple[np.ndarray, np.ndarray, list[tuple[i
 
 def _read_batches(path: Path, size_of: np.ndarray, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
     """The packed batches, each checked to hold line numbers of one size."""
-    try:
-        packed = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    packed = read_json(path)
     if not isinstance(packed, list) or not packed:
         raise ValueError(f"{path} must be a list of at least one batch of line numbers")
     batches = []

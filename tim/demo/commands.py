@@ -1,7 +1,7 @@
 """The command lines that measure the quickstarts' small models. Nothing heavy is imported before the arguments are read."""
 
-from tim.cli import add_config_arguments, command_parser, parse_with_overrides
-from tim.evaluation.flags import add_allow_partial, check_target, usable_path
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides, usable_path
+from tim.evaluation.flags import add_allow_partial, check_target
 
 
 def digits() -> None:

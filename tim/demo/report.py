@@ -17,10 +17,9 @@ from tim.data.t2i import CaptionedImages
 from tim.demo.digits import DigitJudge
 from tim.demo.retrieval import RetrievalJudge
 from tim.demo.shapes import score
-from tim.evaluation.inputs import read_json
 from tim.evaluation.results import columns
 from tim.evaluation.samples import check_complete, find_runs
-from tim.files import replacing, write_json
+from tim.files import read_json, replacing, write_json
 from tim.images import image_size, labelled_grid, read_png, save_png, to_uint8
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tim.cli import command_parser
+from tim.cli import command_parser, usable_path
 from tim.evaluation import CLIP, FEATURES, PROTOCOLS
 from tim.evaluation.flags import (
     add_allow_partial,
@@ -15,7 +15,6 @@ from tim.evaluation.flags import (
     add_inception_arguments,
     check_target,
     parse_arguments,
-    usable_path,
 )
 
 if TYPE_CHECKING:

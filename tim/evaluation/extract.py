@@ -65,7 +65,7 @@ class Features:
 
     def is_whole(self, index: int) -> bool:
         """Whether a chunk is there, and not cut short; an `.npz` ends with its table of contents."""
-        return zipfile.is_zipfile(self.path(index))
+        return self.path(index).is_file() and zipfile.is_zipfile(self.path(index))
 
     def chunks(self) -> list[range]:
         """The images of each chunk."""

@@ -5,18 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tim.cli import usable_path
 from tim.evaluation import BATCH, CACHE
-
-
-def usable_path(text: str) -> Path:
-    """A path of the command line that the system takes: not empty, as from an unset variable, nor too long."""
-    try:
-        Path(text).exists()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text[:200]} cannot be a path: {error.strerror}") from error
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 from tim.evaluation.inputs import some, stamp
 from tim.evaluation.samples import read_run
-from tim.files import write_json
+from tim.files import read_json, write_json
 from tim.resumable import map_items
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def warn_of_replacing(path: Path) -> None:
 def _scores(path: Path) -> Any:
     """What two results must share to be the same; None for other files."""
     with suppress(ValueError, AttributeError):
-        return _of_scores(json.loads(path.read_text(encoding="utf-8")))
+        return _of_scores(read_json(path))
     return None
 
 

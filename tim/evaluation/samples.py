@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tim.evaluation.inputs import SHOWN, find_images, read_json, shown, some
-from tim.files import run_record
+from tim.evaluation.inputs import SHOWN, find_images, shown, some
+from tim.files import read_json, run_record
 from tim.listing import list_folders
 
 # Paths of images without their suffix, as the samplers number them: of classes, of own prompts, of GenEval.

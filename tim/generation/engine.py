@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 
 import tim
 from tim.checkpoint.weights import Weights
-from tim.files import claim, parse_json, replacing, run_record, write_json
+from tim.files import claim, read_json, replacing, run_record, write_json
 from tim.generation.prompt_sets import PromptSet
 from tim.generation.sampler import Drawn, Sampler
 from tim.generation.settings import SampleSettings
 from tim.images import labelled_grid, make_grid, read_png, save_png, shrink
+from tim.listing import check_plain
 from tim.resumable import Block, first_process, locked, own_blocks, progress_bar, total_over_processes, write_behind
 
 # Do not change an image: dtype stands for what identity holds as network.dtype.
@@ -120,6 +121,7 @@ def _find_missing(sampler: Sampler, prompt_set: PromptSet, folder: Path, state: 
 def _is_whole_latent(path: Path) -> bool:
     """Whether a file of latents is there to its end; safetensors compares its length with its header."""
     try:
+        check_plain(path)
         with safe_open(path, "pt") as file:
             return list(file.keys()) == ["latent"]
     except (OSError, SafetensorError):
@@ -208,9 +210,10 @@ def _claim(folder: Path, sampler: Sampler, prompt_set: PromptSet, weights: Weigh
 def _read_record(path: Path) -> dict[str, Any]:
     """A run's record; one without settings when there is none, or it is damaged."""
     try:
-        record = parse_json(path.read_bytes())
-        return record if isinstance(record["settings"], dict) else {"settings": {}}
-    except (OSError, ValueError, KeyError, TypeError):
+        record = read_json(path)
+        count = record["settings"].get("num_fid_samples", 0)
+        return record if type(count) is int and count >= 0 else {"settings": {}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {"settings": {}}
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tim import rng
-from tim.files import parse_json, published, read_json_lines, read_text, replacing, write_json_lines
+from tim.files import parse_json, published, read_json, read_json_lines, read_text, replacing, write_json_lines
 from tim.images import PNG_LEVEL, is_whole, make_grid, read_png, save_image
-from tim.listing import check_inside, list_files
+from tim.listing import check_inside, check_plain, list_files
 
 IMAGENET_CLASSES = 1000
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: of another encoding, or of careless JSON
@@ -234,7 +234,7 @@ def read_mjhq(path: str | Path) -> tuple[list[str], list[str]]:
     path = published(str(path))
     _check_there(path, "MJHQ-30K's prompts", FETCH.format("mjhq"))
     try:
-        meta = parse_json(read_text(path))
+        meta = read_json(path)
         names = [f"{entry['category']}/{key}" for key, entry in meta.items()]
         prompts = [entry["prompt"] for entry in meta.values()]
     except (ValueError, AttributeError, KeyError, TypeError) as error:
@@ -265,6 +265,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def _check_there(path: Path, name: str, remedy: str) -> None:
-    """FileNotFoundError unless a file is there; says what to do."""
-    if not path.is_file():
+    """FileNotFoundError unless a file is there; says what to do. OSError when it is a folder, a pipe or a device."""
+    if not path.exists():
         raise FileNotFoundError(f"{name} {path} is not there; {remedy}")
+    check_plain(path)

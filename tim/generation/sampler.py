@@ -23,7 +23,6 @@ from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import Plan, follow, plan_steps
 from tim.schedulers.transports import Transport
-from tim.targets import constructor_keywords
 from tim.training.compilation import compile_blocks
 
 PUBLISHED = {  # weights, and the config that they belong to
@@ -224,8 +223,7 @@ def _identity(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     """Classes of network and transport with all keywords, so that an error can name the one that differs."""
     found: dict[str, Any] = {"network.dtype": str(dtype)}
     for part, target in (("network", config.model.network), ("transport", config.model.transport)):
-        names = sorted({*constructor_keywords(target.resolve()), *target.params})
-        found |= {part: target.target, **{f"{part}.{name}": target.argument(name) for name in names}}
+        found |= {part: target.target, **{f"{part}.{name}": value for name, value in sorted(target.keywords().items())}}
     return json.loads(json.dumps(found, default=str))
 
 

@@ -30,6 +30,7 @@ from transformers.utils import cached_file
 from tim.config import Model
 from tim.digests import cached_sha256
 from tim.files import replacing
+from tim.listing import check_plain
 from tim.models.hub import hub_options
 
 PADDINGS = ("mask", "batch")
@@ -216,6 +217,7 @@ class CaptionCache:
         # Captions can be longer than file names, and hold slashes.
         path = folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
         try:
+            check_plain(path)
             row, of = load(path.read_bytes())["features"], self.encoder
             if row.dtype == of.dtype and row.ndim == 2 and row.shape[1] == of.width and 0 < len(row) <= of.max_length:
                 return row

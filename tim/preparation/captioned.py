@@ -86,6 +86,7 @@ def read_jsonl(path: Path) -> list[Captioned]:
         ValueError: for a malformed line; the message has its number, counted from 1.
     """
     captioned: list[Captioned] = []
+    check_plain(path)
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             try:

@@ -1,6 +1,6 @@
 """The command line of preprocessing."""
 
-from tim.cli import add_config_arguments, command_parser, parse_with_overrides
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides, usable_path
 
 
 def preprocess_square(argv: list[str] | None = None) -> None:
@@ -27,7 +27,11 @@ def _preprocess(argv: list[str] | None, description: str, kind: str) -> None:
     run = parser.add_argument_group("run")
     add_config_arguments(run)
     run.add_argument(
-        "--project_dir", required=True, metavar="DIR", help="where reports go, and the latents unless latent_dir is set"
+        "--project_dir",
+        type=usable_path,
+        required=True,
+        metavar="DIR",
+        help="where reports go, and the latents unless latent_dir is set",
     )
     run.add_argument("--seed", type=int, help="of the posterior's noise (default: the file's seed)")
     check = parser.add_argument_group("instead of encoding")

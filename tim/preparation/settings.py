@@ -13,11 +13,10 @@ from tim.data.t2i import fit
 from tim.images import open_rgb, to_tensor
 from tim.models.autoencoders import Autoencoder
 from tim.preparation.buckets import native_size
-from tim.typed_yaml import ConfigError
+from tim.typed_yaml import ConfigError, ImageSide, NotNegative
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, ">= 1"]
-NotNegative = Annotated[int, ">= 0"]
 
 
 @dataclass(kw_only=True)
@@ -52,7 +51,7 @@ class Settings:
 class Square(Settings):
     """ADM's centre crop to image_size x image_size."""
 
-    image_size: int
+    image_size: ImageSide
     one_size = True
 
     def check(self, vae: Autoencoder) -> None:
@@ -68,8 +67,8 @@ class Square(Settings):
 class Native(Settings):
     """Every image's own size: floored to multiples of min_size, from max_size² pixels on first scaled to that area."""
 
-    min_size: int
-    max_size: int
+    min_size: ImageSide
+    max_size: ImageSide
     one_size = False
 
     def check(self, vae: Autoencoder) -> None:

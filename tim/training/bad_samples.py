@@ -22,7 +22,9 @@ class BadSamples:
 
     def __init__(self, project_dir: Path, rank: int) -> None:
         self.path = rank_file(project_dir, "bad_samples", rank)
-        self.causes = {record["cause"] for path in project_dir.glob(ALL_FILES) for record in read_json_lines(path, "cause")}
+        self.causes = {
+            str(record["cause"]) for path in project_dir.glob(ALL_FILES) for record in read_json_lines(path, "cause")
+        }
         self.elsewhere = 0 if rank == 0 else len(self.causes)
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """The trainers' command line."""
 
-from tim.cli import add_config_arguments, command_parser, parse_with_overrides
+from tim.cli import add_config_arguments, command_parser, parse_with_overrides, usable_path
 
 
 def train_c2i(argv: list[str] | None = None) -> None:
@@ -26,7 +26,9 @@ def _train(argv: list[str] | None, description: str, task: str) -> None:
     parser = command_parser(description)
     run = parser.add_argument_group("run")
     add_config_arguments(run)
-    run.add_argument("--project_dir", required=True, metavar="DIR", help="where log, samples and checkpoints go")
+    run.add_argument(
+        "--project_dir", type=usable_path, required=True, metavar="DIR", help="where log, samples and checkpoints go"
+    )
     run.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and times")
     run.add_argument(
         "--allow-changes", action="store_true",

@@ -9,9 +9,8 @@ from typing import Any
 from tim.config import Config, Target, to_yaml
 from tim.data.latents import classes_identity
 from tim.files import write_text
-from tim.targets import constructor_keywords
 from tim.training.setup import Run
-from tim.typed_yaml import read_tree
+from tim.typed_yaml import flatten, read_tree
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ def what_must_stay(run: Run) -> dict[str, Any]:
         **(classes_identity(names) if names else {}),
     }
     parts = {"network": _keywords(m.network), "transport": _keywords(m.transport), "dataset": data}
-    found = {name: value for name, value in _flat(parts).items() if value is not None}
+    found = {name: value for name, value in flatten(parts).items() if value is not None}
     return json.loads(json.dumps(found | {"optimizer": run.config.training.optimizer.target}, default=str))
 
 
@@ -59,11 +58,11 @@ def report_changes(record: Path, config: Config) -> None:
     if not record.is_file():
         return
     try:
-        before = _flat(read_tree(record))
+        before = flatten(read_tree(record))
     except ValueError as error:
         logger.warning(f"what changed since the last start is unknown: {error}")
         return
-    now = _flat(json.loads(json.dumps(asdict(config), default=str)))
+    now = flatten(json.loads(json.dumps(asdict(config), default=str)))
     before, now = ({key: value for key, value in flat.items() if value != {}} for flat in (before, now))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
@@ -85,14 +84,5 @@ def keep_config(project_dir: Path, config: Config, step: int) -> None:
 
 
 def _keywords(target: Target) -> dict[str, Any]:
-    """Class and all keywords of a target, defaults included, so that writing a default down changes nothing."""
-    keywords = constructor_keywords(target.resolve()).values()
-    defaults = {k.name: k.default for k in keywords if k.default is not k.empty}
-    return {"target": target.target} | {k: v for k, v in (defaults | target.params).items() if k not in NEUTRAL}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of a nested dictionary by dotted name; an empty dictionary is a leaf."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.removesuffix("."): tree}
-    return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}{key}.").items()}
+    """Class and keywords of a target that decide what it computes."""
+    return {"target": target.target} | {k: v for k, v in target.keywords().items() if k not in NEUTRAL}

@@ -5,7 +5,7 @@ import logging
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tim.checkpoint import store
 from tim.checkpoint.accelerate_folder import is_accelerate_folder, latest_folder, load_folder
@@ -18,6 +18,18 @@ from tim.training.history import check_unchanged, report_changes, what_must_stay
 from tim.training.logging import plot_curves
 from tim.training.preemption import Preemption
 from tim.training.setup import Run
+from tim.typed_yaml import NotNegative, PositiveFloat, convert
+
+SAVED: dict[str, tuple[Any, set[str]]] = {  # what a trainer's state.json says, and what these parts have
+    "seed": (NotNegative, set()),
+    "samples_seen": (NotNegative, set()),
+    "lr": (PositiveFloat, set()),
+    "lr_scheduler": (dict[str, Any], {"last_epoch", "lr_lambdas"}),
+    "batch": (dict[str, Annotated[int, "> 0", "<= 16777216"]], {"size", "accumulation", "global"}),
+    "scaler": (dict[str, Any], set()),
+    "guard": (dict[str, list[float]], {"counts", "norms"}),
+    "settings": (dict[str, Any], set()),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +99,7 @@ class CheckpointManager:
         absent = {"seed", "scaler", "batch", "lr", "lr_scheduler"} - state.keys()
         if absent:
             raise ValueError(f"{path / 'state.json'} has no {', '.join(sorted(absent))}: it is no trainer's checkpoint")
+        check_saved(state, f"{path / 'state.json'}: ")
         if state["seed"] != run.seed:
             raise ValueError(f"{path} was trained with --seed {state['seed']}, not {run.seed}")
         newer = [p.name for p in store.list_checkpoints(self.root) if store.step_of(p) > state["step"]]
@@ -99,7 +112,8 @@ class CheckpointManager:
         if scaler is not None and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         fit_global_batch(run, state["batch"])
-        run.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        known = run.lr_scheduler.state_dict()  # it would take anything for its own
+        run.lr_scheduler.load_state_dict(known | {k: v for k, v in state["lr_scheduler"].items() if k in known})
         if run.lr != state["lr"]:
             logger.info(f"the learning rate changes from {state['lr']:.3g} to {run.lr:.3g}")
         _set_base_lr(run)
@@ -164,6 +178,26 @@ class CheckpointManager:
         if found is None and others:
             logger.warning(f"{self.root} has no step-N; {', '.join(others)} would be taken by resume_from_checkpoint=PATH only")
         return found
+
+
+def check_saved(state: dict[str, Any], place: str) -> None:
+    """Compare what a state.json says with what a trainer writes; keys that version 0.1 did not have may be missing.
+
+    Args:
+        place: of the state, for messages.
+
+    Raises:
+        ValueError: names the first value that no trainer wrote.
+    """
+    for key, (hint, parts) in SAVED.items():
+        if key in state:
+            value = convert(state[key], hint, place + key)
+            absent = parts - value.keys() if parts else set()
+            if absent:
+                raise ValueError(f"{place}{key} has no {min(absent)}")
+    convert(state["lr_scheduler"]["last_epoch"], NotNegative, f"{place}lr_scheduler.last_epoch")
+    if len(state.get("guard", {"counts": range(3)})["counts"]) != 3:
+        raise ValueError(f"{place}guard.counts must have three numbers")
 
 
 def fit_global_batch(run: Run, saved: dict[str, int]) -> None:

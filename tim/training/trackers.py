@@ -2,7 +2,6 @@
 
 import json
 import secrets
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
 from tim.config import Config, Training
-from tim.files import write_json
+from tim.files import read_json, write_json
+from tim.typed_yaml import flatten
 
 RUN_NAME = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name", "clearml": "task_name"}
 IDS = "tracker.json"  # in the project folder: by which id a tracker knows the run
@@ -47,7 +47,7 @@ def start_trackers(accelerator: Accelerator, config: Config, project_dir: Path, 
     if accelerator.is_main_process and "id" not in kwargs.get("wandb", {"id": None}):
         kwargs["wandb"] = {"id": _id_of_run(project_dir / IDS, "wandb"), "resume": "allow"} | kwargs["wandb"]
     try:
-        accelerator.init_trackers(t.tracker_project_name, flatten(asdict(config)) | {"seed": seed}, kwargs)
+        accelerator.init_trackers(t.tracker_project_name, plain_config(config) | {"seed": seed}, kwargs)
     except TypeError as error:
         raise ValueError(f"training.tracker_kwargs={t.tracker_kwargs} do not suit {t.tracker}: {error}") from error
 
@@ -73,20 +73,17 @@ def log_preview(trackers: list[GeneralTracker], grid: np.ndarray, step: int) -> 
         tracker.log_images({"samples": grid if single else grid[None]}, step=step, **options)
 
 
-def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, str | int | float | bool]:
-    """A nested configuration as `a.b` keys with plain values, which is all that some trackers take."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{path}{key}.")
-        else:
-            flat[f"{path}{key}"] = value if isinstance(value, str | int | float | bool) else json.dumps(value, default=str)
-    return flat
+def plain_config(config: Config) -> dict[str, str | int | float | bool]:
+    """A configuration as `a.b` keys with plain values, which is all that some trackers take."""
+    plain = (str, int, float, bool)
+    return {k: v if isinstance(v, plain) else json.dumps(v, default=str) for k, v in flatten(asdict(config)).items()}
 
 
 def _id_of_run(path: Path, name: str) -> str:
     """The id by which a tracker knows the run, made at the first start."""
-    ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ids = read_json(path) if path.is_file() else {}
+    if not isinstance(ids, dict):
+        raise ValueError(f"{path} does not say by which ids trackers know the run; delete it to begin another there")
     if name not in ids:
         ids[name] = secrets.token_hex(4)
         write_json(path, ids)

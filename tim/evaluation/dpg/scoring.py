@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tim.evaluation.inputs import read_json, shown
-from tim.files import read_text
+from tim.evaluation.inputs import shown
+from tim.files import read_json, read_text
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 DOWNLOAD = "bash tools/download_benchmarks.sh --only dpg fetches it"

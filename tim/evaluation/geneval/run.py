@@ -20,9 +20,10 @@ from tim.evaluation.geneval.detection import Detector
 from tim.evaluation.geneval.detectors import load_detector
 from tim.evaluation.geneval.rules import COLORS, ORIGINAL, Instance, Options, check_metadata, details, judge, keep_objects
 from tim.evaluation.geneval.summary import summarize, write_results
-from tim.evaluation.inputs import read_json, some
+from tim.evaluation.inputs import some
 from tim.evaluation.results import check_continuable, describe_samples, judge_images, write_result
 from tim.evaluation.samples import check_complete, check_numbers, read_run, refuse_partial
+from tim.files import read_json
 from tim.images import IMAGE_SUFFIXES, open_rgb
 from tim.listing import list_files, list_folders
 
@@ -70,10 +71,7 @@ def find_samples(folder: Path, allow_partial: bool = False) -> dict[str, dict[st
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        metadata = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not one line of JSON: {error}") from error
+    metadata = read_json(path)
     check_metadata(metadata, str(path))
     return metadata
 
