@@ -16,9 +16,6 @@ TIME_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "square": lambda delta, s: (delta + s) ** -2,
     "Soft-Min-SNR": lambda delta, s: 1 / (delta**2 + s**2),
 }
-# Norm of F below which the direction of F counts in proportion to it. A network that starts at F = 0 has no direction, and the
-# gradient of a cosine is 1 / |F|: without this bound the first steps would have gradients of 1e7 that say nothing.
-MIN_NORM = 1e-3
 
 
 def denoising_loss(F_pred: Tensor, F_target: Tensor, kept: Tensor, use_dir_loss: bool) -> Tensor:
@@ -27,7 +24,8 @@ def denoising_loss(F_pred: Tensor, F_target: Tensor, kept: Tensor, use_dir_loss:
     Args:
         F_pred, F_target: (B, C, H, W).
         kept: (B,) bool; the loss of the others is 0, and so is its gradient.
-        use_dir_loss: add the mean over positions of 1 - cos(F_pred, F_target), whose norms count as `MIN_NORM` at least.
+        use_dir_loss: add the mean over positions of 1 - cos(F_pred, F_target). Where F_pred is 0, as in the first step of a
+            network that starts at 0, it has no direction and the term no gradient.
     """
     # Cut out before the square: 0 * inf would still be NaN in the gradient.
     mask = expand_times(kept, F_target)
@@ -35,7 +33,10 @@ def denoising_loss(F_pred: Tensor, F_target: Tensor, kept: Tensor, use_dir_loss:
     F_target = torch.where(mask, F_target, torch.zeros_like(F_target))
     loss = ((F_pred - F_target) ** 2).flatten(1).mean(1)
     if use_dir_loss:
-        loss = loss + (1 - nnf.cosine_similarity(F_pred, F_target, dim=1, eps=MIN_NORM)).flatten(1).mean(1)
+        cosine = nnf.cosine_similarity(F_pred, F_target, dim=1)
+        # The gradient of a cosine is 1 / |F|; at F = 0 the library would make 1e8 of it, which says nothing.
+        cosine = torch.where(F_pred.detach().ne(0).any(1), cosine, torch.zeros_like(cosine))
+        loss = loss + (1 - cosine).flatten(1).mean(1)
     return loss
 
 
