@@ -98,8 +98,9 @@ def test_what_is_not_unpacked(tmp_path, contents, error):
     assert {p.name for p in tmp_path.iterdir()} == {"deep"} and {p.name for p in (tmp_path / "deep").iterdir()} == {"x"}
 
 
-@pytest.mark.parametrize("contents", [zip_bytes({"a": CONTENTS, "b": CONTENTS}), tar_bytes({"a": CONTENTS, "b": CONTENTS})])
-def test_what_would_fill_the_disk_is_not_unpacked(tmp_path, monkeypatch, contents):
+@pytest.mark.parametrize("pack", [zip_bytes, tar_bytes])
+def test_what_would_fill_the_disk_is_not_unpacked(tmp_path, monkeypatch, pack):
+    contents = pack({"a": CONTENTS, "b": CONTENTS})
     (tmp_path / "archive").write_bytes(contents)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: SimpleNamespace(free=len(CONTENTS)))
     with pytest.raises(ValueError, match="'b' and what stands before it need more room than the disk has"):

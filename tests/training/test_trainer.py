@@ -81,9 +81,9 @@ def test_a_run_leaves_its_pictures_and_records(tmp_path):
         "step-0000002.png",
         "step-0000004.png",
     ]
+    assert log_of(tmp_path)[0]["grad_norm"] < 100, "F is 0 and has no direction yet"
     for record in log_of(tmp_path):
         assert {"denoising_loss", "grad_norm", "lr", "images_per_second", "data_wait"} <= record.keys()
-        assert record["grad_norm"] < 1e4  # also in the first step, whose F is 0 and has no direction
     assert (tmp_path / "samples" / "contents.txt").read_text().startswith("0 | 1 | 2 |")
     with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
         assert grid.width > 600
