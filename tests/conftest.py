@@ -16,6 +16,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name long texts by their length: whole they would fill the screen."""
+    return f"{argname}-of-{len(val)}" if isinstance(val, str | bytes) and len(val) > 120 else None
+
+
 @pytest.fixture(autouse=True)
 def fresh_state():
     """Seed torch; let each test choose its own mixed precision."""
