@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(options, whole, 
 
 @pytest.mark.parametrize(
     "name,cause",
-    [("", "File exists"), ("log.jsonl", "Is a directory"), ("n" * 300, "File name too long")],
+    [("", "File exists"), ("log.jsonl", "a folder, a pipe or a device instead of a file"), ("n" * 300, "File name too long")],
     ids=["file", "folder", "long"],
 )
 def test_what_cannot_be_written_is_named(options, whole, tmp_path, capsys, name, cause):

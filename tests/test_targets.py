@@ -143,3 +143,13 @@ def test_settings_that_no_run_can_use_are_named(override, match):
     with pytest.raises(ConfigError, match=match) as error:
         load_config(DIGITS, [override])
     assert override.partition("=")[0].rpartition(".")[2] in str(error.value)
+
+
+def test_a_folder_cannot_pose_as_a_known_package(own):
+    """Where code of one's own is allowed, the current folder is looked into for that code alone."""
+    (own / "prodigyopt.py").write_text("import torch\nclass Prodigy(torch.optim.Adam): ...\n")
+    targets.allow_code("own_code")
+    assert Target("own_code.Net").resolve() and str(own) in sys.path
+    with pytest.raises(ConfigError, match=r"'prodigyopt\.Prodigy' cannot be imported: No module named 'prodigyopt'"):
+        Target("prodigyopt.Prodigy").resolve()
+    assert str(own) in sys.path

@@ -12,7 +12,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -55,6 +56,21 @@ def _within(name: str, modules: Collection[str]) -> str:
     return next((module for module in modules if f"{name}.".startswith(f"{module}.")), "")
 
 
+@contextmanager
+def _own_folder(found: bool) -> Iterator[None]:
+    """Look for modules in the current folder too, from now on; or not there, where a folder could pose as a known package."""
+    here, before = os.getcwd(), list(sys.path)
+    if found and here not in before:
+        sys.path.append(here)
+    elif not found and here in before[1:]:
+        sys.path[1:] = [entry for entry in before[1:] if entry != here]
+    try:
+        yield
+    finally:
+        if not found:
+            sys.path[:] = before
+
+
 @dataclass
 class Target:
     """A class by its import path and its constructor keywords."""
@@ -77,16 +93,14 @@ class Target:
         if not module or not all(part.isidentifier() for part in self.target.split(".")):
             raise ConfigError(f"{shown(self.target)} is no import path such as my_module.MyClass")
         own = self.own_module
-        if not _within(self.target, PACKAGES):
-            if not own:
-                raise ConfigError(
-                    f"{self.target!r} is neither a part of tim nor a known optimiser and is not imported; if you trust it, "
-                    f"say so: --allow-code {module} (or {VARIABLE}={module})"
-                )
-            if os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())
+        if not own and not _within(self.target, PACKAGES):
+            raise ConfigError(
+                f"{self.target!r} is neither a part of tim nor a known optimiser and is not imported; if you trust it, "
+                f"say so: --allow-code {module} (or {VARIABLE}={module})"
+            )
         try:
-            cls = getattr(importlib.import_module(module), name)
+            with _own_folder(bool(own)):
+                cls = getattr(importlib.import_module(module), name)
         except Exception as error:
             if own and not isinstance(error, ImportError | AttributeError | ValueError):
                 raise  # whose code it is needs to know where
