@@ -75,7 +75,7 @@ def drop_later_records(path: Path, step: int) -> list[dict[str, Any]]:
 def plot_curves(log: Path, image: Path) -> None:
     """Draw denoising loss and gradient norm over the steps, each finite value in grey and a running median in blue."""
     from matplotlib.figure import Figure  # takes a while to import, and only rank 0 draws
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     records = read_json_lines(log, "step", "denoising_loss", "grad_norm")
     if len(records) < 2:
@@ -94,7 +94,8 @@ def plot_curves(log: Path, image: Path) -> None:
         if min(values) > 0:
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(LogFormatter())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_ylim(min(smooth) / 2, 2 * max(smooth[window:] or smooth))  # few wild steps shall not press the rest flat
     with replacing(image) as partial:
         figure.savefig(partial, dpi=110, format="png")
