@@ -10,11 +10,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from helpers.commands import small_disk
+from helpers.images import save_latents
 from helpers.paths import ROOT
 from helpers.processes import run, state_of, train
-from safetensors.torch import save_file
 
 from tim.checkpoint.store import find_corruption
 from tim.cli import run_command
@@ -89,10 +88,7 @@ def draw(*words) -> None:
 def options(tmp_path_factory):
     """Overrides for twelve stored latents."""
     root = tmp_path_factory.mktemp("latents")
-    for k in range(12):
-        (root / f"c{k % 2}").mkdir(exist_ok=True)
-        tensors = {"latent": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(k)), "label": torch.tensor(k % 2)}
-        save_file(tensors, root / f"c{k % 2}" / f"{k}.safetensors")
+    save_latents(root)
     return [*TINY, "data.data_type=latent", f"data.dataset={{latent_dir: {root}}}"]
 
 

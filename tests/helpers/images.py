@@ -1,7 +1,9 @@
-"""Real small pictures for the evaluations."""
+"""Small real pictures, and latents of noise."""
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from tim.images import save_png
@@ -25,3 +27,12 @@ def save_photographs(folder, count: int, side: int = 48, seed: int = 0, names: s
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, crop)
     return folder
+
+
+def save_latents(root, count=12) -> None:
+    """Stored latents (2, 1, 8, 8) in two class folders c0 and c1."""
+    for k in range(count):
+        folder = root / f"c{k % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        latent = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(k))
+        save_file({"latent": latent, "label": torch.tensor(k % 2)}, folder / f"{k}.safetensors")

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
+from helpers.images import save_latents
 from helpers.paths import ROOT
 from helpers.processes import log_of
-from safetensors.torch import save_file
 
 from tim.checkpoint.store import find_corruption
 from tim.config import load_config
@@ -28,10 +28,7 @@ SMALL = [
 def latents(tmp_path_factory):
     """Twelve stored latents in two classes."""
     root = tmp_path_factory.mktemp("latents")
-    for k in range(12):
-        (root / f"c{k % 2}").mkdir(exist_ok=True)
-        tensors = {"latent": torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(k)), "label": torch.tensor(k % 2)}
-        save_file(tensors, root / f"c{k % 2}" / f"{k}.safetensors")
+    save_latents(root)
     return root
 
 
