@@ -23,7 +23,7 @@ class Images:
     def __init__(self, files: Folder | Shards, image_size: int, mirror: bool) -> None:
         self.files, self.image_size, self.mirror = files, image_size, mirror
         self.num_labels = int(files.labels.max()) + 1
-        self.class_names = getattr(files, "class_names", None)
+        self.class_names = files.class_names if isinstance(files, Folder) else None  # labels of shards may be any
 
     def __len__(self) -> int:
         return len(self.files)

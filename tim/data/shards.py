@@ -73,14 +73,14 @@ class Shards:
                 os.close(descriptor)
 
     @property
-    def folder_names(self) -> list[str]:
+    def class_names(self) -> list[str]:
         """Names of the class folders of all samples, sorted; labels may count them in another order."""
         return sorted({os.fsdecode(key.rpartition(b"/")[0]) for key in self.index["key"].tolist()})
 
     @property
     def num_folders(self) -> int:
         """Class folders of all samples."""
-        return len(self.folder_names)
+        return len(self.class_names)
 
     def name(self, index: int, kind: str = "sample") -> str:
         """Shard and sample, for messages, whatever `kind` of member they are about."""

@@ -26,7 +26,7 @@ def what_must_stay(run: Run) -> dict[str, Any]:
     m, dataset = run.config.model, run.task.dataset
     samples = getattr(dataset, "samples", dataset)  # cached features wrap them
     files = getattr(samples, "files", samples)
-    names = getattr(files, "class_names", None) or getattr(files, "folder_names", None)
+    names = getattr(files, "class_names", None)
     data = {
         "samples": len(dataset),
         "batches": len(dataset.batches) if hasattr(dataset, "batches") else None,
