@@ -193,7 +193,12 @@ class TransitionTransformer(nn.Module):
             attn_type = "vanilla_attn"
         u, t_both, r_both = (x, t, r) if tangents is None else map(Dual, (x, t, r), tangents)
         d = self.interval_embedding(t_both, r_both)
-        c, y_tokens = self.condition(add(self.t_embedder(t_both), d), y)
+        c = add(self.t_embedder(t_both), d)
+        if (
+            narrow := self.x_embedder.proj.weight.dtype
+        ) != self.t_embedder.dtype:  # embedders left in float32 in a half network
+            c, d = (each(lambda a: a.to(narrow), u) for u in (c, d))
+        c, y_tokens = self.condition(c, y)
         tokens = self.x_embedder(u)
         # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)
