@@ -77,6 +77,11 @@ class TransitionPipeline(DiffusionPipeline):
         return found
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """As that of diffusers, which cannot do with a path that is not there."""
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """The folder of a hub's pipeline in the local cache.
 
@@ -147,6 +152,20 @@ class TransitionPipeline(DiffusionPipeline):
     def disable_vae_tiling(self) -> None:
         """Encode and decode images whole."""
         self._vae("disable_vae_tiling").disable_tiling()
+
+    def _register(self, kind: str, **components: Any) -> None:
+        """Keep the components; ValueError when they do not fit together.
+
+        Args:
+            kind: trait that the pipeline's networks have and others lack.
+        """
+        network, vae = components["transformer"], components["vae"]
+        if network is not None and getattr(network, kind, None) is None:
+            raise ValueError(f"transformer is a {type(network).__name__} without {kind}, no network of a {type(self).__name__}")
+        if network is not None and vae is not None and vae.config.latent_channels != traits_of(network).in_channels:
+            channels = f"{vae.config.latent_channels} channels, the transformer takes {traits_of(network).in_channels}"
+            raise ValueError(f"vae is of another model: its latents have {channels}")
+        self.register_modules(**components)
 
     # ---- inputs --------------------------------------------------------------------------------
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:

@@ -35,15 +35,18 @@ def write_card(pipeline: Any, folder: Path) -> None:
         pipeline: the one that was saved there.
     """
     path = folder / "README.md"
+    is_text = traits_of(pipeline.transformer).cap_feat_dim is not None
+    known = ModelCardData(
+        library_name="diffusers",
+        license=LICENCE,
+        pipeline_tag="text-to-image" if is_text else "unconditional-image-generation",  # the hub's nearest to classes
+        tags=["diffusers", "transition-models", "few-step"],
+    )
     card = ModelCard.load(path) if path.is_file() else None
     if card is None or GENERATED in card.text:
-        card = ModelCard.from_template(ModelCardData(), template_str=_text(pipeline, folder))
-    is_text = traits_of(pipeline.transformer).cap_feat_dim is not None
-    tag = "text-to-image" if is_text else "unconditional-image-generation"  # the hub's nearest to classes
-    data = card.data
-    data.library_name, data.license = data.library_name or "diffusers", data.license or LICENCE
-    data.pipeline_tag = data.pipeline_tag or tag
-    data.tags = data.tags or ["diffusers", "transition-models", "few-step"]
+        card = ModelCard(f"---\n{known.to_yaml()}\n---\n{_text(pipeline, folder)}")
+    for key, value in known.to_dict().items():
+        card.data[key] = card.data.get(key) or value
     card.save(path)
 
 

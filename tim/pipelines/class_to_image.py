@@ -31,7 +31,7 @@ class TiMClassPipeline(TransitionPipeline):
         id2label: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self._register("num_classes", transformer=transformer, scheduler=scheduler, vae=vae)
         names = {str(key): str(value) for key, value in (id2label or {}).items()}
         self.register_to_config(id2label=names or None)
 

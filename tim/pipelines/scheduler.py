@@ -158,7 +158,7 @@ class TransitionScheduler(SchedulerMixin, ConfigMixin):
 
     def _times(self, timestep: Tensor | float, x: Tensor) -> Tensor:
         """One time or (B,) as float64 (float32 where the device has none), shaped to broadcast with x."""
-        t = torch.as_tensor(timestep).to(x.device, state_dtype(x.device))
+        t = torch.as_tensor(timestep, dtype=state_dtype(x.device), device=x.device)
         return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
 
 

@@ -41,8 +41,13 @@ class TiMPipeline(TransitionPipeline):
         text_padding: str = "mask",
     ) -> None:
         super().__init__()
-        self.register_modules(
-            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        self._register(
+            "cap_feat_dim",
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
         )
         self.register_to_config(
             max_sequence_length=max_sequence_length, use_last_hidden_state=use_last_hidden_state, text_padding=text_padding
