@@ -140,8 +140,9 @@ class _DiffusersModel(TransitionTransformer, ModelMixin, ConfigMixin, PeftAdapte
             ValueError: for a config of another class of network, or weights of another network.
         """
         source = pretrained_model_link_or_path_or_dict
-        network = cls(**cls._keywords(config))
+        network = cls(**cls._keywords(config)).requires_grad_(False)  # a projector that nothing trains may be missing
         load_strict(network, find_weights(source, weights, name="weights").read(), source)
+        network.requires_grad_(True)
         if torch_dtype is not None:
             for name, child in network.named_children():
                 child.to(torch.float32 if name in cls._keep_in_fp32_modules else torch_dtype)
