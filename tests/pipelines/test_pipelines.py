@@ -198,6 +198,7 @@ def test_pictures_to_start_from(text_pipe):
         ({"image": None}, "`image` is missing"),
         ({"image": [*pictures, pictures[0]]}, "one or 2 pictures"),
         ({"image": pictures[0], "num_inference_steps": 0}, "`num_inference_steps`.*0"),
+        ({"image": pictures[0], "timesteps": [0.0]}, "decreasing"),
     ):
         with pytest.raises(ValueError, match=match):
             pipe(PROMPTS, **arguments)

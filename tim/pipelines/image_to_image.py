@@ -64,38 +64,39 @@ class TiMImg2ImgPipeline(TiMPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
-        if image is None:
-            raise ValueError("`image` is missing: the picture to start from")
-        if not 0 < strength <= 1:
-            raise ValueError(f"`strength` must be above 0 and at most 1 but is {strength}")
+        pictures = self._pictures(image, height, width)
         transport = transport_of(self.scheduler)
-        if timesteps is None:
-            place = min(POINTS - 1, round((1 - strength) * POINTS))
-            first = float(transport.time_grid(POINTS, transport.T_max, transport.T_min)[place])
-            # Checked first by the plan that is made below; a grid of another number of steps could not be laid.
-            steps = num_inference_steps if isinstance(num_inference_steps, int) and num_inference_steps >= 1 else 0
-            timesteps = transport.time_grid(steps, first, transport.T_min).tolist() if steps else None
-        widen = transport.T_max / float(timesteps[0]) if timesteps else 1.0
+        timesteps = self._times(strength, num_inference_steps) if timesteps is None else timesteps
+        widen = transport.T_max / float(timesteps[0]) if timesteps and timesteps[0] > 0 else 1.0
         plan, first = self._plan(
             num_inference_steps, timesteps, guidance_scale, guidance_low * widen, guidance_high * widen,
             guide_first_step=guide_first_step, stochasticity_ratio=stochasticity_ratio,
         )  # fmt: skip
         given = prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
         embeds = self._embeds(prompt, negative_prompt, given, max_sequence_length, guidance_scale > 1)
-        pictures = self._pictures(image, height, width)
-        if len(pictures) not in (1, len(embeds[0])):
-            raise ValueError(f"`image` must be one or {len(embeds[0])} pictures, one for each prompt, but is {len(pictures)}")
-        number = len(embeds[0]) * num_images_per_prompt
-        clean = self._encode(pictures, generator).repeat_interleave(number // len(pictures), 0)
-        noise = self.prepare_latents(number, pictures.shape[2], pictures.shape[3], generator, latents)
+        clean = self._encode(pictures, len(embeds[0]), num_images_per_prompt, generator)
+        noise = self.prepare_latents(len(clean), pictures.shape[2], pictures.shape[3], generator, latents)
         wide = state_dtype(noise.device)
         start, _ = transport.path(clean.to(wide), noise.to(wide), torch.tensor(first, dtype=wide))
         cond, uncond = self._conditions(embeds, num_images_per_prompt, guidance_scale > 1)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end, start)
         return self._finish(x, plan.nfe, output_type, return_dict)
 
+    def _times(self, strength: float, steps: int) -> list[float] | None:
+        """Times from where `strength` says; None for a number of steps that no grid has, which is refused with the plan."""
+        if not 0 < strength <= 1:
+            raise ValueError(f"`strength` must be above 0 and at most 1 but is {strength}")
+        if not isinstance(steps, int) or steps < 1:
+            return None
+        transport = transport_of(self.scheduler)
+        place = min(POINTS - 1, round((1 - strength) * POINTS))
+        first = float(transport.time_grid(POINTS, transport.T_max, transport.T_min)[place])
+        return transport.time_grid(steps, first, transport.T_min).tolist()
+
     def _pictures(self, image: PipelineImageInput, height: int | None, width: int | None) -> Tensor:
         """Pictures (B, C, H, W) in [-1, 1] on the grid of patches."""
+        if image is None:
+            raise ValueError("`image` is missing: the picture to start from")
         traits = traits_of(self.transformer)
         is_grey = self.vae is None and traits.in_channels == 1
         processor = VaeImageProcessor(
@@ -105,12 +106,15 @@ class TiMImg2ImgPipeline(TiMPipeline):
         own = processor.get_default_height_width(first, height, width)
         return processor.preprocess(image, *self._size(*own)).to(self._execution_device)
 
-    def _encode(self, pictures: Tensor, generator: Generators) -> Tensor:
-        """Clean latents (B, C, h, w) of pictures."""
-        if self.vae is None:
-            return pictures.float()
-        vae = Autoencoder(self.vae)
-        shape = (len(pictures), *vae.latent_shape(pictures.shape[2], pictures.shape[3]))
-        generator = generator[0] if isinstance(generator, list) else generator  # there may be more of them than pictures
-        noise = randn_tensor(shape, generator, self._execution_device, torch.float32) if vae.is_kl else None
-        return vae.encode(pictures, noise)
+    def _encode(self, pictures: Tensor, prompts: int, num_images_per_prompt: int, generator: Generators) -> Tensor:
+        """Clean latents (prompts num_images_per_prompt, C, h, w) of pictures; ValueError when they are not one or one each."""
+        if len(pictures) not in (1, prompts):
+            raise ValueError(f"`image` must be one or {prompts} pictures, one for each prompt, but is {len(pictures)}")
+        latents = pictures.float()
+        if self.vae is not None:
+            vae = Autoencoder(self.vae)
+            shape = (len(pictures), *vae.latent_shape(pictures.shape[2], pictures.shape[3]))
+            generator = generator[0] if isinstance(generator, list) else generator  # there may be more of them than pictures
+            noise = randn_tensor(shape, generator, self._execution_device, torch.float32) if vae.is_kl else None
+            latents = vae.encode(pictures, noise)
+        return latents.repeat_interleave(prompts * num_images_per_prompt // len(pictures), 0)
