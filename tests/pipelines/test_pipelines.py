@@ -1,6 +1,7 @@
 """The pipelines: the sampler's pixels, files, arguments, callbacks, memory savers, refusals."""
 
 import json
+import re
 import shutil
 from functools import partial
 
@@ -10,8 +11,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
 from helpers.companions import save_tiny_kl
 from helpers.networks import TINY, randomize
+from helpers.paths import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import save_file
 
 from tim import rng
 from tim.checkpoint.weights import find_weights
@@ -300,3 +303,16 @@ def test_a_hub_id_is_read_whole_from_its_snapshot(class_pipe, tmp_path, monkeypa
     loaded = TiMClassPipeline.from_pretrained("me/digits", revision="v1")
     assert np.array_equal(draw(loaded, 1), draw(class_pipe, 1))
     assert asked["name"] == "me/digits" and asked["revision"] == "v1" and not [p for p in asked["allow_patterns"] if "bin" in p]
+
+
+def test_the_python_of_the_page_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    config = ROOT / "configs/c2i/digits.yaml"
+    save_file(randomize(load_config(config).model.network.build()).state_dict(), tmp_path / "w.safetensors")
+    page = page.replace('"workdir/quickstart"', '"w.safetensors"').replace("configs/c2i/digits.yaml", str(config))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = [{} for _ in blocks]
+    for block, name in zip(blocks, names, strict=True):
+        exec(block, name)
+    assert [image.size for image in names[0]["result"].images] == [(8, 8)] * 4 and names[1]["x"].isfinite().all()
