@@ -273,8 +273,10 @@ def test_the_card_that_goes_to_the_hub(class_pipe, tmp_path, monkeypatch):
     metrics = {"nfe": {"1": {"frechet_distance": 12.5, "images": 10, "weights_sha256": "ab"}}}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     class_pipe.save_pretrained(tmp_path / "p", metrics=tmp_path / "metrics.json")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        class_pipe.save_pretrained(tmp_path / "q", metrics=tmp_path / "nowhere.json")
+    (tmp_path / "other.json").write_text('{"loss": 1.0}')
+    for name, error in (("nowhere.json", FileNotFoundError), ("other.json", ValueError)):
+        with pytest.raises(error, match=name):
+            class_pipe.save_pretrained(tmp_path / "q", metrics=tmp_path / name)
     assert not (tmp_path / "q").exists()
     cards = [ModelCard.load(tmp_path / "p" / "README.md")]
 

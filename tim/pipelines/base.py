@@ -19,7 +19,7 @@ from tim.generation.sampler import not_finite
 from tim.images import to_pixels
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
-from tim.pipelines.card import METRICS, write_card
+from tim.pipelines.card import METRICS, quality_table, write_card
 from tim.pipelines.scheduler import close_grid, plan_of, transport_of
 from tim.schedulers.sampling import Plan, follow
 from tim.targets import allowed_code
@@ -103,11 +103,12 @@ class TransitionPipeline(DiffusionPipeline):
 
         Raises:
             FileNotFoundError: when there is no such file.
+            ValueError: when it is another file.
         """
         folder = Path(save_directory)
         source = Path(metrics or Path(self.config.get("_name_or_path") or "") / METRICS)
-        if metrics and not source.is_file():
-            raise FileNotFoundError(f"metrics={str(metrics)!r} is no file")
+        if metrics:
+            quality_table(source)  # so that a wrong file is refused before anything is written
         super().save_pretrained(str(folder), *args, **kwargs)
         if source.is_file() and not (folder / METRICS).exists():
             shutil.copyfile(source, folder / METRICS)

@@ -55,16 +55,21 @@ def _text(pipeline: Any, folder: Path) -> str:
     is_text = traits.cap_feat_dim is not None
     what = "of what a caption says" if is_text else f"of one of {traits.num_classes} classes"
     text = TEXT.format(name=type(pipeline).__name__, what=what, example='"a lighthouse in a storm"' if is_text else "0")
-    path = folder / METRICS
-    return f"{text}\n## Quality\n\n{quality_table(path)}\n" if path.is_file() else text
+    try:
+        return f"{text}\n## Quality\n\n{quality_table(folder / METRICS)}\n"
+    except (FileNotFoundError, ValueError):  # none, or one of another kind that came with the pipeline
+        return text
 
 
 def quality_table(path: Path) -> str:
     """Quality against network function evaluations (NFE), of a quickstart's metrics.json, in Markdown.
 
     Raises:
+        FileNotFoundError: when there is no such file.
         ValueError: when the file is another.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no metrics file {path}")
     try:
         rows = read_json(path)["nfe"]
         names = [key for key, value in next(iter(rows.values())).items() if isinstance(value, float | int)]
