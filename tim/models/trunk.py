@@ -234,7 +234,11 @@ class TransitionTransformer(nn.Module):
         d = self.interval_embedding(t_both, r_both)
         c = add(self.t_embedder(t_both), d)
         g = self.guidance_embedding(guidance, t)
-        c, y_tokens = self.condition(c if g is None else add(c, g), y)
+        c = c if g is None else add(c, g)
+        narrow = self.x_embedder.proj.weight.dtype
+        if narrow != self.t_embedder.dtype:  # embedders left in float32 in a half network
+            c, d = (each(lambda a: a.to(narrow), u) for u in (c, d))
+        c, y_tokens = self.condition(c, y)
         tokens = self.x_embedder(u)
         # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)

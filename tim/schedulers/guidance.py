@@ -32,6 +32,6 @@ def guidance_share(guidance: Tensor, dropped: Tensor | None, t: Tensor, T_max: f
     Args:
         guidance: (B, 3), see `draw_guidance`. dropped: (B,) bool; None drops nothing. t: raw times (B,).
     """
-    scale, low, high = guidance.unbind(1)
+    scale, low, high = guidance.to(t.dtype).unbind(1)
     guided = (t >= low * T_max) & (t <= high * T_max)
     return torch.where(guided if dropped is None else guided & ~dropped, 1 - 1 / scale, torch.zeros_like(scale))
