@@ -34,8 +34,17 @@ CASES = {
     "lopsided": ["data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1"],  # r = t on rank 0, not on rank 1
     "half": ["training.mixed_precision=bf16", "training.dtype=float32"],
     "compiled": [*GUIDED, "model.transition_loss.guidance_path=guided", "training.compile=true"],
+    "marginal": [
+        "model.transition_loss.derivative_type=jvp", "model.transition_loss.tangent=marginal",
+        "data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1",
+    ],
+    "two_point": [
+        "model.transition_loss.derivative_type=two_point", "model.transition_loss.two_point_ratio=[1.0, 0.1]",
+        "data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1",
+    ],
+    "guidance_input": ["model.transition_loss.guidance_max=4.0", "model.network.params.guidance_input=true"],
     "t2i": [],
-}
+}  # fmt: skip
 SPLITS = {  # processes, samples per process and micro-batch, accumulation: one global batch of 32
     "one": (1, 32, 1),
     "one_accumulated": (1, 8, 4),
