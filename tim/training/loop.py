@@ -18,7 +18,7 @@ from tim.data.prefetch import Prefetcher
 from tim.models.network import traits_of
 from tim.resumable import first_process, locked
 from tim.training.bad_samples import ALL_FILES, BadSamples
-from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
+from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, clips, take_step
 from tim.training.history import keep_config
 from tim.training.logging import RunLogger
 from tim.training.preemption import EXIT_AGAIN
@@ -106,12 +106,12 @@ def _run_steps(
     for step in range(start_step + 1, t.max_train_steps + 1):
         checkpoints.preemption.begin_step()
         log, judged = accumulate_gradients(run, batches, checkpoints.bad_samples)
-        grad_norm = clip_gradients(accelerator, run.model, t.max_grad_norm)
+        grad_norm, divisor = clip_gradients(accelerator, run.model, t.max_grad_norm, clips(run.optimizer.optimizer))
         check(run, checkpoints, guard.poll(), samples_seen)  # of the step before: the device is done with it, nothing waits
         # What the scaler multiplied losses by, without asking it: get_scale() would wait for the device.
         scale = accelerator.scaler and accelerator.scaler.scale(torch.ones((), device=accelerator.device))
         skip = guard.judge(grad_norm, scale)
-        take_step(run.optimizer.optimizer, skip, accelerator.scaler)
+        take_step(run.optimizer.optimizer, skip, accelerator.scaler, divisor)
         run.optimizer.zero_grad(set_to_none=True)
         run.lr_scheduler.step()  # for skipped steps too, so that the schedule depends on the step alone
         if run.ema is not None:
