@@ -31,6 +31,7 @@ SMALL = [
     "data.dataloader={num_workers: 0, batch_size: 4}", "training.sample_steps=null", "training.log_steps=100",
     "training.mixed_precision=no", "training.max_grad_norm_spike=10",
 ]  # fmt: skip
+GUIDANCE_INPUT = ["model.transition_loss.guidance_max=4.0", "model.network.params.guidance_input=true"]
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument", "ignore:.*torch.jit.script")
 
 
@@ -112,10 +113,10 @@ def test_images_encoded_on_the_fly_with_guidance(classes, tmp_path):
     steps_that_never_wait(class_config(classes, data, f"model.vae_dir={classes}/vae", *guided), tmp_path, ClassTask)
 
 
-@pytest.mark.parametrize("kind,tangent", [("jvp", "data"), ("two_point", "marginal")])
-def test_stored_latents_and_features(classes, tmp_path, kind, tangent):
+@pytest.mark.parametrize("kind,options", [("jvp", GUIDANCE_INPUT), ("two_point", [])])
+def test_stored_latents_and_features(classes, tmp_path, kind, options):
     """Two micro-batches a step; an optimiser whose configuration does not say so is fused."""
-    own = [f"model.transition_loss.derivative_type={kind}", f"model.transition_loss.tangent={tangent}"]
+    own = [f"model.transition_loss.derivative_type={kind}", "model.transition_loss.tangent=marginal", *options]
     config = class_config(classes, of_latents(classes), *own, "training.gradient_accumulation_steps=2")
     run = steps_that_never_wait(config, tmp_path, ClassTask)
     assert run.optimizer.param_groups[0]["fused"] is True
