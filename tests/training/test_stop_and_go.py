@@ -70,11 +70,15 @@ def captions(tmp_path_factory):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("kind,every,kills", [("classes", 5, (8, 12)), ("captions", 9, (11,)), ("captions", 4, (5, 10))])
-def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(request, tmp_path, kind, every, kills):
+@pytest.mark.parametrize(
+    "kind,derivative,every,kills",
+    [("classes", "dde", 5, (8, 12)), ("captions", "dde", 9, (11,)), ("captions", "jvp", 4, (5, 10))],
+)
+def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(request, tmp_path, kind, derivative, every, kills):
     """Weights, EMA, optimiser, schedule, place in the data and losses; from the end of an epoch and from its middle."""
     config, overrides, task = request.getfixturevalue(kind)
     overrides = [*overrides, "training.max_train_steps=20", f"training.checkpointing_steps={every}"]
+    overrides.append(f"model.transition_loss.derivative_type={derivative}")
     assert run(train, config, tmp_path / "whole", overrides, task, log=tmp_path / "log") == [0]
     for step in kills:
         codes = run(train, config, tmp_path / "cut", overrides, task, killed_at(step), log=tmp_path / "log")

@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 
 from tim.config import Model
 from tim.digests import cached_sha256
+from tim.distributed import to_device
 from tim.files import replacing
 from tim.listing import check_plain
 from tim.models.hub import hub_options
@@ -154,11 +155,11 @@ class TextEncoder:
         """
         check_captions(captions)
         rows = [torch.tensor(row) for row in self._tokenize(captions)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        ids = to_device(pad_sequence(rows, batch_first=True, padding_value=self.pad), self.device)
         mask = real_tokens(rows)
         # No mask where it hides nothing: the fastest attention kernels take none.
         is_masked = self.padding == "mask" and not mask.all()
-        mask = mask.to(self.device)
+        mask = to_device(mask, self.device)
         # an autocast around the call would change the features behind the cache's back
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             last = self.use_last_hidden_state
@@ -218,8 +219,8 @@ class CaptionCache:
         check_captions(captions)
         found = {caption: self._find(caption) for caption in dict.fromkeys(captions)}
         rows = [found[caption] for caption in captions]
-        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.device), real_tokens(rows)
-        return y, None if mask.all() else mask.to(self.encoder.device)
+        y, mask = to_device(pad_sequence(rows, batch_first=True), self.encoder.device), real_tokens(rows)
+        return y, None if mask.all() else to_device(mask, self.encoder.device)
 
     def _find(self, caption: str) -> Tensor:
         """A caption's features (M, width) on the CPU, from memory, the folder or the encoder."""
