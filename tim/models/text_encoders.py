@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -29,12 +29,14 @@ from transformers.utils import cached_file
 
 from tim.config import Model
 from tim.digests import cached_sha256
+from tim.distributed import to_device
 from tim.files import replacing
 from tim.listing import check_plain
 from tim.models.hub import hub_options
 
 PADDINGS = ("mask", "batch")
 IDENTIFYING = {".json", ".txt", ".model", ".safetensors", ".bin"}  # suffixes of configs, vocabularies and weights
+CACHE_BYTES = 2**30
 DTYPE_KEYWORD = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 
 
@@ -134,11 +136,11 @@ class TextEncoder:
         """
         check_captions(captions)
         rows = [torch.tensor(row) for row in self._tokenize(captions)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        ids = to_device(pad_sequence(rows, batch_first=True, padding_value=self.pad), self.device)
         mask = real_tokens(rows)
         # No mask where it hides nothing: the fastest attention kernels take none.
         is_masked = self.padding == "mask" and not mask.all()
-        mask = mask.to(self.device)
+        mask = to_device(mask, self.device)
         # an autocast around the call would change the features behind the cache's back
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             last = self.use_last_hidden_state
@@ -179,7 +181,7 @@ class CaptionCache:
         max_bytes: most memory that features take, on the CPU.
     """
 
-    def __init__(self, encoder: TextEncoder, folder: str | Path | None = None, max_bytes: int = 2**30) -> None:
+    def __init__(self, encoder: TextEncoder, folder: str | Path | None = None, max_bytes: int = CACHE_BYTES) -> None:
         if encoder.padding != "mask":
             raise ValueError("model.text_padding=batch makes features depend on the batch; it needs model.text_cache=null")
         self.encoder, self.max_bytes, self.used_bytes = encoder, max_bytes, 0
@@ -198,8 +200,8 @@ class CaptionCache:
         check_captions(captions)
         found = {caption: self._find(caption) for caption in dict.fromkeys(captions)}
         rows = [found[caption] for caption in captions]
-        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.device), real_tokens(rows)
-        return y, None if mask.all() else mask.to(self.encoder.device)
+        y, mask = to_device(pad_sequence(rows, batch_first=True), self.encoder.device), real_tokens(rows)
+        return y, None if mask.all() else to_device(mask, self.encoder.device)
 
     def _find(self, caption: str) -> Tensor:
         """A caption's features (M, width) on the CPU, from memory, the folder or the encoder."""
@@ -237,8 +239,13 @@ class CaptionCache:
         return self.encoder([caption])[0][0].cpu()
 
 
-def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | str) -> TextEncoder | CaptionCache:
+def build_text_encoder(
+    model: Model, dtype: torch.dtype, device: torch.device | str, captions: Iterable[str] | None = None
+) -> TextEncoder | CaptionCache:
     """The text encoder that a config names, behind a cache when it asks for one.
+
+    Args:
+        captions: all that will be encoded, again and again, if that is known: what the cache `auto` decides by.
 
     Raises:
         ValueError: when there is none, or it cannot be loaded.
@@ -252,11 +259,24 @@ def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | 
         padding=model.text_padding,
         dtype=dtype,
         device=device,
-        lazy=model.text_cache not in (None, "memory"),
+        lazy=model.text_cache not in (None, "auto", "memory"),
     )
-    if model.text_cache is None:
-        return encoder
-    return CaptionCache(encoder, None if model.text_cache == "memory" else model.text_cache)
+    cache = model.text_cache
+    if cache == "auto":
+        repeat = captions is not None and encoder.padding == "mask" and fit_in_memory(captions, encoder)
+        cache = "memory" if repeat else None
+    return encoder if cache is None else CaptionCache(encoder, None if cache == "memory" else cache)
+
+
+def fit_in_memory(captions: Iterable[str], encoder: TextEncoder) -> bool:
+    """Whether the features of all captions, each as long as can be, take no more than CACHE_BYTES."""
+    most = CACHE_BYTES // (encoder.max_length * encoder.width * encoder.dtype.itemsize)
+    different: set[str] = set()
+    for caption in captions:
+        different.add(caption)
+        if len(different) > most:  # of millions, few are looked at
+            return False
+    return True
 
 
 def load_model(text_encoder_dir: str, dtype: torch.dtype, **options: bool) -> PreTrainedModel:
