@@ -29,7 +29,8 @@ from transformers import (
 
 from tim.config import Model, Target
 from tim.evaluation.pretrained import load_pretrained
-from tim.models.text_encoders import CaptionCache, TextEncoder, build_text_encoder
+from tim.models.caption_cache import CaptionCache, build_text_encoder
+from tim.models.text_encoders import TextEncoder
 
 CAPTIONS = [
     "a red circle",
@@ -436,7 +437,7 @@ def test_an_interrupted_write_leaves_no_file(encoders, tmp_path, monkeypatch):
 
     cache = CaptionCache(encoders["gemma"], tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
-        patch.setattr("tim.models.text_encoders.save_file", stop)
+        patch.setattr("tim.models.caption_cache.save_file", stop)
         cache(["a cat"])
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
 
@@ -468,7 +469,7 @@ def test_few_captions_are_cached_by_default_where_their_batch_cannot_change_them
     """Few: as many as memory takes at their longest. Whoever does not say which captions come gets none of them kept."""
     model = Model(Target(""), {}, Target(""), text_encoder_dir=str(originals["gemma"][0]), max_seq_length=12)
     of_one = 12 * 32 * 2
-    monkeypatch.setattr("tim.models.text_encoders.CACHE_BYTES", 3 * of_one)
+    monkeypatch.setattr("tim.models.caption_cache.CACHE_BYTES", 3 * of_one)
 
     def built(captions, **changes):
         return type(build_text_encoder(replace(model, **changes), torch.bfloat16, "cpu", captions))

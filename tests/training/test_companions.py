@@ -8,8 +8,8 @@ from helpers.companions import save_tiny_dc, save_tiny_text_encoder
 from helpers.paths import GOLDENS, ROOT
 
 from tim.config import load_config
+from tim.models.caption_cache import CaptionCache
 from tim.models.network import build_network
-from tim.models.text_encoders import CaptionCache
 from tim.training.setup import build_autoencoder, build_encoder
 from tim.training.tasks import CaptionTask
 from tim.typed_yaml import ConfigError
