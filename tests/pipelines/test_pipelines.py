@@ -21,7 +21,13 @@ from tim.checkpoint.weights import find_weights
 from tim.config import load_config
 from tim.generation.sampler import load_sampler
 from tim.generation.settings import SampleSettings
-from tim.pipelines import TiMClassPipeline, TiMImg2ImgPipeline, TiMPipeline, TiMTransformer2DModel
+from tim.pipelines import (
+    TiMClassImg2ImgPipeline,
+    TiMClassPipeline,
+    TiMImg2ImgPipeline,
+    TiMPipeline,
+    TiMTransformer2DModel,
+)
 
 PROMPTS = ["a red circle", "two dogs under a blue sky"]
 
@@ -205,6 +211,21 @@ def test_pictures_to_start_from(text_pipe):
     ):
         with pytest.raises(ValueError, match=match):
             pipe(PROMPTS, **arguments)
+
+
+def test_classes_start_from_pictures_too(class_pipe):
+    pipe = TiMClassImg2ImgPipeline.from_pipe(class_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.fromarray(np.full((8, 8), 200, np.uint8))
+    whole = draw(pipe, ["nought", 2], image=picture, strength=1.0, generator=seeds(0, 1))
+    assert np.array_equal(whole, draw(class_pipe, ["nought", 2], generator=seeds(0, 1)))  # all of the picture is noised away
+    torch.nn.init.zeros_(pipe.transformer.final_layer.linear.weight)  # and the bias: a network that leaves the state alone
+    torch.nn.init.zeros_(pipe.transformer.final_layer.linear.bias)
+    noise = torch.randn(1, 1, 8, 8)
+    start = draw(pipe, 1, image=picture, latents=noise, strength=0.3, output_type="latent")
+    torch.testing.assert_close(start, 0.7 * (2 * 200 / 255 - 1) + 0.3 * noise, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`strength`.*1\.5"):
+        pipe(1, picture, strength=1.5)
 
 
 def test_pictures_through_a_posterior(text_pipe, tmp_path):

@@ -4,7 +4,8 @@ import html
 import json
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TITLE = "TiM studio"
+TITLE, STOPPED = "TiM studio", "Stopped."
 MAX_UPLOAD, MAX_WAITING = "20mb", 32  # per picture; drawings in the queue
 KEEP = 3600  # seconds that pictures stay on the server
 ONE = {"concurrency_limit": 1, "concurrency_id": "model"}  # the events that need the model wait for one another
@@ -93,33 +94,41 @@ class Drawer:
 
     def jobs(self, settings: Settings) -> list[tuple[page.Cell, tuple[int, int]]]:
         """(cell, (seed, steps)) of everything there is to draw."""
-        seeds = [(settings.seed + k, settings.steps) for k in range(settings.count)]
+        seeds = [((settings.seed + k) % (MAX_SEED + 1), settings.steps) for k in range(settings.count)]
         row = [(settings.seed, steps) for steps in ROW]
         return [*zip(self.tab.pictures, seeds, strict=False), *zip(self.tab.row, row, strict=False)]
 
-    def run(self, settings: Settings, session: str, picture: "Image.Image | None" = None) -> Iterator[dict[Any, Any]]:
-        """What the page shows, after every picture: all of it, so that the last is the whole."""
+    def run(
+        self, settings: Settings, session: str, picture: "Image.Image | None", report: Callable[[tuple[int, int]], Any]
+    ) -> Iterator[dict[Any, Any]]:
+        """What the page shows, after every picture: all of it, so that the last is the whole.
+
+        Args:
+            session: of the page, which may stop it.
+            report: called after every step with (steps done, steps of this picture).
+        """
         import gradio as gr
 
-        self.wanted.add(session)
-        seen: dict[Any, Any] = {self.tab.status: "Waiting for the model …"}
+        settings.check(self.models.facts(settings.model))
+        seen: dict[Any, Any] = {self.tab.status: "Drawing …"}
         for k, cell in enumerate([*self.tab.pictures, *self.tab.row]):
             is_wanted = k < settings.count or k >= len(self.tab.pictures)
             seen |= {cell.column: gr.update(visible=is_wanted), cell.image: None, cell.caption: "&nbsp;"}
         yield dict(seen)
-        progress, jobs, took = gr.Progress(), self.jobs(settings), 0.0
+        jobs, began = self.jobs(settings), time.perf_counter()
+        self.wanted.add(session)
         drawing = draw(
-            self.models, settings, [job for _, job in jobs], lambda: session not in self.wanted, picture,
-            lambda done, steps: progress((done, steps), unit="steps"),
+            self.models, settings, [job for _, job in jobs], lambda: session not in self.wanted, picture, report
         )  # fmt: skip
         for k, ((cell, _), drawn) in enumerate(zip(jobs, drawing, strict=False)):
-            took += drawn.ms
-            seen |= {cell.image: self._saved(drawn, settings), cell.caption: self._caption(cell, drawn)}
             is_last = k + 1 == len(jobs)
-            seen[self.tab.status] = f"{k + 1} of {len(jobs)} pictures" + (f" in {took / 1000:.1f} s" if is_last else " …")
+            end = f" in {time.perf_counter() - began:.1f} s" if is_last else " …"
+            seen[self.tab.status] = f"{k + 1} of {len(jobs)} pictures{end}"
+            seen |= {cell.image: self._saved(drawn, settings), cell.caption: self._caption(cell, drawn)}
             yield dict(seen)
         if session not in self.wanted:
-            yield {**seen, self.tab.status: "Stopped."}
+            yield {**seen, self.tab.status: STOPPED}
+        self.wanted.discard(session)
 
     def _caption(self, cell: page.Cell, drawn: Drawn) -> str:
         steps = f"**{drawn.steps} step{'s' if drawn.steps > 1 else ''}**"
@@ -203,7 +212,9 @@ def _wire_tab(demo: "gr.Blocks", drawer: Drawer, controls: page.Controls, name: 
 
     tab, models = drawer.tab, drawer.models
 
-    def go(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+    steps_of = gr.Progress()
+
+    def go(request: gr.Request, progress: gr.Progress = steps_of, *values: Any) -> Iterator[dict[Any, Any]]:
         with notices():
             model, prompt, label, *numbers = values[: len(page.NAMES)]
             subject = label if models.facts(model).classes else prompt
@@ -213,14 +224,14 @@ def _wire_tab(demo: "gr.Blocks", drawer: Drawer, controls: page.Controls, name: 
                 settings = replace(settings, strength=strength)
                 if picture is None:
                     raise ValueError("there is no picture to start from: drop one there")
-            yield from drawer.run(settings, str(request.session_hash), picture)
-
-    def stop(request: gr.Request) -> str:
-        drawer.wanted.discard(str(request.session_hash))
-        return "Stopped."
+            yield from drawer.run(settings, str(request.session_hash), picture, progress)
 
     def leave(request: gr.Request) -> None:
         drawer.wanted.discard(str(request.session_hash))
+
+    def stop(request: gr.Request) -> str:
+        leave(request)
+        return STOPPED
 
     inputs = [*controls.settings, *(part for part in (tab.picture, tab.strength) if part is not None)]
     cells = [*tab.pictures, *tab.row]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tim.pipelines import TiMClassPipeline, TiMPipeline
 
 ROW = (1, 2, 4, 8, 32)  # steps from the same noise
+WHOLE = ("seed", "count", "steps", "width", "height")
 MAX_STEPS, MAX_COUNT, MAX_SEED, MAX_GUIDANCE, MAX_PROMPT = 128, 4, 2**32 - 1, 20.0, 1000
 
 
@@ -42,7 +43,11 @@ class Settings:
         """ValueError for the first value that is out of bounds; it names value and range."""
         for name, (low, high) in bounds(facts).items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is None and name == "strength":
+                continue
+            if value is None or (name in WHOLE and not isinstance(value, int)):
+                raise ValueError(f"{name} must be a {'whole ' if name in WHOLE else ''}number, not {value}")
+            if not low <= value <= high:
                 raise ValueError(f"{name} {value} is out of range: {low} to {high}")
         for name in ("width", "height"):
             if getattr(self, name) % facts.grid:
@@ -87,7 +92,7 @@ def restored(query: Mapping[str, str], start: Settings, facts: Facts) -> tuple[S
         if text is None:
             continue
         try:
-            kind = {"subject": str, "guidance": float, "strength": float}.get(name, int)
+            kind = str if name == "subject" else int if name in WHOLE else float
             changed = replace(start, **{name: kind(text)})
             changed.check(facts)
             start = changed
@@ -113,20 +118,17 @@ def draw(
     jobs: list[tuple[int, int]],
     stopped: Callable[[], bool],
     picture: "Image.Image | None" = None,
-    report: Callable[[int, int], None] | None = None,
+    report: Callable[[tuple[int, int]], Any] | None = None,
 ) -> Iterator[Drawn]:
     """Draw pictures one after another; each is that of the pipeline alone for its seed.
 
     Args:
+        settings: within the bounds.
         jobs: (seed, steps) of each; nothing is computed twice.
         stopped: asked after every step; once it is true, nothing more is drawn.
         picture: to start from.
         report: called after every step with (steps done, steps of this picture).
-
-    Raises:
-        ValueError: for a setting out of bounds, before anything is drawn.
     """
-    settings.check(models.facts(settings.model))
     known: dict[tuple[int, int], Drawn] = {}
     for seed, steps in jobs:
         if (seed, steps) not in known:
@@ -143,7 +145,7 @@ def _draw_one(
     settings: Settings,
     stopped: Callable[[], bool],
     picture: "Image.Image | None",
-    report: Callable[[int, int], None] | None,
+    report: Callable[[tuple[int, int]], Any] | None,
 ) -> Drawn:
     import torch
     from PIL import ImageOps
@@ -151,7 +153,7 @@ def _draw_one(
     def after(run: Any, step: int, time: float, state: dict[str, Any]) -> None:
         run._interrupt = stopped()
         if report is not None:
-            report(step + 1, settings.steps)
+            report((step + 1, settings.steps))
 
     how: dict[str, Any] = {}
     if picture is not None:
