@@ -47,7 +47,7 @@ def notices() -> Iterator[None]:
         if words is None:
             logger.exception("the studio failed")
         text = words or "something went wrong; the server's log says what"
-        raise gr.Error(html.escape(text), print_exception=False) from None
+        raise gr.Error(html.escape(text, quote=False), print_exception=False) from None
 
 
 def start_of(models: Models, name: str) -> Settings:
@@ -187,7 +187,7 @@ def _wire_controls(demo: "gr.Blocks", models: Models, controls: page.Controls) -
             subject = query.get("class" if facts.classes else "prompt")
             settings, more = restored(query | ({"subject": subject} if subject else {}), start, facts)
             for words in wrong + more:
-                gr.Warning(html.escape(words))
+                gr.Warning(html.escape(words, quote=False))
             return shown(models, controls, settings)
 
     def choose(name: str) -> dict[Any, Any]:

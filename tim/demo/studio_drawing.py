@@ -159,11 +159,12 @@ def _draw_one(
     if picture is not None:
         fitted = ImageOps.fit(picture.convert("RGB"), (settings.width, settings.height))
         pipe, how = _from_pictures(pipe), {"image": fitted, "strength": settings.strength}
+    is_unguided = settings.steps == 1 and settings.strength in (None, 1.0)  # the first step from noise is never guided
     began = time.perf_counter()
     result = pipe(
-        _subject(pipe, settings.subject), num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-        width=settings.width, height=settings.height, generator=torch.Generator().manual_seed(settings.seed),
-        callback_on_step_end=after, **how,
+        _subject(pipe, settings.subject), width=settings.width, height=settings.height, num_inference_steps=settings.steps,
+        guidance_scale=1.0 if is_unguided else settings.guidance, callback_on_step_end=after,
+        generator=torch.Generator().manual_seed(settings.seed), **how,
     )  # fmt: skip
     ms = 1000 * (time.perf_counter() - began)
     image = result.images[0]

@@ -86,7 +86,7 @@ def controls(names: list[str]) -> Controls:
 
     model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
     prompt = gr.Textbox(label="Prompt", placeholder="what to draw", max_length=MAX_PROMPT, max_lines=4, elem_id="prompt")
-    label = gr.Dropdown([], label="Class", visible=False, elem_id="class")
+    label = gr.Dropdown([], label="Class", visible=False, allow_custom_value=True, elem_id="class")  # checked by the settings
     examples = gr.Dataset(label="Examples", components=["textbox"], samples=[["-"]], type="values", elem_id="examples")
     with gr.Column(elem_id="how-many"):
         steps = gr.Number(
