@@ -93,7 +93,8 @@ def restored(query: Mapping[str, str], start: Settings, facts: Facts) -> tuple[S
             continue
         try:
             kind = str if name == "subject" else int if name in WHOLE else float
-            changed = replace(start, **{name: kind(text)})
+            change: dict[str, Any] = {name: kind(text)}
+            changed = replace(start, **change)
             changed.check(facts)
             start = changed
         except ValueError as error:
@@ -141,7 +142,7 @@ def draw(
 
 
 def _draw_one(
-    pipe: "TiMPipeline | TiMClassPipeline",
+    pipe: Any,
     settings: Settings,
     stopped: Callable[[], bool],
     picture: "Image.Image | None",

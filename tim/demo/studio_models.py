@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 INDEX = "model_index.json"
+PROMPTS: tuple[str, ...] = ("a lighthouse in a storm", "a red fox in the snow", "a bowl of oranges")
 LARGEST = 4  # times the side of the training images
 
 
@@ -173,14 +174,14 @@ def _facts(pipe: "TiMPipeline | TiMClassPipeline", quickstart: Quickstart | None
     from tim.models.network import traits_of
     from tim.pipelines import TiMClassPipeline
 
-    traits, factor, classes = traits_of(pipe.transformer), pipe.vae_factor, ()
+    traits, factor = traits_of(pipe.transformer), pipe.vae_factor
+    classes: tuple[str, ...] = ()
+    subjects, guidance = PROMPTS, 2.5
     if isinstance(pipe, TiMClassPipeline):
         names = {number: name for name, number in reversed(pipe.labels.items())}  # the first of each class's synonyms
         classes = tuple(names.get(number, str(number)) for number in range(traits.num_classes or 0))
-        spread = sorted({0, len(classes) // 2, len(classes) - 1})
-        subjects, guidance = tuple(classes[k] for k in spread), 1.0
-    else:
-        subjects, guidance = ("a lighthouse in a storm", "a red fox in the snow", "a bowl of oranges"), 2.5
+        subjects = tuple(classes[k] for k in sorted({0, len(classes) // 2, len(classes) - 1}))
+        guidance = 1.0
     if quickstart is not None:
         subjects, guidance = quickstart.subjects or subjects, quickstart.guidance
     side, grid = traits.latent_shape()[1] * factor, traits.patch_size * factor

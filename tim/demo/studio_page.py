@@ -21,11 +21,13 @@ CSS = """
 .cells { flex-wrap: wrap; justify-content: flex-start; }
 .cells > * { flex: 1 1 118px !important; min-width: 118px !important; max-width: 240px; gap: 4px; }
 .caption { text-align: center; font-size: 0.85rem; }
+.caption, .heading { overflow: hidden !important; }
+.status { min-height: 40px; overflow: hidden !important; }
 #dice { min-width: 48px; max-width: 56px; align-self: end; font-size: 1.6rem; }
 #how-many { gap: 2px; }
 #scale { overflow: visible !important; background: var(--block-background-fill); padding: 4px 20px 12px; min-height: 34px; }
 #scale .head, #scale .min_value, #scale .max_value { display: none; }
-.ticks { position: relative; height: 1.4em; margin: 0 28px; font-size: 0.75rem; opacity: 0.7; }
+.ticks { position: relative; height: 1.4em; margin: 0 18px; font-size: 0.75rem; opacity: 0.7; }
 .ticks span { position: absolute; transform: translateX(-50%); }
 """
 
@@ -101,9 +103,8 @@ def controls(names: list[str]) -> Controls:
     guidance = gr.Slider(
         1, MAX_GUIDANCE, 1, step=0.1, label="Guidance", info="1 is none; the first step is never guided", elem_id="guidance"
     )
-    with gr.Row():
-        width = gr.Slider(1, 4096, 64, step=1, label="Width", min_width=140, elem_id="width")
-        height = gr.Slider(1, 4096, 64, step=1, label="Height", min_width=140, elem_id="height")
+    width = gr.Slider(1, 4096, 64, step=1, label="Width", elem_id="width")
+    height = gr.Slider(1, 4096, 64, step=1, label="Height", elem_id="height")
     link = gr.Textbox(label="Link to these settings", interactive=False, buttons=["copy"], elem_id="link")
     return Controls(
         model, prompt, label, examples, steps, scale, seed, dice, count, guidance, width, height, link, gr.HTML(visible=True)
@@ -139,7 +140,7 @@ def _buttons(text: str, name: str) -> tuple["gr.Button", "gr.Button", "gr.Markdo
     with gr.Row():
         go = gr.Button(text, variant="primary", elem_id=name, scale=3)
         stop = gr.Button("Stop", elem_id=f"stop-{name}", scale=1)
-    return go, stop, gr.Markdown("&nbsp;", elem_id=f"status-{name}")
+    return go, stop, gr.Markdown("&nbsp;", elem_classes="status", elem_id=f"status-{name}")
 
 
 def tab_of_noise() -> Tab:
@@ -148,7 +149,11 @@ def tab_of_noise() -> Tab:
 
     go, stop, status = _buttons("Draw", "draw")
     pictures = _cells(MAX_COUNT, "picture", MAX_COUNT)
-    gr.Markdown(f"#### The first picture's noise in {', '.join(map(str, ROW[:-1]))} and {ROW[-1]} steps")
+    gr.Markdown(
+        f"#### The first picture's noise in {', '.join(map(str, ROW[:-1]))} and {ROW[-1]} steps\n"
+        "NFE: evaluations of the network, of which a guided step costs two",
+        elem_classes="heading",
+    )
     return Tab(go, stop, status, pictures, _cells(len(ROW), "row", len(ROW)))
 
 

@@ -40,10 +40,10 @@ def pipeline_of_run(
         return TiMClassPipeline(network, scheduler, vae)
     if not model.text_encoder_dir:
         raise ValueError(f"{yaml} names no text encoder (model.text_encoder_dir)")
-    text = {"use_last_hidden_state": model.use_last_hidden_state}
     encoder = TextEncoder(
-        model.text_encoder_dir, max_length=model.max_seq_length, padding=model.text_padding, dtype=torch_dtype, **text
-    )
+        model.text_encoder_dir, max_length=model.max_seq_length, use_last_hidden_state=model.use_last_hidden_state,
+        padding=model.text_padding, dtype=torch_dtype,
+    )  # fmt: skip
     return TiMPipeline(
         TiMTransformer2DModel.from_single_file(folder, yaml, torch_dtype, weights),
         scheduler,
@@ -51,6 +51,6 @@ def pipeline_of_run(
         encoder.model,
         encoder.tokenizer,
         max_sequence_length=model.max_seq_length,
+        use_last_hidden_state=model.use_last_hidden_state,
         text_padding=model.text_padding,
-        **text,
     )
