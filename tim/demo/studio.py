@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 TITLE, STOPPED = "TiM studio", "Stopped."
 MAX_UPLOAD, MAX_WAITING = "20mb", 32  # per picture; drawings in the queue
 KEEP = 3600  # seconds that pictures stay on the server
-ONE = {"concurrency_limit": 1, "concurrency_id": "model"}  # the events that need the model wait for one another
+ONE = {"concurrency_limit": 1, "concurrency_id": "model"}  # both tabs' drawings wait for one another
 # Puts the settings into the page's address, and returns it.
 LINK = """(...values) => {
   const query = new URLSearchParams(location.search), names = NAMES;
@@ -199,8 +199,8 @@ def _wire_controls(demo: "gr.Blocks", models: Models, controls: page.Controls) -
 
     changed = [*controls.settings, controls.scale, controls.examples, controls.style]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    demo.load(restore, None, changed, **quiet, **ONE)
-    controls.model.input(choose, controls.model, changed, **quiet, **ONE)
+    demo.load(restore, None, changed, **quiet)
+    controls.model.input(choose, controls.model, changed, **quiet)
     controls.examples.click(example, [controls.examples, controls.model], [controls.prompt, controls.label], **quiet)
     controls.dice.click(None, None, controls.seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})")
     controls.scale.input(None, controls.scale, controls.steps, js=page.TO_STEPS)

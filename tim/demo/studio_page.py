@@ -14,14 +14,18 @@ TO_STEPS = f"place => {list(SCALE)}[place]"
 TO_PLACE = f"steps => {{ const all = {list(SCALE)}; return Math.max(0, all.findLastIndex(s => s <= steps)); }}"
 
 CSS = """
-.picture { aspect-ratio: 1; }
-.picture .image-container, .picture .image-frame, .picture button { height: 100%; }
+.picture { padding-top: 28px; border: none !important; overflow: visible !important; }
+.picture .image-container, .picture .empty { aspect-ratio: 1; height: auto; }
+.picture .empty { min-height: 0; width: 100%; box-sizing: border-box; border: 1px dashed var(--border-color-primary); }
+.picture .image-frame, .picture .image-container button.image-frame { height: 100%; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
-@media (hover: hover) { .picture:not(:hover) .icon-button-wrapper { opacity: 0; } }
+.picture .icon-button-wrapper { top: -28px; }
 .cells { flex-wrap: wrap; justify-content: flex-start; }
 .cells > * { flex: 1 1 118px !important; min-width: 118px !important; max-width: 240px; gap: 4px; }
 .caption { text-align: center; font-size: 0.85rem; }
 .caption, .heading { overflow: hidden !important; }
+.heading h4 { margin: 0; }
+.heading p { margin: 0; font-size: 0.85rem; opacity: 0.7; }
 .status { min-height: 40px; overflow: hidden !important; }
 #dice { min-width: 48px; max-width: 56px; align-self: end; font-size: 1.6rem; }
 #how-many { gap: 2px; }
