@@ -87,6 +87,9 @@ def test_saved_whole_sharded_or_as_a_variant_it_draws_the_same(text_pipe, tmp_pa
     half = TiMPipeline.from_pretrained(tmp_path / "plain", torch_dtype=torch.bfloat16)
     assert {m.dtype for m in (half.transformer, half.vae, half.text_encoder)} == {torch.bfloat16}
     assert np.abs(draw(half, PROMPTS) - want).mean() < 0.02
+    TiMImg2ImgPipeline.from_pipe(half)  # shares what it is made of, and casts nothing
+    kinds = {m.dtype for m in (half.transformer.t_embedder.mlp[0].weight, half.transformer.final_layer.linear.weight)}
+    assert kinds == {torch.float32, torch.bfloat16} and half.vae.dtype == torch.bfloat16
     moved = TiMPipeline.from_pretrained(tmp_path / "plain").to(torch.bfloat16)
     assert np.isfinite(draw(moved, PROMPTS)).all()
 

@@ -276,7 +276,7 @@ def serve(
         server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, max_file_size=MAX_UPLOAD,
         ssr_mode=False, theme=theme, css=page.CSS, footer_links=["api"], inbrowser=False,
     )  # fmt: skip
-    print(f"{TITLE}: {demo.share_url or demo.local_url}\nCtrl-C ends it")
+    print(f"{TITLE}: {demo.share_url or demo.local_url}\nCtrl-C ends it", flush=True)
     if block:
         demo.block_thread()
     return demo
