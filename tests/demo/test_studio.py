@@ -284,6 +284,22 @@ def test_the_space_serves_the_pipeline_beside_it(monkeypatch):
     assert {str(Requirement(line)) for line in lines if not line.startswith("#")} == wanted
 
 
+def test_the_nodes_for_comfyui_draw_the_same(root, pipelines):
+    """As ComfyUI calls them: by the names of their inputs, with images as floats (B, H, W, 3)."""
+    folder = runpy.run_path(str(ROOT / "scripts" / "comfyui_tim" / "__init__.py"))
+    load, draw = (folder["NODE_CLASS_MAPPINGS"][name] for name in ("LoadTiM", "DrawTiM"))
+    (pipe,) = getattr(load(), load.FUNCTION)(source=str(root / "workdir" / "quickstart"))
+    inputs = draw.INPUT_TYPES()
+    how = {"subject": "2", "seed": 7, "count": 2, "steps": 3, "guidance": 1.0, "width": 0, "height": 0}
+    assert set(inputs["required"]) == {"pipeline", *how} and set(inputs["optional"]) == {"image", "strength"}
+    (images,) = getattr(draw(), draw.FUNCTION)(pipeline=pipe, **how)
+    assert images.shape == (2, 8, 8, 3)
+    wanted = [expected(pipelines["digits"], 2, seed, 3) for seed in (7, 8)]
+    assert np.abs((images * 255).round().numpy() - np.stack(wanted)).max() <= 1  # one batch, which rounds otherwise
+    (near,) = draw().draw(pipe, **how, image=torch.full((1, 8, 8, 3), 0.8), strength=0.05)
+    assert (near - 0.8).abs().mean() < (images - 0.8).abs().mean()
+
+
 # ---- in a browser ------------------------------------------------------------------------------
 PIXELS = """
 const [id, done] = arguments, image = document.querySelector(`#${id} img`), canvas = document.createElement("canvas");

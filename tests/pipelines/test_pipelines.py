@@ -229,6 +229,8 @@ def test_classes_start_from_pictures_too(class_pipe):
     torch.testing.assert_close(start, 0.7 * (2 * 200 / 255 - 1) + 0.3 * noise, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"`strength`.*1\.5"):
         pipe(1, picture, strength=1.5)
+    with pytest.raises(ValueError, match="`image` must have 1 channels but has 3"):
+        pipe(1, torch.zeros(1, 3, 8, 8))
 
 
 def test_pictures_through_a_posterior(text_pipe, tmp_path):

@@ -53,7 +53,7 @@ class _FromPictures(TransitionPipeline):
         return transport.time_grid(steps, first, transport.T_min).tolist()
 
     def _pictures(self, image: PipelineImageInput, height: int | None, width: int | None) -> Tensor:
-        """Pictures (B, C, H, W) in [-1, 1] on the grid of patches."""
+        """Pictures (B, C, H, W) in [-1, 1] on the grid of patches; ValueError for none, or another number of channels."""
         if image is None:
             raise ValueError("`image` is missing: the picture to start from")
         traits = traits_of(self.transformer)
@@ -63,7 +63,11 @@ class _FromPictures(TransitionPipeline):
         )
         first = image[0] if isinstance(image, list) else image
         own = processor.get_default_height_width(first, height, width)
-        return processor.preprocess(image, *self._size(*own)).to(self._execution_device)
+        pictures = processor.preprocess(image, *self._size(*own)).to(self._execution_device)
+        channels = 3 if self.vae is not None else traits.in_channels or 3
+        if pictures.shape[1] != channels:  # of arrays and tensors, which nothing converts
+            raise ValueError(f"`image` must have {channels} channels but has {pictures.shape[1]}")
+        return pictures
 
     def _encode(self, pictures: Tensor, prompts: int, num_images_per_prompt: int, generator: Generators) -> Tensor:
         """Clean latents (prompts num_images_per_prompt, C, h, w) of pictures; ValueError when they are not one or one each."""
