@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from tim.demo.studio_drawing import ROW, Settings, restored
-from tim.demo.studio_models import Facts, Models, load_pipeline, offered
+from tim.demo.studio_models import Facts, Models, load_pipeline, offered, untrained
 from tim.models.c2i.tim_model import TiM as ClassTiM
 from tim.models.t2i.tim_model import TiM as TextTiM
 
@@ -215,7 +215,7 @@ def test_a_link_restores_what_is_possible_and_says_what_is_not():
 
 
 def test_the_quickstarts_that_are_there_are_offered(root, tmp_path):
-    assert list(offered(None, root)) == ["digits", "shapes"]
+    assert list(offered(None, root)) == ["digits", "shapes"] and untrained(root) == ["bash scripts/quickstart_t2i.sh"]
     assert offered("some/folder", tmp_path) == {"folder": "some/folder"}
     with pytest.raises(FileNotFoundError, match=r"`bash scripts/quickstart\.sh` trains one.*--pipeline"):
         offered(None, tmp_path)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tim.cli import words_of
 from tim.demo import studio_page as page
 from tim.demo.studio_drawing import MAX_COUNT, MAX_SEED, ROW, Drawn, Settings, bounds, draw, restored
-from tim.demo.studio_models import QUICKSTARTS, Models, offered, trained
+from tim.demo.studio_models import Models, offered, untrained
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -110,25 +110,27 @@ class Drawer:
         import gradio as gr
 
         settings.check(self.models.facts(settings.model))
+        jobs, began = self.jobs(settings), time.perf_counter()
         seen: dict[Any, Any] = {self.tab.status: "Drawing …"}
         for k, cell in enumerate([*self.tab.pictures, *self.tab.row]):
             is_wanted = k < settings.count or k >= len(self.tab.pictures)
             seen |= {cell.column: gr.update(visible=is_wanted), cell.image: None, cell.caption: "&nbsp;"}
-        yield dict(seen)
-        jobs, began = self.jobs(settings), time.perf_counter()
         self.wanted.add(session)
-        drawing = draw(
-            self.models, settings, [job for _, job in jobs], lambda: session not in self.wanted, picture, report
-        )  # fmt: skip
-        for k, ((cell, _), drawn) in enumerate(zip(jobs, drawing, strict=False)):
-            is_last = k + 1 == len(jobs)
-            end = f" in {time.perf_counter() - began:.1f} s" if is_last else " …"
-            seen[self.tab.status] = f"{k + 1} of {len(jobs)} pictures{end}"
-            seen |= {cell.image: self._saved(drawn, settings), cell.caption: self._caption(cell, drawn)}
+        try:
             yield dict(seen)
-        if session not in self.wanted:
-            yield {**seen, self.tab.status: STOPPED}
-        self.wanted.discard(session)
+            drawing = draw(
+                self.models, settings, [job for _, job in jobs], lambda: session not in self.wanted, picture, report
+            )  # fmt: skip
+            for k, ((cell, _), drawn) in enumerate(zip(jobs, drawing, strict=False)):
+                is_last = k + 1 == len(jobs)
+                end = f" in {time.perf_counter() - began:.1f} s" if is_last else " …"
+                seen[self.tab.status] = f"{k + 1} of {len(jobs)} pictures{end}"
+                seen |= {cell.image: self._saved(drawn, settings), cell.caption: self._caption(cell, drawn)}
+                yield dict(seen)
+            if session not in self.wanted:
+                yield {**seen, self.tab.status: STOPPED}
+        finally:
+            self.wanted.discard(session)
 
     def _caption(self, cell: page.Cell, drawn: Drawn) -> str:
         steps = f"**{drawn.steps} step{'s' if drawn.steps > 1 else ''}**"
@@ -143,11 +145,11 @@ class Drawer:
         return save_pil_to_cache(drawn.image, self.cache, name=name, format="png")
 
 
-def build(models: Models, root: Path = Path()) -> "gr.Blocks":
+def build(models: Models, more: Sequence[str] = ()) -> "gr.Blocks":
     """The page.
 
     Args:
-        root: below which the quickstarts are looked for that could be trained too.
+        more: commands that would train further models.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing goes out to the net
     import gradio as gr
@@ -163,9 +165,8 @@ def build(models: Models, root: Path = Path()) -> "gr.Blocks":
                     noise = page.tab_of_noise()
                 with gr.Tab("Image to image"):
                     pictures = page.tab_of_pictures()
-        more = [quickstart.command for name, quickstart in QUICKSTARTS.items() if name not in trained(root)]
         if more:
-            gr.Markdown("Further models: " + ", ".join(f"`{command}`" for command in dict.fromkeys(more)))
+            gr.Markdown("Further models: " + ", ".join(f"`{command}`" for command in more))
         _wire_controls(demo, models, controls)
         for tab, name in ((noise, "draw"), (pictures, "redraw")):
             _wire_tab(demo, Drawer(models, tab, noise.pictures[0].image.GRADIO_CACHE), controls, name)
@@ -210,9 +211,7 @@ def _wire_controls(demo: "gr.Blocks", models: Models, controls: page.Controls) -
 def _wire_tab(demo: "gr.Blocks", drawer: Drawer, controls: page.Controls, name: str) -> None:
     import gradio as gr
 
-    tab, models = drawer.tab, drawer.models
-
-    steps_of = gr.Progress()
+    tab, models, steps_of = drawer.tab, drawer.models, gr.Progress()
 
     def go(request: gr.Request, progress: gr.Progress = steps_of, *values: Any) -> Iterator[dict[Any, Any]]:
         with notices():
@@ -266,7 +265,7 @@ def serve(
     """
     models = Models(offered(pipeline, root))
     models.facts(next(iter(models.sources)))  # loaded now: what is wrong with it is told here
-    demo = build(models, root)
+    demo = build(models, untrained(root) if pipeline is None else ())
     import gradio as gr
     from gradio.themes.utils.fonts import LocalFont
 

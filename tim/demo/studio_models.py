@@ -77,6 +77,12 @@ def trained(root: Path) -> dict[str, Path]:
     return {name: folder for name, folder in folders.items() if list_checkpoints(folder / "checkpoints")}
 
 
+def untrained(root: Path) -> list[str]:
+    """Commands of the quickstarts that draw what none of those below `root` does."""
+    there = {QUICKSTARTS[name].command for name in trained(root)}
+    return list(dict.fromkeys(q.command for q in QUICKSTARTS.values() if q.command not in there))
+
+
 def offered(pipeline: str | None, root: Path) -> dict[str, str]:
     """Where the models are, by the names that the page shows.
 
