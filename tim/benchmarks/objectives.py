@@ -4,11 +4,10 @@ An evaluation of a sample without gradient counts 1, one with its backward pass 
 is trained by the trainer for as many steps as the budget buys, with several seeds, drawn by the sampler and judged.
 """
 
-import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ NFE = (1, 2, 4, 8, 32)
 METRICS = ("frechet_distance", "accuracy", "recall", "diversity")
 FOR_COUNT = 100  # samples of the batch in which evaluations are counted
 BATCH = 250  # images drawn at once
-RECORD = "result.json"
+RECORD, GUIDED = "result.json", "guided.json"
 
 
 @dataclass
@@ -162,7 +161,12 @@ def forward_units(config: Config) -> float:
 
 
 def compare(
-    subject: Subject, recipes: Sequence[Path], seeds: Sequence[int], out: Path, budget: int | None = None
+    subject: Subject,
+    recipes: Sequence[Path],
+    seeds: Sequence[int],
+    out: Path,
+    budget: int | None = None,
+    scales: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Train, draw and judge every recipe with every seed, and write the leaderboard of all that is in `out`.
 
@@ -170,13 +174,17 @@ def compare(
 
     Args:
         budget: steps of TiM as published that buy what every recipe may spend; None: those of the subject's config.
+        scales: of guidance to measure too, by a network's own input where it has one and else by a second evaluation.
     """
     published = load_config(subject.config)
     steps = published.training.max_train_steps if budget is None else budget
     units = steps * forward_units(published)
     for seed in seeds:
         for path in recipes:
-            run_recipe(path, subject, seed, units, out / path.stem / f"seed-{seed}")
+            folder = out / path.stem / f"seed-{seed}"
+            run_recipe(path, subject, seed, units, folder)
+            if scales:
+                run_guided(recipe_config(path, subject), subject, seed, scales, folder)
             results = read_results(out, [recipe.stem for recipe in recipes])
             write_leaderboard(results, out)
     return results
@@ -201,33 +209,64 @@ def run_recipe(path: Path, subject: Subject, seed: int, units: float, folder: Pa
     began = time.perf_counter()
     train(config, folder, seed, ClassTask if config.model.text_encoder_dir is None else CaptionTask)
     trained = time.perf_counter() - began
-    settings = SampleSettings(num_steps=1, global_seed=seed)
-    sampler = load_sampler(config, find_weights(folder), settings, torch.device("cpu"))
-    scores = {n: subject.measure(draw(sampler, n, subject.prompts)) for n in NFE}
+    sampler = trained_sampler(config, seed, folder)
+    scores = {n: subject.measure(draw(sampler, subject.prompts, num_steps=n)) for n in NFE}
     write_json(folder / RECORD, {"made_of": made_of, "seconds": trained, "nfe": scores})
 
 
-def draw(sampler: Sampler, steps: int, prompts: Sequence[Any]) -> list[np.ndarray]:
-    """uint8 images (H, W, 3), one of each prompt."""
-    settings = copy.copy(sampler.settings)
-    settings.num_steps = steps
-    sampler = sampler.at(settings)
+def run_guided(config: Config, subject: Subject, seed: int, scales: Sequence[float], folder: Path) -> None:
+    """guided.json of a trained recipe: {scale: {steps: scores}}, of the scales that are not there yet."""
+    path = folder / GUIDED
+    scores = read_json(path) if path.is_file() else {}
+    missing = [scale for scale in map(float, scales) if str(scale) not in scores]
+    sampler = trained_sampler(config, seed, folder) if missing else None
+    for scale in missing:
+        assert sampler is not None
+        # By two evaluations in all steps, the first too, as the network's input guides all of them.
+        by_input = traits_of(sampler.network).guidance_input
+        how = {"guidance_input": scale} if by_input else {"cfg_scale": scale, "guide_first_step": True}
+        scores[str(scale)] = {n: subject.measure(draw(sampler, subject.prompts, num_steps=n, **how)) for n in NFE}
+        write_json(path, scores)
+
+
+def trained_sampler(config: Config, seed: int, folder: Path) -> Sampler:
+    """The moving average of a run's network, ready to draw."""
+    settings = SampleSettings(num_steps=1, global_seed=seed)
+    return load_sampler(config, find_weights(folder), settings, torch.device("cpu"))
+
+
+def draw(sampler: Sampler, prompts: Sequence[Any], **settings: Any) -> list[np.ndarray]:
+    """uint8 images (H, W, 3), one of each prompt, under other settings."""
+    sampler = sampler.at(replace(sampler.settings, **settings))
     places = range(0, len(prompts), BATCH)
     return [image for k in places for image in sampler.draw(prompts[k : k + BATCH], range(len(prompts))[k : k + BATCH])[0]]
 
 
 def read_results(out: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Recipes with the scores of all their seeds: {name: {"steps", "seconds", "seeds", "nfe": {n: {metric: [values]}}}}."""
-    results = {}
+    """Recipes with the scores of all their seeds: {name: {"steps", "seconds", "seeds", "nfe": {n: {metric: [values]}}}}.
+
+    Guided ones stand beside them under "name w=scale", the number of steps in place of evaluations.
+    """
+    results: dict[str, Any] = {}
     for name in names:
         runs = [read_json(path) for path in sorted((out / name).glob(f"seed-*/{RECORD}"))]
         if runs:
-            scores = {n: {m: [run["nfe"][str(n)][m] for run in runs] for m in METRICS} for n in NFE}
-            seconds = float(np.mean([run["seconds"] for run in runs]))
-            steps = runs[0]["made_of"]["steps"]
-            seeds = [run["made_of"]["seed"] for run in runs]
-            results[name] = {"steps": steps, "seconds": seconds, "seeds": seeds, "nfe": scores}
+            shared = {
+                "steps": runs[0]["made_of"]["steps"],
+                "seconds": float(np.mean([run["seconds"] for run in runs])),
+                "seeds": [run["made_of"]["seed"] for run in runs],
+            }
+            results[name] = {**shared, "nfe": _gather([run["nfe"] for run in runs])}
+            guided = [read_json(path) for path in sorted((out / name).glob(f"seed-*/{GUIDED}"))]
+            for scale in guided[0] if guided else ():
+                scores = _gather([run[scale] for run in guided if scale in run])
+                results[f"{name} w={scale}"] = {**shared, "seeds": shared["seeds"][: len(guided)], "nfe": scores}
     return results
+
+
+def _gather(runs: Sequence[dict[str, dict[str, float]]]) -> dict[int, dict[str, list[float]]]:
+    """{steps: {metric: [a value a run]}}."""
+    return {n: {metric: [run[str(n)][metric] for run in runs] for metric in METRICS} for n in NFE}
 
 
 def write_leaderboard(results: Mapping[str, Any], out: Path) -> None:
