@@ -1,10 +1,12 @@
-"""Measure step time, images/s and peak memory: bench.py train|overhead|sample --config FILE [a.b=c ...], or bench.py adm
+"""Measure speed: bench.py train|overhead|ratio|flops|sample --config FILE [a.b=c ...], bench.py adm, bench.py suite --out DIR
 
 `train` times the optimiser step on latents in memory. `overhead` runs the trainer itself and tells what it spends beside:
-waiting for data, guards against non-finite steps, checkpoints.
+waiting for data, guards against non-finite steps, checkpoints. `ratio` compares steps by dde and by jvp, in turn within one
+run, by processor time, which a busy machine changes least. `flops` counts the operations of each part of a step.
 
 `sample` times text encoder, network and decoder apart; with a text-to-image config at 1024x1024, 4 steps, guidance 2.5
-unless told otherwise. `adm` extracts Inception features of images and tells the network's share of the time.
+unless told otherwise. `adm` extracts Inception features of images and tells the network's share of the time. `suite` measures
+what matters on this machine's GPU, the most valuable first, into results.json, results.md and results.png.
 """
 
 import argparse

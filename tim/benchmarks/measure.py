@@ -62,6 +62,13 @@ def step_results(
     }
 
 
+def copy_bandwidth(device: torch.device) -> float:
+    """Measured rate of copying memory to memory, GB/s, read and written bytes counted: what this machine can do at best."""
+    a = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(times(lambda: b.copy_(a), device, 8)[0]) / 1e9
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measured rate of one large square matrix product, TFLOP/s: what this machine can do at best."""
     n = 8192 if device.type == "cuda" else 1024
@@ -115,12 +122,14 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def conditions(network: nn.Module, batch_size: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random labels or captions of 64 tokens as keywords of the network, and those without condition."""
+def conditions(
+    network: nn.Module, batch_size: int, device: torch.device, tokens: int = 64
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Keywords of the network: random labels, or captions of `tokens` tokens; and those without condition."""
     traits = traits_of(network)
     if traits.cap_feat_dim is None:
         classes = traits.num_classes or 1
         y = torch.randint(classes, (batch_size,), device=device)
         return {"y": y}, {"y": torch.full_like(y, classes)}
-    y = torch.randn(batch_size, 64, traits.cap_feat_dim, device=device)
-    return {"y": y}, {"y": torch.zeros_like(y)}
+    y = torch.randn(batch_size, tokens, traits.cap_feat_dim, device=device)
+    return {"y": y}, {"y": torch.zeros_like(y[:, :1])}  # the empty caption is one token
