@@ -11,17 +11,17 @@ def main() -> None:
     args = parse_with_overrides(parser)
     check_least(args, batch_size=1)
 
-    from tim.benchmarks.derivative import derivative_errors
+    from tim.benchmarks.derivative import DerivativePrecision
     from tim.benchmarks.measure import best_device
     from tim.checkpoint.weights import find_weights
     from tim.config import load_config
 
     config = load_config(args.config, args.overrides)
-    weights = find_weights(args.ckpt) if args.ckpt else None
-    errors = derivative_errors(config, best_device(), args.batch_size, weights=weights)
+    precision = DerivativePrecision(config, best_device(), args.batch_size, find_weights(args.ckpt) if args.ckpt else None)
     print(f"{'':>22} {'float32':>10} {'bfloat16':>10}")
     for kind in ("dde", "jvp"):
-        print(f"{kind + ', relative error':>22} {errors[kind + ' float32']:>10.2%} {errors[kind + ' bfloat16']:>10.2%}")
+        single, half = (precision.error(kind, dtype) for dtype in ("float32", "bfloat16"))
+        print(f"{kind + ', relative error':>22} {single:>10.2%} {half:>10.2%}")
 
 
 if __name__ == "__main__":

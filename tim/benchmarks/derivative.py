@@ -19,9 +19,7 @@ from tim.schedulers.transition import TransitionSchedule
 def bench_tangent(device: torch.device, form: str, batch_size: int, heads: int, tokens: int, head_dim: int) -> Results:
     """Time the tangent of self-attention in bfloat16, beside its relative error against the explicit one in float64."""
     g = torch.Generator(device).manual_seed(0)
-    inputs = [
-        torch.randn(batch_size, heads, tokens, head_dim, generator=g, device=device).to(torch.bfloat16) for _ in range(6)
-    ]
+    inputs = [torch.randn(batch_size, heads, tokens, head_dim, generator=g, device=device).to(torch.bfloat16) for _ in range(6)]
     reset_peak_memory(device)
     seconds, out = timed(lambda: attention_tangent(*inputs, form=form), device, repeats=10, warmup=3)
     memory = peak_memory(device)
@@ -36,47 +34,42 @@ def bench_tangent(device: torch.device, form: str, batch_size: int, heads: int, 
     }
 
 
-def derivative_errors(
-    config: Config, device: torch.device, batch_size: int, forms: Sequence[str] = (), weights: Weights | None = None
-) -> Results:
-    """Relative errors of dF/dt under bfloat16 autocast, against jvp in float64, of random latents and noise.
+class DerivativePrecision:
+    """How exact dF/dt is under bfloat16 autocast, of random latents and noise: `error` against jvp in float64.
 
     Args:
-        forms: of attention's tangent, to tell apart besides the one that the device would get.
         weights: of the network; None draws every parameter normal with deviation 0.05.
-
-    Returns:
-        By the derivative's type and dtype, and form.
     """
-    torch.manual_seed(0)
-    network = build_network(config.model.network).to(device).requires_grad_(False)
-    if weights is None:
-        for p in network.parameters():
-            p.normal_(std=0.05)
-    else:
-        load_strict(network, weights.read(), weights.source)
-    transport = config.model.transport.build()
-    x, z = (torch.randn(batch_size, *traits_of(network).latent_shape(), device=device) for _ in range(2))
-    cond, _ = conditions(network, batch_size, device)
-    t, r, _ = TransitionSchedule(transport).sample_t_and_r(batch_size, torch.float32, device)
 
-    def derivative(kind: str, dtype: str | None, wide: bool = False) -> Tensor:
-        schedule = TransitionSchedule(transport, derivative_type=kind, derivative_dtype=dtype)
-        model = network.double() if wide else network.float()
-        clean, noise, start, end = (v.double() if wide else v for v in (x, z, t, r))
-        return schedule.derivative(model, clean, noise, start, end, 0, cond).double()
+    def __init__(self, config: Config, device: torch.device, batch_size: int, weights: Weights | None = None) -> None:
+        torch.manual_seed(0)
+        self.network = network = build_network(config.model.network).to(device).requires_grad_(False)
+        if weights is None:
+            for p in network.parameters():
+                p.normal_(std=0.05)
+        else:
+            load_strict(network, weights.read(), weights.source)
+        self.transport, self.device = config.model.transport.build(), device
+        x, z = (torch.randn(batch_size, *traits_of(network).latent_shape(), device=device) for _ in range(2))
+        self.cond, _ = conditions(network, batch_size, device)
+        t, r, _ = TransitionSchedule(self.transport).sample_t_and_r(batch_size, torch.float32, device)
+        self.inputs = x, z, t, r
+        network.double()
+        self.exact = self._derivative("jvp", None, [u.double() for u in self.inputs])
+        network.float()
 
-    exact, errors = derivative("jvp", None, wide=True), {}
-    cases = [(kind, dtype, None) for kind in ("dde", "jvp") for dtype in ("float32", "bfloat16")]
-    for kind, dtype, form in [*cases, *(("jvp", "bfloat16", form) for form in forms)]:
-        name = " ".join(filter(None, (kind, dtype, form)))
+    def error(self, kind: str, dtype: str, form: str | None = None) -> float:
+        """Relative error of the derivative by 'dde' or 'jvp' in a dtype, with a form of attention's tangent."""
         use_tangent_form(form)
         try:
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                errors[name] = relative_error(derivative(kind, dtype), exact)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                return relative_error(self._derivative(kind, dtype, self.inputs), self.exact)
         finally:
             use_tangent_form(None)
-    return {**errors}
+
+    def _derivative(self, kind: str, dtype: str | None, inputs: Sequence[Tensor]) -> Tensor:
+        schedule = TransitionSchedule(self.transport, derivative_type=kind, derivative_dtype=dtype)
+        return schedule.derivative(self.network, *inputs, 0, self.cond)
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

@@ -11,7 +11,7 @@ from tim.benchmarks.sampling import ARCHITECTURES, load_encoder, load_vae
 from tim.config import Config
 from tim.models.network import build_network, traits_of
 from tim.models.radio import Radio
-from tim.schedulers.derivative import difference_derivative
+from tim.schedulers.derivative import difference_derivative, take_batch
 
 GIGA = 1e9
 RADIO = "radio-v2.5-b"
@@ -51,7 +51,7 @@ def network_flops(config: Config, network: nn.Module, batch_size: int, tokens: i
     x, t = torch.randn(batch_size, *traits_of(network).latent_shape()), torch.rand(batch_size)
     cond, uncond = conditions(network, batch_size, meta, tokens)
     zs: dict[str, Any] = {"return_zs": True} if config.model.enc_dir else {}
-    tail = {key: value[n:] for key, value in cond.items()}
+    tail = take_batch(cond, n, batch_size)
     tangents = (x[n:], t[n:], torch.zeros_like(t[n:]))
 
     def train() -> None:

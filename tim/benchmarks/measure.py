@@ -124,12 +124,14 @@ def peak_memory(device: torch.device) -> float:
 
 def conditions(
     network: nn.Module, batch_size: int, device: torch.device, tokens: int = 64
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Keywords of the network: random labels, or captions of `tokens` tokens; and those without condition."""
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """Keywords of the network: random labels, or captions of up to `tokens` tokens; and those without condition."""
     traits = traits_of(network)
     if traits.cap_feat_dim is None:
         classes = traits.num_classes or 1
         y = torch.randint(classes, (batch_size,), device=device)
         return {"y": y}, {"y": torch.full_like(y, classes)}
     y = torch.randn(batch_size, tokens, traits.cap_feat_dim, device=device)
-    return {"y": y}, {"y": torch.zeros_like(y[:, :1])}  # the empty caption is one token
+    lengths = torch.linspace(tokens / 2, tokens, batch_size, device=device).ceil()  # as captions have, so that there is a mask
+    y_mask = torch.arange(tokens, device=device) < lengths[:, None]
+    return {"y": y, "y_mask": y_mask}, {"y": torch.zeros_like(y[:, :1]), "y_mask": None}  # the empty caption is one token

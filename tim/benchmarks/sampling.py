@@ -76,9 +76,7 @@ def random_sampler(config: Config, settings: SampleSettings, device: torch.devic
     return Sampler(settings, config.model.transport.build(), network, vae, conditions, device, identity).at(settings)
 
 
-def bench_sample(
-    config: Config, sampler: Sampler, batch_size: int, repeats: int, warmup: int, psnr: bool = False
-) -> Results:
+def bench_sample(config: Config, sampler: Sampler, batch_size: int, repeats: int, warmup: int, psnr: bool = False) -> Results:
     """Time text encoder, network and decoder on one batch of different prompts, or of classes.
 
     Args:
