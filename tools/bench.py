@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from tim.cli import add_allow_code, check_least, command_parser, parse_with_overrides, run_command, usable_path
 
 if TYPE_CHECKING:
+    from tim.benchmarks.isolation import Record
     from tim.benchmarks.measure import Results
-    from tim.benchmarks.suite import Record
 
 WHAT = ("train", "overhead", "ratio", "flops", "sample", "adm", "suite")
 

@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from tim.benchmarks.derivative import DerivativePrecision, bench_tangent
 from tim.benchmarks.evaluation import bench_adm
 from tim.benchmarks.flops import network_flops
+from tim.benchmarks.isolation import Case
 from tim.benchmarks.measure import Results, best_device, copy_bandwidth, machine, matmul_rate, synchronize
 from tim.benchmarks.sampling import bench_sample, random_sampler
-from tim.benchmarks.suite import MACHINE, Case
+from tim.benchmarks.suite import MACHINE
 from tim.benchmarks.training import random_run, time_steps, watch
 from tim.benchmarks.variants import Variant, end_variants
 from tim.config import Config, load_config
@@ -56,7 +57,9 @@ T2I_512 = Model("T2I 512px", T2I.config, batch_size=64)
 T2I_1024 = Model("T2I 1024px", T2I.config, ("model.network.params.input_size=32",), batch_size=16)
 TINY = ("depth=1", "hidden_size=48", "num_heads=3", "encoder_depth=1", "lora_hidden_size=16", "input_size=4", "projector_dim=8")
 TINY_T2I = Model("tiny T2I", T2I.config, tuple(f"model.network.params.{word}" for word in TINY), batch_size=4)
-DIGITS = Model("digits", "configs/c2i/digits.yaml", ("training.mixed_precision=bf16",), batch_size=8)
+DIGITS = Model(
+    "digits", "configs/c2i/digits.yaml", ("training.mixed_precision=bf16", "model.network.params.depth=1"), batch_size=8
+)
 
 
 def all_cases(on_gpu: bool) -> list[Case]:

@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tim.benchmarks.isolation import Record
 from tim.files import replacing, write_text
 
-Record = dict[str, Any]
 # Of every table: its title, and of its columns the heading, the value's name in records, what it is multiplied by, its format.
 TABLES = {
     "machine": (

@@ -74,6 +74,8 @@ def bench_ratio(config: Config, batch_size: int, rounds: int, warmup: int, compi
     Returns:
         Median processor seconds of each, and its ratio to dde run eagerly: the median over rounds, with the quartiles.
     """
+    if rounds < 2:
+        raise ValueError(f"--steps must be >= 2 rounds to compare, got {rounds}")
     first = Variant("dde")
     variants = [Variant(kind, compiled=done) for done in ([False, True] if compiled else [False]) for kind in ("dde", "jvp")]
     order = [variants[(place + k) % len(variants)] for k in range(warmup + rounds) for place in range(len(variants))]
