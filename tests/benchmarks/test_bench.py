@@ -82,7 +82,7 @@ def test_bench_counts_the_operations_of_a_step_by_part(tmp_path):
     assert part["backward"] == pytest.approx(2 * part["forward"], rel=0.01)
     assert part["dde"] == pytest.approx(part["guidance"] / 2)  # two passes of half of the batch
     assert part["step_jvp"] == pytest.approx(part["forward"] + part["backward"] + part["jvp"])
-    assert result["of_jvp_in_dde"] == part["jvp"] / part["dde"] < 0.55
+    assert result["of_jvp_in_dde"] == pytest.approx(part["jvp"] / part["dde"]) and result["of_jvp_in_dde"] < 0.55
     # 12 layers of 12 width² products, and two of attention, of 72 tokens; and the patches
     assert part["repa"] == pytest.approx(2 * 72 * (12 * (12 * 768**2 + 2 * 72 * 768) + 768**2 * 64 / 72) / 1e9)
     assert part["decode"] > part["encode"] > 200  # the autoencoder outweighs the small network

@@ -197,5 +197,6 @@ def load_vae(folder: str, dtype: torch.dtype, device: torch.device) -> Autoencod
         return Autoencoder.from_pretrained(folder, dtype, device)
     for name, kind in AUTOENCODERS.items():
         if name in folder:
-            return Autoencoder(kind(**ARCHITECTURES[name])).to(dtype, device)
+            wanted = None if dtype is torch.float32 else dtype  # which it has, and would be warned of
+            return Autoencoder(kind(**ARCHITECTURES[name])).to(wanted, device)
     raise ValueError(f"model.vae_dir={folder!r} is no folder; speed can be measured with one, a DC-AE f32c32 or an SD-VAE id")
