@@ -63,7 +63,7 @@ def network_flops(config: Config, network: nn.Module, batch_size: int, tokens: i
         transport = config.model.transport.build()
         dde = count_flops(lambda: difference_derivative(network, transport, x[n:], x[n:], t[n:], t[n:], tail, 0.005))
         jvp = count_flops(lambda: network(x, t, t, **cond, **zs, tangents=tangents)) - forward
-        guidance = sum(count_flops(lambda c=c: network(x, t, t, **c)) for c in (cond, uncond))
+        guidance = count_flops(lambda: network(x, t, t, **cond)) + count_flops(lambda: network(x, t, t, **uncond))
     return {"forward": forward, "backward": count_flops(train) - forward, "dde": dde, "jvp": jvp, "guidance": guidance}
 
 

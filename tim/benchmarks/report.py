@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from tim.benchmarks.isolation import Record
 from tim.files import replacing, write_text
 
-# Of every table: its title, and of its columns the heading, the value's name in records, what it is multiplied by, its format.
-TABLES = {
+# A column's heading, names of its values in records, what they are multiplied by (None for words), and their format.
+Column: TypeAlias = tuple[str, str | tuple[str, ...], float | None, str]
+TABLES: dict[str, tuple[str, list[Column]]] = {  # title and columns, by the group of cases
     "machine": (
         "Machine",
         [("", "device", None, ""), ("torch", "torch", None, ""), ("date", "date", None, ""),
@@ -50,7 +51,7 @@ def cells(record: Record) -> list[str]:
     return [record["name"], *(_cell(record, key, scale, form) for _, key, scale, form in columns)]
 
 
-def _cell(record: Record, key: Any, scale: Any, form: str) -> str:
+def _cell(record: Record, key: str | tuple[str, ...], scale: float | None, form: str) -> str:
     keys = key if isinstance(key, tuple) else (key,)
     values = [record.get(k) for k in keys]
     return " / ".join("" if v is None else str(v) if scale is None else format(v * scale, form) for v in values)

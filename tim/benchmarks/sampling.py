@@ -155,8 +155,9 @@ def network_calls(sampler: Sampler, batch_size: int, cond: Keywords, uncond: Key
         return torch.no_grad()(lambda: network(batch, t, t / 2, **condition))
 
     calls = [(len(steps) - guided, call(state, cond))]
-    if uncond is not None:
-        calls.append((guided, call(torch.cat([state, state]), join_conditions(cond, uncond))))
+    both = None if uncond is None else join_conditions(cond, uncond)
+    if both is not None:
+        calls.append((guided, call(torch.cat([state, state]), both)))
     return [(number, each) for number, each in calls if number]
 
 
