@@ -145,7 +145,7 @@ def time_network(draw: Callable[[], Tensor], calls: Calls, device: torch.device,
 
 
 def network_calls(sampler: Sampler, batch_size: int, cond: Keywords, uncond: Keywords | None) -> Calls:
-    """How often a sampling run calls the network, and each kind of call: guided steps are one call of twice the batch."""
+    """How often a sampling run calls the network, and each kind of call: guided steps are one call of twice the batch, where shapes allow."""
     network, steps = sampler.network, sampler.plan.steps
     guided = sum(step.is_guided for step in steps)
     state = torch.randn(batch_size, *sampler.latent_shape, device=sampler.device, dtype=next(network.parameters()).dtype)
@@ -158,6 +158,8 @@ def network_calls(sampler: Sampler, batch_size: int, cond: Keywords, uncond: Key
     both = None if uncond is None else join_conditions(cond, uncond)
     if both is not None:
         calls.append((guided, call(torch.cat([state, state]), both)))
+    elif uncond is not None:  # captions of another length than the empty one's
+        calls += [(guided, call(state, cond)), (guided, call(state, uncond))]
     return [(number, each) for number, each in calls if number]
 
 
