@@ -214,7 +214,7 @@ def parse_config(tree: Any) -> Config:
     m.transport.check("model.transport", base="tim.schedulers.transports.Transport")
     m.network.check("model.network", base="torch.nn.Module")
     t.optimizer.check("training.optimizer", base="torch.optim.Optimizer", given=("params", "lr"))
-    m.objective.check("model.transition_loss", methods=("__call__",), given=("transport",), keys="")
+    m.objective.check("model.transition_loss", methods=("evaluate",), given=("transport",), keys="")
     if t.fsdp_config:
         from accelerate import FullyShardedDataParallelPlugin
 

@@ -177,7 +177,10 @@ def check_keywords(cls: type, params: Mapping[str, Any], path: str, given: Colle
         hint, default = valid[key].annotation, valid[key].default
         options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
         simple = tuple(option for option in options if plain_kind(option) in (int, float, str, bool))
-        if value is not None or type(None) not in options:
+        listed = [option for option in options if plain_kind(option) is list and isinstance(value, list)]
+        if listed:
+            convert(value, listed[0], here)
+        elif value is not None or type(None) not in options:
             convert(value, typing.Union[simple] if simple else Any, here)  # noqa: UP007  a union of a computed number
         if isinstance(default, tuple) and not simple and value is not None:
             _check_like(value, default, here)

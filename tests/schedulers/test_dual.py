@@ -11,7 +11,7 @@ from tim.models.attention_tangent import attention_tangent
 from tim.models.c2i.tim_model import TiM as C2I
 from tim.models.t2i.tim_model import TiM as T2I
 from tim.models.trunk import NEW_CONDITIONS
-from tim.schedulers import derivative, transition
+from tim.schedulers import derivative, target
 from tim.schedulers.transition import TransitionSchedule
 from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, TrigFlow
 
@@ -38,13 +38,13 @@ def losses_and_gradients(network, transport, repa=True, normal=None, **options):
     """The objective's three results and the gradient of every parameter."""
     g, x, z = draws()
     cond, uncond = conditions(network, g)
-    target = torch.randn(B, 24, TINY["z_dim"], generator=g, dtype=torch.float64) if repa else None
+    features = torch.randn(B, 24, TINY["z_dim"], generator=g, dtype=torch.float64) if repa else None
     times = {"normal": torch.randn(B, 2, generator=g) if normal is None else normal}
     options = {"diffusion_ratio": 0.34, "consistency_ratio": 0.17, "weight_time_type": "sqrt", **options}
     schedule = TransitionSchedule(transport, derivative_type="jvp", weight_time_tangent=True, **options)
     network.zero_grad()
     weighted, projection, log = schedule(
-        network, network, network, B, x, z, cond, use_dir_loss=True, h_target=target, null_kwargs=uncond, time_kwargs=times
+        network, network, network, B, x, z, cond, use_dir_loss=True, h_target=features, null_kwargs=uncond, time_kwargs=times
     )
     (weighted + projection).backward()
     return [*log.values()], {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
@@ -53,7 +53,7 @@ def losses_and_gradients(network, transport, repa=True, normal=None, **options):
 def by_forward_mode(monkeypatch, *args, **kwargs):
     """`losses_and_gradients` of a network that is taken for one without tangents."""
     with monkeypatch.context() as patch:
-        for module in (derivative, transition):
+        for module in (derivative, target):
             patch.setattr(module, "carries_tangents", lambda network: False)
         return losses_and_gradients(*args, **kwargs)
 
@@ -74,6 +74,8 @@ CASES = {
     "guidance-data": (C2I, OT_FM, {}, {"guidance_path": "data"}),
     "guidance-guided": (T2I, OT_FM, {}, {"guidance_path": "guided"}),
     "guidance-guided-EDM": (C2I, EDM, {}, {"guidance_path": "guided"}),
+    "marginal": (C2I, OT_FM, {}, {"tangent": "marginal"}),
+    "marginal-masked-EDM": (T2I, EDM, {}, {"tangent": "marginal"}),
     "all-diffusion": (C2I, OT_FM, {}, {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}),
     "no-diffusion": (C2I, OT_FM, {}, {"diffusion_ratio": 0.0}),
 }

@@ -187,7 +187,7 @@ def test_guided_path_moves_along_the_guided_velocity(cls):
     at = transport.interpolant(t_x)
     x_t = at.alpha * x + at.sigma * z
     F_c, F_u = torch.randn_like(x), torch.randn_like(x)
-    px, pz = schedule.guided_path(x, z, x_t, t_x, F_c, F_u)
+    px, pz = schedule.path_along(x_t, schedule.diffusion_target(x, z, t, (F_c, F_u)), t, x.dtype)
     torch.testing.assert_close(at.alpha * px + at.sigma * pz, x_t, rtol=1e-7, atol=1e-7)
     r = t_x.clone().requires_grad_()
     a, b = transports.Transport.transition(transport, t_x, r)
@@ -198,14 +198,16 @@ def test_guided_path_moves_along_the_guided_velocity(cls):
     torch.testing.assert_close(velocity, a0 * x_t + b0 * F_guided, rtol=1e-5, atol=1e-6)
 
 
-def test_guided_path_equals_the_data_path_without_guidance(tiny_c2i):
-    t = torch.tensor([0.9, 0.6])
+def test_guided_path_equals_the_data_path_outside_of_the_guided_window(tiny_c2i):
+    t, null = torch.tensor([0.9, 0.6]), {"y": torch.full((2,), 10)}
     losses = []
     for path in ("data", "guided"):
         torch.manual_seed(0)
-        schedule = fixed(OT_FM(), t, t / 3, 0, guidance_path=path)
+        transport = OT_FM(enhance_target=True, w_cond=0.75, w_start=0.1, w_end=0.2)
+        schedule = fixed(transport, t, t / 3, 0, tangent=path)
         x, z = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
-        losses.append(schedule(tiny_c2i, None, tiny_c2i, 2, x, z, {"y": torch.arange(2)})[2]["denoising_loss"].item())
+        log = schedule(tiny_c2i, tiny_c2i, tiny_c2i, 2, x, z, {"y": torch.arange(2)}, null_kwargs=null)[2]
+        losses.append(log["denoising_loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -359,7 +361,16 @@ def test_half_precision_spoils_the_difference_unless_it_runs_in_float32(kind, ti
         ({"weight_time_type": "sqr"}, "weight_time_type"),
         ({"diffusion_ratio": 0.8, "consistency_ratio": 0.4}, "sum to <= 1"),
         ({"differential_epsilon": 0}, "differential_epsilon"),
-        ({"guidance_path": "x"}, "guidance_path"),
+        ({"guidance_path": "x"}, "guidance_path='x'"),
+        ({"tangent": "x"}, "tangent='x'"),
+        ({"tangent": "guided"}, "set enhance_target"),
+        ({"guidance_path": "guided"}, "set enhance_target"),
+        ({"tangent": "marginal", "guidance_path": "guided"}, "give one"),
+        ({"two_point_ratio": 0.0}, "two_point_ratio=0.0 must be a number in"),
+        ({"two_point_ratio": [1.0, 1.5]}, "two_point_ratio"),
+        ({"two_point_ratio": [1.0]}, "two_point_ratio"),
+        ({"tangent_warmup": -1}, "tangent_warmup"),
+        ({"residual_clip": 0.0}, "residual_clip"),
         ({"derivative_dtype": "int8"}, "derivative_dtype"),
     ],
 )

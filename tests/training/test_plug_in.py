@@ -40,10 +40,10 @@ class Lonely:
     def __init__(self, transport=None):
         pass
 
-    def __call__(self):
+    def evaluate(self):
         pass
 
-    __len__ = load = __call__
+    __len__ = load = evaluate
 
 
 class Plain(nn.Module):

@@ -40,6 +40,36 @@ def denoising_loss(F_pred: Tensor, F_target: Tensor, kept: Tensor, use_dir_loss:
     return loss
 
 
+def limit_residual(F_target: Tensor, F_pred: Tensor, first: int, clip: float | None, direction: bool) -> Tensor:
+    """F_target (B, C, H, W) with another residual F_target - F_pred in the samples from `first` on, whose r is not t.
+
+    Args:
+        clip: bound of the residual's elements, or None.
+        direction: divide each sample's residual by its root mean square, as the tangent is in arXiv 2410.11081.
+    """
+    if clip is None and not direction:
+        return F_target
+    F_pred = F_pred.detach()[first:].to(F_target.dtype)
+    residual = F_target[first:] - F_pred
+    if clip is not None:
+        residual = residual.clamp(-clip, clip)
+    if direction:
+        size = expand_times((residual**2).flatten(1).mean(1).sqrt(), residual)
+        residual = torch.where(size > 0, residual / size, residual)
+    return torch.cat([F_target[:first], F_pred + residual])
+
+
+def balance(losses: Tensor, first: int, kept: Tensor) -> Tensor:
+    """Losses (B,) with those from `first` on, whose r is not t, scaled to the mean of those before, of the kept ones alone.
+
+    Within this micro-batch of this process: where it has samples of one kind alone, they stay.
+    """
+    value, later = losses.detach(), torch.arange(len(losses), device=losses.device) >= first
+    before, after = mean_of_kept(value, kept & ~later), mean_of_kept(value, kept & later)
+    factor = torch.where((before > 0) & (after > 0), before / after, torch.ones_like(after))
+    return torch.where(later, factor * losses, losses)
+
+
 def mean_of_kept(values: Tensor, kept: Tensor) -> Tensor:
     """The mean of values (B,) where kept (B,) is True; 0 when it nowhere is."""
     weights = kept.to(values.dtype)

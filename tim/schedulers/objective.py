@@ -1,10 +1,26 @@
 """What the trainer and the benchmarks need of an objective, so that another can be plugged in by its import path."""
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from tim.schedulers.transports import Transport
+
+
+class Losses(NamedTuple):
+    """One evaluation of an objective.
+
+    Attributes:
+        weighted: the loss of the times and states, a scalar with gradient.
+        projection: the REPA term, a scalar with gradient; 0 without it.
+        log: detached scalars by name.
+        kept: (B,) bool, the samples that entered the loss: their input, prediction and target are finite.
+    """
+
+    weighted: Tensor
+    projection: Tensor
+    log: dict[str, Tensor]
+    kept: Tensor
 
 
 class Objective(Protocol):
@@ -16,17 +32,15 @@ class Objective(Protocol):
     Attributes:
         transport: path, closed forms and model guidance (`enhance_target`).
         derivative_type: 'jvp' when forward-mode AD runs through the network, which compiled blocks then leave eager.
-        kept: (B,) bool of the last call, the samples that entered its loss.
         always_run_derivative: set by the trainer when processes share sharded weights: each must then evaluate the network
             as often as the others, whatever times it drew.
     """
 
     transport: Transport
     derivative_type: str
-    kept: Tensor
     always_run_derivative: bool
 
-    def __call__(
+    def evaluate(
         self,
         model: nn.Module,
         ema_model: nn.Module | None,
@@ -40,8 +54,10 @@ class Objective(Protocol):
         ema_kwargs: dict[str, Any] | None = None,
         null_kwargs: dict[str, Any] | None = None,
         time_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Weighted loss with gradient, REPA term with gradient (0 without h_target), detached scalars for the log.
+        step: int | None = None,
+        max_steps: int | None = None,
+    ) -> Losses:
+        """The losses of one micro-batch.
 
         Args:
             model: the network that is trained, possibly wrapped (DDP); unwrapped_model: the bare one.
@@ -52,5 +68,7 @@ class Objective(Protocol):
             h_target: REPA features (B, N, z_dim).
             time_kwargs: what times are made from, so that they do not depend on how the batch is split: `normal` (B, 2),
                 `position` (B,) in the global batch, `global_batch_size`.
+            step, max_steps: of training, the first step being 0, for schedules of the objective's own; None when there is
+                no training, which is taken for its end.
         """
         ...

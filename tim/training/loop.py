@@ -233,7 +233,7 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
     cond, uncond = run.task.conditions(batch, batch["dropped"])
     z = batch["noise"].to(x.device)
     with run.accelerator.autocast():
-        weighted, projection, log = run.schedule(
+        weighted, projection, log, kept = run.schedule.evaluate(
             run.model,
             run.modules.get("ema"),
             run.network,
@@ -245,8 +245,9 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
             h_target=repa_target(run, batch, x),
             null_kwargs=uncond,
             time_kwargs={"normal": batch["times"], "position": positions, "global_batch_size": int(batch["total"][0])},
+            step=int(batch["step"][0]),
+            max_steps=run.config.training.max_train_steps,
         )
-    kept = run.schedule.kept
     projection = torch.where(kept.any(), projection, 0 * projection)  # without a sample there is nothing to learn
     log["dropped"] = 1 - kept.float().mean()
     codes = torch.where(torch.isfinite(x).flatten(1).all(1), torch.where(kept, 0, LOSS), LATENT)

@@ -1,0 +1,269 @@
+"""Objectives compared at equal compute: the same network, data and optimiser, and as many network evaluations for each.
+
+An evaluation of a sample without gradient counts 1, one with its backward pass 3, a tangent carried along 1 more. Every recipe
+is trained by the trainer for as many steps as the budget buys, with several seeds, drawn by the sampler and judged.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tim import rng
+from tim.benchmarks.measure import conditions
+from tim.checkpoint.weights import find_weights
+from tim.config import Config, load_config
+from tim.data.c2i import PackageDataset
+from tim.data.registry import build_t2i_dataset
+from tim.demo.digits import DigitJudge
+from tim.demo.retrieval import image_features
+from tim.demo.shapes import score
+from tim.evaluation.features import grey_digit
+from tim.evaluation.metrics import frechet_distance, precision_recall, statistics
+from tim.files import read_json, replacing, write_json, write_text
+from tim.generation.sampler import Sampler, load_sampler
+from tim.generation.settings import SampleSettings
+from tim.images import to_uint8
+from tim.models.autoencoders import pixels_per_token
+from tim.models.network import build_network, traits_of
+from tim.training.loop import train
+from tim.training.tasks import CaptionTask, ClassTask
+from tim.typed_yaml import flatten, read_tree
+
+BASE = "configs/c2i/digits.yaml"  # of all recipes
+NFE = (1, 2, 4, 8, 32)
+METRICS = ("frechet_distance", "accuracy", "recall", "diversity")
+FOR_COUNT = 100  # samples of the batch in which evaluations are counted
+BATCH = 250  # images drawn at once
+RECORD = "result.json"
+
+
+@dataclass
+class Subject:
+    """A small data set, and what its images are judged by.
+
+    Attributes:
+        config: YAML file whose objective the recipes replace.
+        prompts: of the images that are drawn for each number of steps, in order.
+        features: of uint8 images (H, W, 3), (N, D). accuracy: share of images that show their prompts.
+        real, real_prompts: features (M, D) of real images, and what they show.
+    """
+
+    config: str
+    prompts: list[Any]
+    features: Callable[[Sequence[np.ndarray]], np.ndarray]
+    accuracy: Callable[[Sequence[np.ndarray], Sequence[Any]], float]
+    real: np.ndarray
+    real_prompts: list[Any]
+
+    def measure(self, images: Sequence[np.ndarray]) -> dict[str, float]:
+        """Fréchet distance, accuracy, recall (arXiv 1904.06991) and diversity: the mean distance of two images of a prompt,
+        that of two real ones being 1."""
+        features = self.features(images)
+        return {
+            "frechet_distance": frechet_distance(*statistics(features), *statistics(self.real)),
+            "accuracy": self.accuracy(images, self.prompts),
+            "recall": precision_recall(features, self.real).recall,
+            "diversity": spread(features, self.prompts) / spread(self.real, self.real_prompts),
+        }
+
+
+def digits(count: int = 1000) -> Subject:
+    """scikit-learn's digits, judged by a classifier of them."""
+    judge, data = DigitJudge(), PackageDataset("digits")
+
+    def inputs(images: Sequence[np.ndarray]) -> Tensor:
+        return torch.stack([grey_digit(image) for image in images])
+
+    def features(images: Sequence[np.ndarray]) -> np.ndarray:
+        return judge.classifier(inputs(images))[0].numpy()
+
+    def accuracy(images: Sequence[np.ndarray], labels: Sequence[int]) -> float:
+        return judge.measure(inputs(images), torch.tensor(labels))["accuracy"]
+
+    labels, real = [k % 10 for k in range(count)], judge.classifier(data.images)[0].numpy()
+    return Subject(BASE, labels, features, accuracy, real, [int(k) for k in data.labels])
+
+
+def shapes(each: int = 20) -> Subject:
+    """easy-VQA's coloured shapes, judged by rule, and by EfficientNet's features for what has no rule."""
+    path = "configs/t2i/shapes.yaml"
+    config = load_config(path)
+    dataset = build_t2i_dataset(config.data, pixels_per_token(config.model))
+    images: dict[str, list[np.ndarray]] = {}
+    for index in np.sort(np.concatenate(dataset.batches)):
+        there = images.setdefault(dataset.captions(int(index))[0], [])
+        if len(there) < each:
+            there.append(to_uint8(dataset.load(int(index), rng.generator(0, "data"))["image"][None])[0])
+
+    def accuracy(drawn: Sequence[np.ndarray], prompts: Sequence[str]) -> float:
+        return float(score(drawn, prompts)["both"])  # type: ignore[arg-type]
+
+    real, prompts = [image for group in images.values() for image in group], [p for p, group in images.items() for _ in group]
+    asked = [prompt for prompt in images for _ in range(each)]
+    return Subject(path, asked, image_features, accuracy, image_features(real), prompts)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"digits": digits, "shapes": shapes}
+
+
+def spread(features: np.ndarray, prompts: Sequence[Any]) -> float:
+    """Mean distance of two feature vectors (N, D) with the same prompt."""
+    names, distances = np.array([str(p) for p in prompts]), []
+    for name in dict.fromkeys(names):
+        group = torch.from_numpy(features[names == name]).double()
+        distances.append(torch.pdist(group).mean().item())
+    return float(np.mean(distances))
+
+
+def recipe_config(path: Path, subject: Subject) -> Config:
+    """The subject's config with the objective of a recipe: a file over BASE that sets keys of `model.transition_loss`.
+
+    Raises:
+        ValueError: for other keys, which would change more than the objective.
+    """
+    base = flatten(read_tree(BASE))
+    own = {key: value for key, value in flatten(read_tree(path)).items() if key not in base or base[key] != value}
+    other = [key for key in own if not key.startswith("model.transition_loss.")]
+    if other:
+        raise ValueError(f"{path} sets {other[0]}; a recipe sets model.transition_loss alone, so that all else is equal")
+    config = load_config(subject.config, [f"{key}={json.dumps(value)}" for key, value in own.items()])
+    t = config.training
+    t.sample_steps, t.log_steps, t.tracker = None, 50, None
+    return config
+
+
+def forward_units(config: Config) -> float:
+    """Evaluations of the network that a training sample costs, counted in a batch halfway through training."""
+    network = build_network(config.model.network)
+    objective = config.model.build_objective()
+    cond, uncond = conditions(network, FOR_COUNT, torch.device("cpu"))
+    x, z = torch.randn(2, FOR_COUNT, *traits_of(network).latent_shape())
+    counted = 0
+
+    def count(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal counted
+        tangents = kwargs.get("tangents")
+        counted += len(args[0]) * (3 if torch.is_grad_enabled() else 1) + (0 if tangents is None else len(tangents[0]))
+
+    network.register_forward_pre_hook(count, with_kwargs=True)
+    steps = config.training.max_train_steps
+    network.train()
+    objective.evaluate(network, network, network, FOR_COUNT, x, z, cond, null_kwargs=uncond, step=steps // 2, max_steps=steps)
+    return counted / FOR_COUNT
+
+
+def compare(
+    subject: Subject, recipes: Sequence[Path], seeds: Sequence[int], out: Path, budget: int | None = None
+) -> dict[str, Any]:
+    """Train, draw and judge every recipe with every seed, and write the leaderboard of all that is in `out`.
+
+    What is there already is not done again, so several processes may share a folder, each with its own seeds.
+
+    Args:
+        budget: steps of TiM as published that buy what every recipe may spend; None: those of the subject's config.
+    """
+    published = load_config(subject.config)
+    steps = published.training.max_train_steps if budget is None else budget
+    units = steps * forward_units(published)
+    for seed in seeds:
+        for path in recipes:
+            run_recipe(path, subject, seed, units, out / path.stem / f"seed-{seed}")
+            results = read_results(out, [recipe.stem for recipe in recipes])
+            write_leaderboard(results, out)
+    return results
+
+
+def run_recipe(path: Path, subject: Subject, seed: int, units: float, folder: Path) -> None:
+    """One recipe with one seed: its result.json, unless it is there.
+
+    Args:
+        units: evaluations of the network, see `forward_units`, that a training sample's place in the batch may cost in all.
+
+    Raises:
+        ValueError: when the result there is of other settings.
+    """
+    config = recipe_config(path, subject)
+    config.training.max_train_steps = round(units / forward_units(config))
+    made_of = {"objective": asdict(config.model.objective), "steps": config.training.max_train_steps, "seed": seed}
+    if (folder / RECORD).is_file():
+        if read_json(folder / RECORD)["made_of"] != made_of:
+            raise ValueError(f"{folder} holds a result of other settings; delete it or choose another folder")
+        return
+    began = time.perf_counter()
+    train(config, folder, seed, ClassTask if config.model.text_encoder_dir is None else CaptionTask)
+    trained = time.perf_counter() - began
+    settings = SampleSettings(num_steps=1, global_seed=seed)
+    sampler = load_sampler(config, find_weights(folder), settings, torch.device("cpu"))
+    scores = {n: subject.measure(draw(sampler, n, subject.prompts)) for n in NFE}
+    write_json(folder / RECORD, {"made_of": made_of, "seconds": trained, "nfe": scores})
+
+
+def draw(sampler: Sampler, steps: int, prompts: Sequence[Any]) -> list[np.ndarray]:
+    """uint8 images (H, W, 3), one of each prompt."""
+    settings = copy.copy(sampler.settings)
+    settings.num_steps = steps
+    sampler = sampler.at(settings)
+    places = range(0, len(prompts), BATCH)
+    return [image for k in places for image in sampler.draw(prompts[k : k + BATCH], range(len(prompts))[k : k + BATCH])[0]]
+
+
+def read_results(out: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Recipes with the scores of all their seeds: {name: {"steps", "seconds", "seeds", "nfe": {n: {metric: [values]}}}}."""
+    results = {}
+    for name in names:
+        runs = [read_json(path) for path in sorted((out / name).glob(f"seed-*/{RECORD}"))]
+        if runs:
+            scores = {n: {m: [run["nfe"][str(n)][m] for run in runs] for m in METRICS} for n in NFE}
+            seconds = float(np.mean([run["seconds"] for run in runs]))
+            steps = runs[0]["made_of"]["steps"]
+            seeds = [run["made_of"]["seed"] for run in runs]
+            results[name] = {"steps": steps, "seconds": seconds, "seeds": seeds, "nfe": scores}
+    return results
+
+
+def write_leaderboard(results: Mapping[str, Any], out: Path) -> None:
+    """leaderboard.json, leaderboard.md (mean ± standard deviation over seeds) and leaderboard.png."""
+    write_json(out / "leaderboard.json", results)
+    write_text(out / "leaderboard.md", "\n\n".join(table(results, metric) for metric in METRICS) + "\n")
+    plot(results, out / "leaderboard.png")
+
+
+def table(results: Mapping[str, Any], metric: str) -> str:
+    """Markdown: a row a recipe, a column a number of evaluations."""
+    head = ["recipe", "steps", "seconds", "seeds", *(f"{n} NFE" for n in NFE)]
+    rows = [head, ["---"] * len(head)]
+    for name, result in results.items():
+        scores = [result["nfe"][n][metric] for n in NFE]
+        cells = [f"{np.mean(values):.3f} ± {np.std(values):.3f}" for values in scores]
+        rows.append([name, str(result["steps"]), f"{result['seconds']:.0f}", str(len(result["seeds"])), *cells])
+    return f"{metric}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Fréchet distance, accuracy and diversity against NFE, bars over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, 3), ("frechet_distance", "accuracy", "diversity"), strict=True):
+        for k, (name, result) in enumerate(results.items()):
+            values = np.array([result["nfe"][n][metric] for n in NFE])
+            places = np.array(NFE) * 1.03 ** (k - len(results) / 2)  # side by side, so that bars can be told apart
+            axis.errorbar(places, values.mean(1), values.std(1), marker="o", ms=4, capsize=2, lw=1.2, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(NFE, [str(n) for n in NFE])
+        axis.set(
+            xlabel="network evaluations (NFE)", title=metric.replace("frechet_distance", "Fréchet distance (lower is better)")
+        )
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_yscale("log")
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
