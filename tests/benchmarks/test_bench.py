@@ -8,7 +8,7 @@ from helpers.commands import command
 from helpers.companions import save_tiny_dc, save_tiny_text_encoder
 from helpers.networks import TINY
 
-from tim.schedulers import transition
+from tim.schedulers import target
 
 FAST = ["--config", "configs/c2i/digits.yaml", "--steps", 2, "--warmup", 1, "--batch-size", 8]
 
@@ -91,8 +91,8 @@ def test_bench_counts_the_operations_of_a_step_by_part(tmp_path):
 def test_bench_compares_derivatives_in_turn(tmp_path, monkeypatch):
     calls = Counter()
     for name in ("difference_derivative", "path_tangents"):
-        original = getattr(transition, name)
-        monkeypatch.setattr(transition, name, lambda *a, f=original, n=name, **k: (calls.update([n]), f(*a, **k))[1])
+        original = getattr(target, name)
+        monkeypatch.setattr(target, name, lambda *a, f=original, n=name, **k: (calls.update([n]), f(*a, **k))[1])
     command("tools/bench.py", "ratio", *FAST, "--json", tmp_path / "b.json")
     result = json.loads((tmp_path / "b.json").read_text())
     assert calls == {"difference_derivative": 3, "path_tangents": 3}

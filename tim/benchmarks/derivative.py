@@ -1,15 +1,14 @@
 """What the derivative costs and how exact it is: attention's tangent by each form, and dF/dt in half precision."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tim.benchmarks.measure import Results, conditions, peak_memory, reset_peak_memory, timed
 from tim.checkpoint.weights import Weights
 from tim.config import Config
-from tim.models import attention
+from tim.models.attention import CrossAttention, SelfAttention
 from tim.models.attention_tangent import attention_tangent, explicit_tangent
 from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
@@ -61,12 +60,9 @@ class DerivativePrecision:
 
     def error(self, kind: str, dtype: str, form: str | None = None) -> float:
         """Relative error of the derivative by 'dde' or 'jvp' in a dtype, with a form of attention's tangent."""
-        use_tangent_form(form)
-        try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                return relative_error(self._derivative(kind, dtype, self.inputs), self.exact)
-        finally:
-            use_tangent_form(None)
+        use_tangent_form(self.network, form)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            return relative_error(self._derivative(kind, dtype, self.inputs), self.exact)
 
     def _derivative(self, kind: str, dtype: str | None, inputs: Sequence[Tensor]) -> Tensor:
         schedule = TransitionSchedule(self.transport, derivative_type=kind, derivative_dtype=dtype)
@@ -79,6 +75,8 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return ((value.to(exact.dtype) - exact).norm() / exact.norm()).item()
 
 
-def use_tangent_form(form: str | None) -> None:
-    """Let networks compute attention's tangent by this form from now on; None leaves the choice to them again."""
-    attention.attention_tangent = attention_tangent if form is None else partial(attention_tangent, form=form)
+def use_tangent_form(network: nn.Module, form: str | None) -> None:
+    """Let a network compute the tangents of its attentions by this form from now on; None leaves the choice to it again."""
+    for module in network.modules():
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.tangent_form = form

@@ -145,7 +145,7 @@ def time_network(draw: Callable[[], Tensor], calls: Calls, device: torch.device,
 
 
 def network_calls(sampler: Sampler, batch_size: int, cond: Keywords, uncond: Keywords | None) -> Calls:
-    """How often a sampling run calls the network, and each kind of call: guided steps are one call of twice the batch, where shapes allow."""
+    """How often a sampling run makes each kind of network call: a guided step makes one of twice the batch if it can."""
     network, steps = sampler.network, sampler.plan.steps
     guided = sum(step.is_guided for step in steps)
     state = torch.randn(batch_size, *sampler.latent_shape, device=sampler.device, dtype=next(network.parameters()).dtype)

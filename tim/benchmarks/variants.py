@@ -51,7 +51,7 @@ class Variant:
         s.diffusion_ratio, s.consistency_ratio = ratios
         s.derivative_type = "dde" if self.derivative == "none" else self.derivative
         s.derivative_dtype = self.dtype
-        use_tangent_form(self.form)
+        use_tangent_form(run.network, self.form)
         if self.compiled and not t.compile:
             compile_blocks(run.network)
             t.compile = True
@@ -59,8 +59,7 @@ class Variant:
 
 
 def end_variants() -> None:
-    """Let other runs of this process choose for themselves again."""
-    use_tangent_form(None)
+    """Let other runs of this process compile again."""
     torch.compiler.set_stance("default")
 
 
