@@ -7,7 +7,6 @@ from helpers.paths import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from tim.config import load_config
-from tim.models.attention_tangent import attention_tangent
 from tim.models.c2i.tim_model import TiM as C2I
 from tim.models.t2i.tim_model import TiM as T2I
 from tim.models.trunk import NEW_CONDITIONS
@@ -70,6 +69,7 @@ CASES = {
     "one-embedder": (C2I, OT_FM, {"use_new_embed": False, "qk_norm": False, "distance_aware": False}, {}),
     "c2i-checkpointing": (C2I, OT_FM, {"use_checkpoint": True}, {}),
     "t2i-checkpointing": (T2I, OT_FM, {"use_checkpoint": True}, {}),
+    "flash-checkpointing": (C2I, OT_FM, {"use_checkpoint": True, "tangent_form": "flash"}, {}),
     "without-repa": (T2I, TrigFlow, {}, {"repa": False}),
     "guidance-data": (C2I, OT_FM, {}, {"guidance_path": "data"}),
     "guidance-guided": (T2I, OT_FM, {}, {"guidance_path": "guided"}),
@@ -107,26 +107,6 @@ def test_the_value_is_the_plain_pass_bit_for_bit_and_the_tangent_has_no_graph(cl
     plain, plain_zs = network(x, t, r, **cond, return_zs=True)
     assert torch.equal(F, plain) and torch.equal(zs, plain_zs)
     assert dF_dt.shape == (rows, 4, 8, 12) and not dF_dt.requires_grad and F.requires_grad
-
-
-def test_the_forms_of_the_attention_tangent_agree():
-    """The library's flash kernel of this device, the formula, and forward-mode differentiation of attention itself."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v, dq, dk, dv = (torch.randn(2, 3, 10, 8, generator=g, dtype=torch.float64) for _ in range(6))
-    _, want = torch.func.jvp(lambda *a: (a[0] @ a[1].mT / 8**0.5).softmax(-1) @ a[2], (q, k, v), (dq, dk, dv))
-    for form in ("explicit", "flash"):
-        torch.testing.assert_close(attention_tangent(q, k, v, dq, dk, dv, form=form), want, rtol=1e-12, atol=1e-12)
-    mask = torch.rand(2, 1, 1, 10, generator=g) < 0.6
-    mask[..., 0] = True
-    _, want = torch.func.jvp(lambda a: (a @ k.mT / 8**0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v, (q,), (dq,))
-    torch.testing.assert_close(attention_tangent(q, k, v, dq, None, None, mask), want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("form,why", [("flash", "takes no mask"), ("fast", "not one of 'explicit', 'flash'")])
-def test_forms_that_cannot_run_are_refused(form, why):
-    q = torch.randn(1, 1, 2, 4)
-    with pytest.raises(ValueError, match=why):
-        attention_tangent(q, q, q, q, None, None, form=form)
 
 
 def flops(run) -> int:

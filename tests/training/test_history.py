@@ -165,9 +165,11 @@ def test_moments_of_another_kind_are_refused(train, project, form):
 
 
 def test_what_computes_the_same_needs_none(train, project, latents, tmp_path):
-    """Gradient checkpointing, a default that is written down, and a dataset that has moved."""
+    """Gradient checkpointing, the form of tangents, a default that is written down, and a dataset that has moved."""
     moved = shutil.copytree(latents, tmp_path / "moved")
-    train(project, 4, "model.network.params.use_checkpoint=true", "model.transport.params.w_gt=1.0", data=moved)
+    own = ["use_checkpoint=true", "tangent_form=flash"]
+    others = ["model.transition_loss.derivative_type=jvp", "model.transport.params.w_gt=1.0"]
+    train(project, 4, *(f"model.network.params.{word}" for word in own), *others, data=moved)
     assert len(log_of(project)) == 4
 
 

@@ -286,12 +286,22 @@ def test_a_non_finite_gradient_is_skipped_and_three_in_a_row_stop(tmp_path, monk
         (["model.use_ema=false", "model.transport.params.enhance_target=true"], "use_ema"),
         (["model.vae_dir=absent/vae"], "vae_dir='absent/vae'"),
         (["training.optimizer.params.lr=1"], "lr"),
+        (["model.network.params.tangent_form=fast"], "tangent_form='fast' is not one of 'explicit', 'flash', 'triton'"),
+        (
+            ["model.network.params.tangent_form=triton", "model.transition_loss.derivative_type=jvp"],
+            "tangent_form='triton' cannot run; what runs here .*: 'explicit', 'flash'",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(tmp_path, overrides, match):
     with pytest.raises((ValueError, FileNotFoundError), match=match):
         in_process(tmp_path / "run", overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_form_of_tangents_that_nobody_computes_warns(tmp_path):
+    with pytest.warns(UserWarning, match="tangent_form has no effect"):
+        train(tmp_path / "run", "model.network.params.tangent_form=triton", "--dry-run")
 
 
 def test_another_network_or_seed_does_not_touch_an_existing_run(tmp_path):

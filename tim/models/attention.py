@@ -57,7 +57,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
     raise ValueError(f"attn_type={attn_type!r} is not one of {', '.join(map(repr, ATTN_TYPES))}")
 
 
-def dual_attention(q: Value, k: Value, v: Value, attn_type: str | None = None, mask: Tensor | None = None) -> Value:
+def dual_attention(
+    q: Value, k: Value, v: Value, attn_type: str | None = None, mask: Tensor | None = None, tangent_form: str | None = None
+) -> Value:
     """`attention`, with the tangent where the queries have one; keys and values without are constant along the path."""
     if not isinstance(q, Dual):
         assert isinstance(k, Tensor) and isinstance(v, Tensor), "keys do not move without queries"
@@ -66,15 +68,17 @@ def dual_attention(q: Value, k: Value, v: Value, attn_type: str | None = None, m
     first = q.value.shape[0] - q.tangent.shape[0]
     (k_tail, dk), (v_tail, dv) = ((u.tail, u.tangent) if isinstance(u, Dual) else (u.detach()[first:], None) for u in (k, v))
     tail_mask = None if mask is None else mask[first:, None, None, :]
-    return Dual(value, attention_tangent(q.tail, k_tail, v_tail, q.tangent, dk, dv, tail_mask))
+    return Dual(value, attention_tangent(q.tail, k_tail, v_tail, q.tangent, dk, dv, tail_mask, tangent_form))
 
 
 class SelfAttention(nn.Module):
     """Interval-aware self-attention (Eq. 15): the interval embedding d adds to q, k and v."""
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, distance_aware: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, qk_norm: bool, distance_aware: bool, tangent_form: str | None = None
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.tangent_form = num_heads, tangent_form
         head_dim = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         # No bias: that of qkv does for both, and d alone is to change how tokens look at each other with the interval.
@@ -95,15 +99,15 @@ class SelfAttention(nn.Module):
         q, k = (
             each(lambda a: apply_rope(a, rope).to(dtype), layer_norm(n, a)) for n, a in ((self.q_norm, q), (self.k_norm, k))
         )
-        return linear(self.proj, each(join_heads, dual_attention(q, k, v, attn_type)))
+        return linear(self.proj, each(join_heads, dual_attention(q, k, v, attn_type, None, self.tangent_form)))
 
 
 class CrossAttention(nn.Module):
     """Attention from image tokens to caption tokens; RoPE turns the queries only."""
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, tangent_form: str | None = None) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.tangent_form = num_heads, tangent_form
         head_dim = hidden_size // num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(hidden_size, 2 * hidden_size)
@@ -122,7 +126,7 @@ class CrossAttention(nn.Module):
         k, v = kv.unbind(1)
         # Caption tokens have no place in the image: k stays unturned.
         q = each(lambda a: apply_rope(a, rope).to(v.dtype), layer_norm(self.q_norm, q))
-        return linear(self.proj, each(join_heads, dual_attention(q, k, v, attn_type, y_mask)))
+        return linear(self.proj, each(join_heads, dual_attention(q, k, v, attn_type, y_mask, self.tangent_form)))
 
 
 def join_heads(out: Tensor) -> Tensor:

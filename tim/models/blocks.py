@@ -55,12 +55,13 @@ class Block(nn.Module):
         distance_aware: bool,
         lora_hidden_size: int,
         cross_attention: bool,
+        tangent_form: str | None = None,
     ) -> None:
         super().__init__()
         # Without weights, which the modulation makes superfluous; so all branches can share it.
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = SelfAttention(hidden_size, num_heads, qk_norm, distance_aware)
-        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm) if cross_attention else None
+        self.attn = SelfAttention(hidden_size, num_heads, qk_norm, distance_aware, tangent_form)
+        self.cross_attn = CrossAttention(hidden_size, num_heads, qk_norm, tangent_form) if cross_attention else None
         # Two thirds: the gate is a third matrix, and the MLP keeps the parameters of one without it.
         self.mlp = SwiGLU(hidden_size, 2 * int(mlp_ratio * hidden_size) // 3, hidden_size)
         # Shift, scale and gate of each branch.

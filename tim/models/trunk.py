@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tim.models.attention_tangent import FORMS, choose_form
 from tim.models.blocks import Block, FinalLayer
 from tim.models.dual import Dual, Value, add, each, subtract, value_of
 from tim.models.embeddings import PatchEmbed, TimestepEmbedder
@@ -31,6 +32,7 @@ class TransitionTransformer(nn.Module):
         distance_aware: interval-aware attention (Eq. 15).
         lora_hidden_size: hidden width of the modulation MLPs, 3 * (hidden_size // 4) when None; the name is the published one.
         rope_grid: 'legacy' (released weights) or 'row_major'.
+        tangent_form: how attention computes its `tangents`, see `tim.models.attention_tangent`; the best that runs when None.
 
     Raises:
         ValueError: for shapes that do not divide or an unknown choice.
@@ -57,6 +59,7 @@ class TransitionTransformer(nn.Module):
         distance_aware: bool = False,
         lora_hidden_size: PositiveInt | None = None,
         rope_grid: str = "legacy",
+        tangent_form: str | None = None,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads or (hidden_size // num_heads) % 4:
@@ -71,10 +74,13 @@ class TransitionTransformer(nn.Module):
             raise ValueError(f"new_condition={new_condition!r} is not one of {', '.join(map(repr, NEW_CONDITIONS))}")
         if rope_grid not in ROPE_GRIDS:
             raise ValueError(f"rope_grid={rope_grid!r} is not one of {', '.join(map(repr, ROPE_GRIDS))}")
+        if tangent_form not in (None, *FORMS):
+            raise ValueError(f"tangent_form={tangent_form!r} is not one of {', '.join(map(repr, FORMS))}")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.num_heads, self.out_channels = hidden_size, num_heads, in_channels
         self.head_dim, self.encoder_depth = hidden_size // num_heads, encoder_depth
         self.use_checkpoint, self.new_condition, self.rope_grid, self.z_dim = use_checkpoint, new_condition, rope_grid, z_dim
+        self.tangent_form = tangent_form
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -82,7 +88,7 @@ class TransitionTransformer(nn.Module):
         # 3/4: two matrices h x m and one m x 6 h then have as many weights as the one of plain adaLN, h x 6 h.
         modulation = 3 * (hidden_size // 4) if lora_hidden_size is None else lora_hidden_size
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, qk_norm, distance_aware, modulation, self.cross_attention)
+            Block(hidden_size, num_heads, mlp_ratio, qk_norm, distance_aware, modulation, self.cross_attention, tangent_form)
             for _ in range(depth)
         )
         # Always there, with or without REPA: weights are loaded strictly, and released ones hold it.
@@ -120,6 +126,10 @@ class TransitionTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return next(self.parameters()).dtype
+
+    def check_tangent_form(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise ValueError unless `tangent_form` can compute in this dtype on this device."""
+        choose_form(self.tangent_form, device, dtype, self.head_dim, plain=not self.cross_attention)
 
     def unpatchify(self, x: Tensor, h: int | None = None, w: int | None = None) -> Tensor:
         """Patches (B, h w, patch_size² C) in row-major order, of a square grid unless h and w say, to (B, C, H, W)."""

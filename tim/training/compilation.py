@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tim.models.attention_tangent import choose_form
+
 GRAPHS = 64  # one per combination of gradient, mask, precision and kind of size; beyond the limit torch falls back to eager
 
 
@@ -23,6 +25,7 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
         network: copy it before, not after: a copy would run the blocks of the original.
         backend: of torch.compile.
     """
+    torch.compiler.assume_constant_result(choose_form)  # it asks the device what it is, and may warn: nothing for a graph
     config = torch._dynamo.config
     config.cache_size_limit = max(config.cache_size_limit, GRAPHS)
     for block in getattr(network, "blocks", [network]):

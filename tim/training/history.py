@@ -14,7 +14,7 @@ from tim.typed_yaml import flatten, read_tree
 
 logger = logging.getLogger(__name__)
 
-NEUTRAL = ("use_checkpoint",)  # keywords of networks that do not change what they compute
+NEUTRAL = ("use_checkpoint", "tangent_form")  # keywords of networks that do not change what they compute
 
 
 def what_must_stay(run: Run) -> dict[str, Any]:

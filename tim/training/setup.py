@@ -20,6 +20,7 @@ from tim.data.replacement import ReplacingDataset
 from tim.distributed import is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
+from tim.models.trunk import TransitionTransformer
 from tim.schedulers.derivative import carries_tangents
 from tim.schedulers.objective import Objective
 from tim.training.compilation import compile_blocks
@@ -117,6 +118,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
             logger.info(note)
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
+    check_tangent_form(network, schedule, config, accelerator.device)
 
     ema = EMA(network, m.ema_decay) if m.use_ema else None
     if plugin is not None and accelerator.num_processes == 1:
@@ -150,6 +152,19 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
         optimizer, lr_scheduler, lr, global_batch_size,
     )  # fmt: skip
+
+
+def check_tangent_form(network: nn.Module, schedule: Objective, config: Config, device: torch.device) -> None:
+    """Raise ValueError when the network is to carry tangents in a form that cannot run here; warn when it carries none."""
+    if not isinstance(network, TransitionTransformer) or network.tangent_form is None:
+        return
+    if schedule.derivative_type != "jvp":
+        warnings.warn(
+            "model.network.params.tangent_form has no effect without transition_loss.derivative_type=jvp", stacklevel=2
+        )
+        return
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.training.mixed_precision)
+    network.check_tangent_form(device, half or getattr(torch, config.training.dtype))
 
 
 def build_autoencoder(config: Config, accelerator: Accelerator, sharded: bool) -> Autoencoder | None:
