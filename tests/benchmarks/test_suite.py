@@ -1,6 +1,7 @@
 """The suite of benchmarks measures what it can within its time, and loses nothing."""
 
 import json
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ from helpers.paths import ROOT
 
 from tim.benchmarks import cases, suite, variants
 from tim.benchmarks.isolation import Case
+from tim.benchmarks.report import TABLES
 from tim.benchmarks.suite import run_suite
 
 
@@ -86,6 +88,15 @@ def test_the_suite_on_a_cpu_measures_each_case_or_says_why_not(measured):
     assert flow < jvp < dde and (jvp - flow) / (dde - flow) < 0.55
     errors = {r["name"]: r["relative_error"] for r in records if r["group"] == "precision" and "error" not in r}
     assert errors["digits jvp float32"] < 1e-3 < errors["digits jvp bfloat16 explicit"] < 0.05 < errors["digits dde bfloat16"]
+
+
+def test_cases_of_a_gpu_reach_another_process():
+    wanted = cases.all_cases(on_gpu=True)
+    there = pickle.loads(pickle.dumps(wanted))
+    assert there == wanted and len({c.name for c in there}) == len(there)
+    assert {c.group for c in there} == set(TABLES) and there[0].group == "machine"
+    for model in {c.keywords["model"] for c in there if "model" in c.keywords}:
+        assert model.load().training.mixed_precision == "bf16", model  # one process has one precision for all runs
 
 
 def test_results_of_another_machine_are_not_mixed(measured, tmp_path):

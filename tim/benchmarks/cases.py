@@ -86,7 +86,7 @@ def gpu_cases() -> list[Case]:
         *precision_cases(B4),
         *training_cases(B4, [dde, Variant("jvp"), Variant("jvp", compiled=True)]),
         *training_cases(T2I_512, [dde, Variant("jvp"), Variant("jvp", compiled=True)]),
-        *training_cases(T2I_1024, [dde, Variant("jvp"), Variant("jvp", compiled=True)]),
+        *training_cases(T2I_1024, [dde, Variant("jvp"), Variant("jvp", form="triton"), Variant("jvp", compiled=True)]),
         *training_cases(XL, [*later, Variant("none", compiled=True)]),
         sampling_case(XL, 128, {"num_steps": 250}),
         adm_case(2000, side=256, batch_size=64, workers=8),
