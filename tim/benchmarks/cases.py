@@ -113,7 +113,10 @@ def training_cases(model: Model, variants: Sequence[Variant], steps: int = 10, w
     """Steps of a model by each variant."""
     keywords = {"model": model, "steps": steps, "warmup": warmup}
     names = {variant: f"{model.label}, batch {model.batch_size}, {variant}" for variant in variants}
-    return [Case("training", names[variant], measure_training, {**keywords, "variant": variant}) for variant in variants]
+    return [
+        Case("training", names[v], measure_training, {**keywords, "variant": v}, seconds=240 if v.compiled else 150)
+        for v in variants
+    ]
 
 
 def sampling_case(model: Model, batch_size: int, settings: dict[str, Any], compiled: bool = False, repeats: int = 3) -> Case:
