@@ -1,5 +1,6 @@
 """Ways to compute a training step, by the trainer's own loop: which derivative, in which precision, compiled or not."""
 
+import resource
 import tempfile
 import time
 from dataclasses import dataclass
@@ -63,6 +64,12 @@ def end_variants() -> None:
     torch.compiler.set_stance("default")
 
 
+def cpu_seconds() -> float:
+    """Processor time of this process so far, and of those that it ran, such as compilers."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 def bench_ratio(config: Config, batch_size: int, rounds: int, warmup: int, compiled: bool) -> Results:
     """Steps by dde and by jvp in turn within one run, by processor time, which other programs on the machine change least.
 
@@ -71,7 +78,8 @@ def bench_ratio(config: Config, batch_size: int, rounds: int, warmup: int, compi
         compiled: also with compiled blocks.
 
     Returns:
-        Median processor seconds of each, and its ratio to dde run eagerly: the median over rounds, with the quartiles.
+        Median processor seconds of each, and its ratio to dde run eagerly: the median over rounds, with the quartiles. For
+        those that are compiled also the seconds of warm-up, most of which go to the compiler.
     """
     if rounds < 2:
         raise ValueError(f"--steps must be >= 2 rounds to compare, got {rounds}")
@@ -81,15 +89,15 @@ def bench_ratio(config: Config, batch_size: int, rounds: int, warmup: int, compi
     seconds: dict[Variant, list[float]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:
         run = random_run(config, batch_size, Path(folder))
-        began = time.process_time()
+        began = cpu_seconds()
 
         def turn() -> None:
             nonlocal began
             done = sum(map(len, seconds.values()))
-            seconds[order[done]].append(time.process_time() - began)
+            seconds[order[done]].append(cpu_seconds() - began)
             if done + 1 < len(order):
                 order[done + 1].apply(run)
-            began = time.process_time()
+            began = cpu_seconds()
 
         try:
             order[0].apply(run)
@@ -102,4 +110,6 @@ def bench_ratio(config: Config, batch_size: int, rounds: int, warmup: int, compi
         low, middle, high = quantiles((a / b for a, b in zip(counted, seconds[first][warmup:], strict=True)), n=4)
         results |= {f"{variant}, CPU seconds": median(counted), f"{variant}, ratio": middle}
         results[f"{variant}, quartiles"] = f"{low:.3f} - {high:.3f}"
+        if variant.compiled:
+            results[f"{variant}, warm-up"] = sum(spent[:warmup])
     return results
