@@ -22,7 +22,8 @@ Results = dict[str, float | int | str | None]  # by name; times in seconds unles
 def table(results: Results) -> str:
     """One line per value."""
     rows = [(k, v) for k, v in results.items() if v is not None]
-    return "\n".join(f"{k:>22}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows)
+    width = max(len(k) for k, _ in rows)
+    return "\n".join(f"{k:>{width}}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows)
 
 
 def best_device() -> torch.device:
