@@ -30,6 +30,7 @@ LAYERS = (
     ("checkpoint",),
     ("training",),
     ("generation",),
+    ("pipelines",),
     ("evaluation",),
     ("demo",),
     ("benchmarks",),

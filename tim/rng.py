@@ -20,6 +20,7 @@ PURPOSES = {
     "preview": 6,
     "shuffle": 7,
     "replace": 8,
+    "guidance": 9,
 }
 
 
@@ -37,6 +38,12 @@ def generator(seed: int, purpose: str, step: int = 0, index: int = 0) -> np.rand
 def normals(seed: int, purpose: str, step: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normals (len(indices), *shape) in float32, row i from the generator of indices[i]."""
     rows = [generator(seed, purpose, step, i).standard_normal(tuple(shape), dtype=np.float32) for i in indices]
+    return torch.from_numpy(np.stack(rows))
+
+
+def uniforms(seed: int, purpose: str, step: int, indices: Sequence[int], count: int) -> Tensor:
+    """Uniform draws in [0, 1) (len(indices), count) in float32, row i from the generator of indices[i]."""
+    rows = [generator(seed, purpose, step, i).random(count, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
 

@@ -224,3 +224,17 @@ def test_impossible_requests_are_refused(kwargs, match, tiny_c2i):
 def test_noise_levels_never_end_at_zero(cls, tiny_c2i):
     with pytest.raises(ValueError, match="T_min > 0"):
         sample(cls(), tiny_c2i, torch.randn(1, 4, 8, 8), {"y": torch.zeros(1, dtype=torch.long)}, T_min=0.0)
+
+
+def test_a_run_from_another_state_and_one_that_is_changed_on_its_way():
+    transport, calls = OT_FM(), []
+
+    def still(x, t, r):
+        calls.append(x.clone())
+        return torch.zeros_like(x)
+
+    z, start = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    plan = plan_steps(transport, z.device, num_steps=3, T_max=0.5)
+    result = follow(plan, still, z, {}, start=start, callback=lambda i, r, x: x + 1 if i == 1 else None)
+    torch.testing.assert_close(torch.cat(calls), torch.cat([start, start, start + 1]))
+    torch.testing.assert_close(result.x, start.double() + 1)

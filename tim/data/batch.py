@@ -29,6 +29,7 @@ class Batch(TypedDict, total=False):
 
         times: (B, 2) standard normals of the interval's ends. dropped: (B,) bool, whether a sample loses its condition.
         noise: (B, C, h, w) standard normals, z. posterior: like it, of the autoencoder's posterior where images are encoded.
+        guidance: (B, 4) uniform draws, of the guidance that a network takes as input.
     """
 
     latent: Tensor
@@ -46,3 +47,4 @@ class Batch(TypedDict, total=False):
     dropped: Tensor
     noise: Tensor
     posterior: Tensor
+    guidance: Tensor

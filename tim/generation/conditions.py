@@ -103,10 +103,10 @@ class CaptionConditions:
         kv, mask = self.last[1]
         rows = to_device(torch.tensor([unique.index(p) for p in prompts]), kv.device)
         if not guided:
-            return _rows(kv, mask, rows), None
+            return take_captions(kv, mask, rows), None
         if self.uncond is not None:
-            kv, mask = _append(kv, mask, self.uncond)
-        return _rows(kv, mask, rows), _rows(kv, mask, torch.full_like(rows, len(unique)))
+            kv, mask = append_captions(kv, mask, self.uncond)
+        return take_captions(kv, mask, rows), take_captions(kv, mask, torch.full_like(rows, len(unique)))
 
     def _keys_values(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
         y, mask = self.encoder(captions)
@@ -134,18 +134,30 @@ def build_conditions(config: Config, network: Network, dtype: torch.dtype, devic
     return CaptionConditions(build_text_encoder(config.model, dtype, device), network)
 
 
-def _append(kv: Tensor, mask: Tensor | None, uncond: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One more row, the empty caption's keys and values, all padded to one length."""
-    length, uncond_length = kv.shape[-2], uncond.shape[-2]
-    if mask is None and length == uncond_length:
+def append_captions(
+    kv: Tensor, mask: Tensor | None, uncond: Tensor, uncond_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """More captions, such as the empty one, below others, all padded to one length.
+
+    Args:
+        kv, uncond: features (B, M, width), or keys and values (B, depth, 2, heads, M, head_dim).
+        mask, uncond_mask: (B, M) bool, True for real tokens; None counts all.
+
+    Returns:
+        all rows, and their mask.
+    """
+    lengths = kv.shape[-2], uncond.shape[-2]
+    if mask is None and uncond_mask is None and lengths[0] == lengths[1]:
         return torch.cat([kv, uncond]), None
-    longest = max(length, uncond_length)
-    mask = torch.ones(kv.shape[0], length, dtype=torch.bool, device=kv.device) if mask is None else mask
-    uncond_mask = torch.arange(longest, device=kv.device)[None] < uncond_length
-    mask = torch.cat([torch.nn.functional.pad(mask, (0, longest - length)), uncond_mask])
-    kv, uncond = (torch.nn.functional.pad(u, (0, 0, 0, longest - u.shape[-2])) for u in (kv, uncond))
-    return torch.cat([kv, uncond]), mask
+    rows, masks = [], []
+    for u, m in ((kv, mask), (uncond, uncond_mask)):
+        missing = max(lengths) - u.shape[-2]
+        m = torch.ones(u.shape[0], u.shape[-2], dtype=torch.bool, device=u.device) if m is None else m
+        rows.append(torch.nn.functional.pad(u, (0, 0, 0, missing)))
+        masks.append(torch.nn.functional.pad(m, (0, missing)))
+    return torch.cat(rows), torch.cat(masks)
 
 
-def _rows(kv: Tensor, mask: Tensor | None, rows: Tensor) -> Keywords:
+def take_captions(kv: Tensor, mask: Tensor | None, rows: Tensor) -> Keywords:
+    """Network keywords of some rows of captions, as in `append_captions`."""
     return {"y": kv[rows], "y_mask": None if mask is None else mask[rows]}

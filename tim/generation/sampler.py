@@ -73,6 +73,11 @@ class Sampler:
                 below = max(0, side // step * step)
                 near = f"{below} and {below + step}" if below else f"{step} and {2 * step}"
                 raise ValueError(f"{flag} {side} is not a multiple of {step} (autoencoder x patch); the nearest are {near}")
+        if settings.guidance_input is not None and not traits.guidance_input:
+            raise ValueError(
+                f"--guidance-input {settings.guidance_input} needs a network that was trained with guidance_input: true; guide "
+                "this one by --cfg-scale"
+            )
         sampler = replace(self, settings=settings)
         _ = sampler.plan  # made now, so that an impossible grid is refused before anything is drawn
         return sampler
@@ -154,6 +159,9 @@ class Sampler:
             rows = np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
             return to_device(torch.from_numpy(rows), self.device)
 
+        if s.guidance_input is not None:
+            guidance = torch.tensor([s.guidance_input, s.guidance_low, s.guidance_high])
+            cond = {**cond, "guidance": to_device(guidance, self.device).expand(len(indices), 3)}
         return follow(self.plan, self.network, fresh(), cond, uncond, noise_fn=fresh).x.float()
 
     def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:

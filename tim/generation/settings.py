@@ -58,6 +58,9 @@ class SampleSettings:
     guidance_low: float = flag(0.0, GUIDANCE, "guide steps that start after this fraction of T-max")
     guidance_high: float = flag(1.0, GUIDANCE, "guide steps that start before this fraction of T-max")
     guide_first_step: bool = flag(False, GUIDANCE, "guide steps that start exactly at these fractions too, as the first does")
+    guidance_input: float | None = flag(
+        None, GUIDANCE, "scale of guidance for a network that takes it as an input: one evaluation a step", minimum=1
+    )
     num_steps: int = flag(250, TRANSITIONS, "transitions from noise to image", minimum=1, maximum=MAX_STEPS, published=50)
     stochasticity_ratio: float = flag(0.0, TRANSITIONS, "share of the noise that every step draws anew", minimum=0)
     sample_type: str = flag(
@@ -115,6 +118,8 @@ class SampleSettings:
                 raise ValueError(f"{name} must be >= {minimum}, got {value}")
             if maximum is not None and value is not None and value > maximum:
                 raise ValueError(f"{name} must be <= {maximum}, got {value}")
+        if self.guidance_input is not None and self.cfg_scale > 1:
+            raise ValueError(f"--guidance-input {self.guidance_input} replaces --cfg-scale {self.cfg_scale}; give one of them")
         if not 0 <= self.guidance_low < min(1, self.guidance_high):
             raise ValueError(
                 "--guidance-low must lie in [0, 1), a fraction of T-max, and below --guidance-high, "
@@ -127,6 +132,7 @@ class SampleSettings:
             f"{prefix}{stem}-{self.height}x{self.width}-T{self.T_min}-{self.T_max}-Step-{self.num_steps}"
             f"-sto-{self.stochasticity_ratio}-{self.sample_type}"
             f"-cfg-{self.cfg_scale}-{self.guidance_low}-{self.guidance_high}"
+            + ("" if self.guidance_input is None else f"-input-{self.guidance_input}")
         )
 
 

@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
         q, k, v: (B, heads, N, head_dim) and (B, heads, M, head_dim).
         attn_type: 'flash_attn' (the flash-attn package, half precision on CUDA, no mask), 'fused_attn'
             (scaled_dot_product_attention) or 'vanilla_attn' (explicit softmax, for forward-mode derivatives).
-            None takes the best that serves these inputs.
+            None takes the best that serves these inputs. The names of diffusers' attention backends are taken too.
         mask: (B, M) bool, True where a key counts.
 
     Raises:
@@ -54,7 +54,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_type: str | None = None, mas
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))  # a row of nothing but -inf is NaN: captions keep a token
         return scores.softmax(dim=-1) @ v
-    raise ValueError(f"attn_type={attn_type!r} is not one of {', '.join(map(repr, ATTN_TYPES))}")
+    return _dispatched(q, k, v, attn_type, mask)
+
+
+def _dispatched(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None) -> Tensor:
+    """`attention` by one of diffusers' backends; ValueError when it has none of that name."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    if backend not in [known.value for known in AttentionBackendName]:
+        own = ", ".join(map(repr, ATTN_TYPES))
+        raise ValueError(f"attn_type={backend!r} is not one of {own}, nor an attention backend of diffusers such as 'native'")
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # it wants heads after tokens
+    return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=AttentionBackendName(backend)).transpose(1, 2)
 
 
 def dual_attention(

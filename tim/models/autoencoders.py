@@ -49,6 +49,11 @@ class Autoencoder:
         return digest.hexdigest()[:16]
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes, which is not where its weights lie when accelerate's hooks move them for each call."""
+        return getattr(getattr(self.model, "_hf_hook", None), "execution_device", None) or self.model.device
+
+    @property
     def is_kl(self) -> bool:
         """Whether encoding draws from a posterior and therefore needs noise."""
         from diffusers.models import AutoencoderKL
@@ -146,7 +151,7 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to latents (B, C, h, w) float32; noise (same shape) picks the KL posterior sample."""
-        images = images.to(self.model.device, self.model.dtype)
+        images = images.to(self.device, self.model.dtype)
         if not self.is_kl:
             return (self.model.encode(images).latent.float() - self.shift) * self.scale
         posterior = self.model.encode(images).latent_dist
@@ -158,7 +163,7 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to images (B, 3, H, W) in about [-1, 1], float32."""
         # Unscaled in float32: only what the decoder itself computes is rounded to its dtype.
-        z = latents.to(self.model.device, torch.float32) / self.scale + self.shift
+        z = latents.to(self.device, torch.float32) / self.scale + self.shift
         return self.model.decode(z.to(self.model.dtype)).sample.float()
 
 

@@ -34,11 +34,15 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.mlp.parameters()).dtype
+
     def forward(self, t: Value) -> Value:
         """t (B,), any real values -> (B, hidden_size). The angles are float32 or wider, also under autocast."""
-        dtype = next(self.mlp.parameters()).dtype
         inner, outer = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
-        return linear(outer, silu(linear(inner, each(lambda a: a.to(dtype), self.features(t)))))
+        return linear(outer, silu(linear(inner, each(lambda a: a.to(self.dtype), self.features(t)))))
 
     def features(self, t: Value) -> Value:
         """[cos wt | sin wt] (B, frequency_size), whose tangent is [-w sin wt | w cos wt] t'."""

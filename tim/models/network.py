@@ -21,6 +21,8 @@ class Network(Protocol):
       not passed to a network that does not take them.
     * forward keyword `tangents`: derivatives of x (m, C, H, W), t and r (m,) along the path for the last m samples. The pass
       then returns dF/dt (m, C, H, W), without gradient, after F. A network without it is differentiated in a pass of its own.
+    * forward keyword `guidance` (B, 3): the scale w >= 1 of classifier-free guidance and the ends of the guided interval as
+      fractions of T_max, for networks that say `guidance_input`; None stands for no guidance, (1, 0, 1).
     * forward keyword `return_zs` (return the REPA projection (B, N, z_dim) beside F) and `projector`, the layers that make
       it: needed with model.enc_dir alone, else neither trained nor kept in checkpoints.
     * `blocks`, the units of torch.compile: the whole network is compiled. `use_checkpoint`, set by FSDP's
@@ -52,6 +54,7 @@ class NetworkTraits:
         class_dropout_prob: probability with which the trainer replaces a label by the null class; 0 means there is none.
         cap_feat_dim: width of caption features; None takes any.
         z_dim: width of the REPA projection; None has none.
+        guidance_input: whether the forward pass has the keyword `guidance`.
     """
 
     patch_size: int = 1
@@ -61,6 +64,7 @@ class NetworkTraits:
     class_dropout_prob: float = 0.0
     cap_feat_dim: int | None = None
     z_dim: int | None = None
+    guidance_input: bool = False
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the training latents.

@@ -77,6 +77,29 @@ class TextEncoder:
             self.tokenizer = load_tokenizer(text_encoder_dir, self.folder, **options)
         except Exception as error:  # the failures of transformers, tokenizers and safetensors share no base class
             raise self._refusal(error) from error
+        self.hub_id = None if Path(text_encoder_dir).is_dir() else text_encoder_dir
+        self._set_up(positions, max_length, use_last_hidden_state, padding)
+        _ = None if lazy else self.model  # so that weights that do not load are refused now
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 256,
+        use_last_hidden_state: bool = True,
+        padding: str = "mask",
+        device: torch.device | str | None = None,
+    ) -> "TextEncoder":
+        """A text encoder of a loaded model; it computes on `device` when hooks move its weights there. The rest as above."""
+        encoder = cls.__new__(cls)
+        encoder.name, encoder.dtype, encoder.device = model.name_or_path, model.dtype, torch.device(device or model.device)
+        encoder.model, encoder.tokenizer, encoder.width = model, tokenizer, model.config.hidden_size
+        encoder._set_up(getattr(model.config, "max_position_embeddings", None), max_length, use_last_hidden_state, padding)
+        return encoder
+
+    def _set_up(self, positions: int | None, max_length: int, use_last_hidden_state: bool, padding: str) -> None:
         if padding not in PADDINGS:
             raise ValueError(f"model.text_padding={padding!r} is none of {', '.join(PADDINGS)}")
         special = self.tokenizer.num_special_tokens_to_add()
@@ -84,7 +107,6 @@ class TextEncoder:
             raise ValueError(f"model.max_seq_length={max_length} leaves no room for text beside {special} special tokens")
         if positions and 0 < positions < max_length:
             raise ValueError(f"model.max_seq_length={max_length} is above the {positions} positions of the text encoder")
-        self.hub_id = None if Path(text_encoder_dir).is_dir() else text_encoder_dir
         self.max_length, self.use_last_hidden_state, self.padding = max_length, use_last_hidden_state, padding
         # Tokenizers that were trained to cut on the left would lose what a caption begins with, its subject.
         self.tokenizer.truncation_side = "right"
@@ -92,8 +114,6 @@ class TextEncoder:
         self.blank = next((i for i in (bos, eos, pad) if i is not None), 0)  # stands for a caption without any token
         self.pad = next((i for i in (pad, eos) if i is not None), self.blank)
         self._warned: set[str] = set()
-        if not lazy:
-            self.model  # noqa: B018 - so that weights that do not load are refused now
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -32,6 +32,7 @@ class TransitionTransformer(nn.Module):
         distance_aware: interval-aware attention (Eq. 15).
         lora_hidden_size: hidden width of the modulation MLPs, 3 * (hidden_size // 4) when None; the name is the published one.
         rope_grid: 'legacy' (released weights) or 'row_major'.
+        guidance_input: take the scale of guidance and its interval as inputs, see `guidance_embedding`.
         tangent_form: how attention computes its `tangents`, see `tim.models.attention_tangent`; the best that runs when None.
 
     Raises:
@@ -60,6 +61,7 @@ class TransitionTransformer(nn.Module):
         lora_hidden_size: PositiveInt | None = None,
         rope_grid: str = "legacy",
         tangent_form: str | None = None,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads or (hidden_size // num_heads) % 4:
@@ -80,11 +82,13 @@ class TransitionTransformer(nn.Module):
         self.hidden_size, self.num_heads, self.out_channels = hidden_size, num_heads, in_channels
         self.head_dim, self.encoder_depth = hidden_size // num_heads, encoder_depth
         self.use_checkpoint, self.new_condition, self.rope_grid, self.z_dim = use_checkpoint, new_condition, rope_grid, z_dim
-        self.tangent_form = tangent_form
+        self.tangent_form, self.guidance_input = tangent_form, guidance_input
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.delta_embedder = TimestepEmbedder(hidden_size) if use_new_embed else None
+        if guidance_input:
+            self.guidance_embedders = nn.ModuleList(TimestepEmbedder(hidden_size) for _ in range(3))
         # 3/4: two matrices h x m and one m x 6 h then have as many weights as the one of plain adaLN, h x 6 h.
         modulation = 3 * (hidden_size // 4) if lora_hidden_size is None else lora_hidden_size
         self.blocks = nn.ModuleList(
@@ -114,6 +118,9 @@ class TransitionTransformer(nn.Module):
         for layer in self.t_embedder.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
+        for embedder in self.guidance_embedders if self.guidance_input else ():
+            # The network starts as the one without this input, whose weights it may take over.
+            nn.init.zeros_(embedder.get_parameter("mlp.2.weight"))
         # adaLN-Zero: every gate is 0, each block the identity. delta_embedder keeps its xavier layers, as released.
         # With F = 0 its derivative, which the target contains, is 0 as well: the first targets are those of the data alone.
         for module in (*self.blocks, self.final_layer):
@@ -152,6 +159,26 @@ class TransitionTransformer(nn.Module):
             d = add(d, self.t_embedder(t if name == "t" else r))
         return d
 
+    def guidance_embedding(self, guidance: Tensor | None, like: Tensor) -> Tensor | None:
+        """Sum of the embeddings of ln w and both ends of the guided interval (B, hidden_size) (arXiv 2512.02012).
+
+        Args:
+            guidance: (B, 3): the scale w >= 1 of classifier-free guidance and the interval's ends as fractions of T_max; None
+                is (1, 0, 1), no guidance.
+            like: the times (B,).
+
+        Raises:
+            ValueError: for guidance that the network has no input for.
+        """
+        if not self.guidance_input:
+            if guidance is not None:
+                raise ValueError("the network has no input for guidance: build and train it with guidance_input: true")
+            return None
+        zeros = torch.zeros_like(like)
+        inputs = (zeros, zeros, zeros + 1) if guidance is None else (guidance[:, 0].log(), guidance[:, 1], guidance[:, 2])
+        scale, low, high = (embed(u) for embed, u in zip(self.guidance_embedders, inputs, strict=True))
+        return scale + low + high
+
     def condition(self, c: Value, y: Tensor) -> tuple[Value, Tensor | None]:
         """How the network takes its condition.
 
@@ -176,6 +203,7 @@ class TransitionTransformer(nn.Module):
         jvp: bool = False,
         y_mask: Tensor | None = None,
         tangents: tuple[Tensor, Tensor, Tensor] | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """F(x_t, t, r, y), and with `tangents` its derivative along the path in the same pass.
 
@@ -187,6 +215,7 @@ class TransitionTransformer(nn.Module):
             return_zs: also return the REPA projection (B, N, z_dim).
             jvp: a derivative pass: no gradient checkpointing, and explicit softmax when forward-mode AD runs.
             y_mask: (B, M) bool, True for real tokens of captions, at least one a caption; None counts all.
+            guidance: see `guidance_embedding`; constant along the path.
             tangents: derivatives of x (m, C, H, W), t and r (m,) along the path for the last m >= 1 samples.
 
         Returns:
@@ -203,7 +232,13 @@ class TransitionTransformer(nn.Module):
             attn_type = "vanilla_attn"
         u, t_both, r_both = (x, t, r) if tangents is None else map(Dual, (x, t, r), tangents)
         d = self.interval_embedding(t_both, r_both)
-        c, y_tokens = self.condition(add(self.t_embedder(t_both), d), y)
+        c = add(self.t_embedder(t_both), d)
+        g = self.guidance_embedding(guidance, t)
+        c = c if g is None else add(c, g)
+        narrow = self.x_embedder.proj.weight.dtype
+        if narrow != self.t_embedder.dtype:  # embedders left in float32 in a half network
+            c, d = (each(lambda a: a.to(narrow), u) for u in (c, d))
+        c, y_tokens = self.condition(c, y)
         tokens = self.x_embedder(u)
         # Made anew in each pass: a cache would have to follow size, device and dtype.
         rope = rope_table(grid_positions(h, w, self.rope_grid, x.device), self.head_dim, x.dtype)

@@ -54,6 +54,7 @@ class Objective(Protocol):
         ema_kwargs: dict[str, Any] | None = None,
         null_kwargs: dict[str, Any] | None = None,
         time_kwargs: dict[str, Any] | None = None,
+        guidance_kwargs: dict[str, Any] | None = None,
         step: int | None = None,
         max_steps: int | None = None,
     ) -> Losses:
@@ -68,6 +69,8 @@ class Objective(Protocol):
             h_target: REPA features (B, N, z_dim).
             time_kwargs: what times are made from, so that they do not depend on how the batch is split: `normal` (B, 2),
                 `position` (B,) in the global batch, `global_batch_size`.
+            guidance_kwargs: for networks that take guidance as an input: `uniform` (B, 4) draws that it is made from, and
+                `dropped` (B,) bool, the samples without their condition.
             step, max_steps: of training, the first step being 0, for schedules of the objective's own; None when there is
                 no training, which is taken for its end.
         """

@@ -132,7 +132,7 @@ def plan_steps(
         rho = stochasticity_ratio if 0 < i < len(guided) - 1 else 0.0
         seen = (t, r if sample_type == "transition" else t)  # r = t asks for the instantaneous F: a step of the diffusion ODE
         c_noise = [float(transport.c_noise(torch.tensor(u, dtype=torch.float64))) for u in seen]
-        wide = torch.tensor(c_noise, dtype=_state_dtype(device)).to(device)
+        wide = torch.tensor(c_noise, dtype=state_dtype(device)).to(device)
         steps.append(Step(r, wide, _jump(transport, t, r, rho, device), guided[i], rho != 0))
     return Plan(transport, transport.initial_scale(grid[0]), cfg_scale, tuple(steps))
 
@@ -142,7 +142,7 @@ def _jump(
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The transition from t to r as a function of state, prediction and fresh noise."""
     # On the host, where every device finds the same numbers.
-    t_x, r_x = (torch.tensor(u, dtype=_state_dtype(device)) for u in (t, r))
+    t_x, r_x = (torch.tensor(u, dtype=state_dtype(device)) for u in (t, r))
     if type(transport).from_x_t_to_x_r is not Transport.from_x_t_to_x_r:  # of a transport that says itself how to jump
         return lambda x, F, noise: transport.from_x_t_to_x_r(x, t_x, r_x, F, rho, noise)
     values = [torch.as_tensor(c, dtype=t_x.dtype) for c in transport.jump_coefficients(t_x, r_x, rho)]
@@ -150,7 +150,7 @@ def _jump(
     return lambda x, F, noise: jump(x, F, coefficients, noise)
 
 
-def _state_dtype(device: torch.device) -> torch.dtype:
+def state_dtype(device: torch.device) -> torch.dtype:
     """Hundreds of small steps add up the rounding of the state, so it is wider than the network's input."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -173,7 +173,7 @@ def sample(
     stochasticity_ratio: float = 0.0,
     sample_type: str = "transition",
     noise_fn: Callable[[int], Tensor] | None = None,
-    callback: Callable[[int, float, Tensor], None] | None = None,
+    callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
     return_trajectory: bool = False,
 ) -> SampleResult:
     """Draw samples by `num_steps` transitions.
@@ -189,7 +189,7 @@ def sample(
         stochasticity_ratio: share of noise drawn anew at every step but the first and the last.
         sample_type: 'transition' conditions on r = t_{i+1}, 'diffusion' on r = t_i.
         noise_fn: step index -> fresh noise shaped like z; torch's default generator when None.
-        callback: called after each step with (step, reached time, state).
+        callback: called after each step with (step, reached time, state); a state that it returns replaces this one.
         return_trajectory: keep all N + 1 states.
 
     Raises:
@@ -212,10 +212,14 @@ def follow(
     uncond: dict[str, Any] | None = None,
     *,
     noise_fn: Callable[[int], Tensor] | None = None,
-    callback: Callable[[int, float, Tensor], None] | None = None,
+    callback: Callable[[int, float, Tensor], Tensor | None] | None = None,
     return_trajectory: bool = False,
+    start: Tensor | None = None,
 ) -> SampleResult:
-    """Draw samples by the steps of a plan (Alg. 2); arguments as in `sample`.
+    """Draw samples by the steps of a plan (Alg. 2); arguments as in `sample`, and
+
+    Args:
+        start: state at the first time, shaped like z, to start from instead of noise.
 
     Raises:
         ValueError: for guidance without `uncond`.
@@ -223,7 +227,7 @@ def follow(
     if plan.cfg_scale > 1 and uncond is None:
         raise ValueError(f"cfg_scale={plan.cfg_scale} needs the null condition, got none")
     predict = _predictor(plan, model, z.dtype, cond, uncond)
-    x = plan.initial_scale * z.to(_state_dtype(z.device))
+    x = plan.initial_scale * z.to(state_dtype(z.device)) if start is None else start.to(z.device, state_dtype(z.device))
     trajectory = [x] if return_trajectory else []
     for i, step in enumerate(plan.steps):
         F = predict(x, step).to(x.dtype)
@@ -234,7 +238,8 @@ def follow(
         if return_trajectory:
             trajectory.append(x)
         if callback is not None:
-            callback(i, step.reached, x)
+            changed = callback(i, step.reached, x)
+            x = x if changed is None else changed.to(x)
     return SampleResult(x, plan.nfe, trajectory)
 
 

@@ -56,6 +56,7 @@ class TransitionTarget:
             at (t, t) ('marginal', of improved MeanFlow, arXiv 2512.02012: one more forward), or with model guidance of the
             guided target ('guided'), along which alone Eq. 51 is an exact flow map.
         guidance_path: another name of tangent.
+        guidance_max: train a network that takes guidance as an input (see `guidance`), for scales from 1 to this.
 
     Attributes:
         always_run_derivative: set by the trainer when processes share sharded weights: each must then evaluate the network
@@ -73,6 +74,7 @@ class TransitionTarget:
     two_point_ratio: float | list[float] = 0.1
     tangent: str = "data"
     guidance_path: str | None = None
+    guidance_max: float | None = None
     always_run_derivative: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,11 @@ class TransitionTarget:
         if not self.differential_epsilon > 0:
             raise ValueError(f"differential_epsilon must be > 0, got {self.differential_epsilon}")
         check_ratio(self.two_point_ratio)
+        if self.guidance_max is not None:
+            if not self.guidance_max >= 1:
+                raise ValueError(f"guidance_max must be >= 1, got {self.guidance_max}")
+            if self.transport.enhance_target:
+                raise ValueError("guidance_max and enhance_target of the transport both guide the target; set one of them")
         name = "tangent" if self.guidance_path is None else "guidance_path"
         if self.guidance_path is not None and self.tangent not in ("data", self.guidance_path):
             raise ValueError(f"guidance_path={self.guidance_path!r} is another name of tangent={self.tangent!r}; give one")
@@ -180,6 +187,24 @@ class TransitionTarget:
         c_t = self.transport.c_noise(t)
         F_cond, F_uncond = (ema_model(x_t, c_t, c_t, **condition) for condition in (cond, uncond))
         return at_least_float32(F_cond), at_least_float32(F_uncond)
+
+    @torch.no_grad()
+    def guided_by_input(self, bare: nn.Module, drawn: Drawn, uncond: dict[str, Any] | None, share: Tensor) -> Drawn:
+        """The samples on the path whose F* is the guided one, through the same states.
+
+        Args:
+            uncond: keywords of the unconditional prediction.
+            share: of F(w, c) - F(null) in the target (B,), see `tim.schedulers.guidance`.
+        """
+        x, _, x_t, t, *_, cond = drawn
+        if uncond is None:
+            raise ValueError("guidance_max needs null_kwargs, the arguments of the unconditional prediction")
+        times = self.transport.c_noise(t)
+        F_cond, F_uncond = (bare(x_t.to(x.dtype), times, times, **kwargs) for kwargs in (cond, uncond))
+        F_star = self.transport.diffusion_target(x, drawn.z, expand_times(t, x))
+        F_guided = F_star + expand_times(share, x) * (at_least_float32(F_cond) - at_least_float32(F_uncond))
+        x, z = self.path_along(x_t, F_guided, t, x.dtype)
+        return drawn._replace(x=x, z=z)
 
     def diffusion_target(self, x: Tensor, z: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
         """F~ (B, C, H, W): the diffusion target at times t (B,), with model guidance inside its window."""

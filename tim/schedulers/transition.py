@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tim.schedulers import sampling
 from tim.schedulers.derivative import conditioning, expand_times
+from tim.schedulers.guidance import draw_guidance, guidance_share
 from tim.schedulers.interval import draw_interval
 from tim.schedulers.losses import (
     TIME_WEIGHTS,
@@ -119,6 +120,7 @@ class TransitionSchedule(TransitionTarget):
         ema_kwargs: dict[str, Any] | None = None,
         null_kwargs: dict[str, Any] | None = None,
         time_kwargs: dict[str, Any] | None = None,
+        guidance_kwargs: dict[str, Any] | None = None,
         step: int | None = None,
         max_steps: int | None = None,
     ) -> Losses:
@@ -134,6 +136,8 @@ class TransitionSchedule(TransitionTarget):
             h_target: REPA features (B, N, z_dim); None trains without the projection term.
             ema_kwargs, null_kwargs: conditional (default: model_kwargs) and unconditional arguments of the EMA model.
             time_kwargs: handed on to `sample_t_and_r`.
+            guidance_kwargs: with guidance_max, `uniform` (B, 4) draws of the scale and its interval (drawn here without), and
+                `dropped` (B,) bool, the samples without their condition.
             step, max_steps: of training, for what is annealed; None is the end of training.
 
         Raises:
@@ -150,6 +154,9 @@ class TransitionSchedule(TransitionTarget):
         # Before the student's pass, which may carry the derivative along another path than the data's.
         guidance = self.guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs, null_kwargs)
         drawn = Drawn(x, z, x_t, t, r, n_diffusion, model_kwargs)
+        if self.guidance_max is not None:
+            drawn = self._with_guidance(unwrapped_model, drawn, null_kwargs, **(guidance_kwargs or {}))
+            x, z = drawn.x, drawn.z
         path = self.tangent_path(unwrapped_model, drawn, guidance)
         F_pred, dF_dt, h_proj = self.student(model, unwrapped_model, drawn, path, return_zs=h_target is not None)
         ratio = ratio_at(self.two_point_ratio, (step or 0) / max_steps if max_steps else 1.0)
@@ -169,6 +176,22 @@ class TransitionSchedule(TransitionTarget):
         proj_loss = loss.new_zeros(()) if h_proj is None or h_target is None else projection_loss(h_proj, h_target)
         losses = {"weighted_loss": weighted_loss, "denoising_loss": mean_of_kept(loss, kept), "proj_loss": proj_loss}
         return Losses(weighted_loss, proj_loss, {name: loss.detach() for name, loss in losses.items()}, kept)
+
+    def _with_guidance(
+        self,
+        bare: nn.Module,
+        drawn: Drawn,
+        uncond: dict[str, Any] | None,
+        uniform: Tensor | None = None,
+        dropped: Tensor | None = None,
+    ) -> Drawn:
+        """The samples with a guidance each, on the path of the target that it guides."""
+        assert self.guidance_max is not None
+        uniform = torch.rand(len(drawn.t), 4) if uniform is None else uniform
+        guidance = draw_guidance(uniform.to(drawn.t.device), self.guidance_max)
+        drawn = drawn._replace(model_kwargs={**drawn.model_kwargs, "guidance": guidance})
+        share = guidance_share(guidance, dropped, drawn.t, self.transport.T_max)
+        return self.guided_by_input(bare, drawn, uncond, share)
 
     def time_weight(self, t: Tensor, r: Tensor, n_diffusion: int) -> Tensor:
         """The time weight (B,) of each sample (Eq. 12); 1 for the first n_diffusion, whose r is t.

@@ -223,6 +223,8 @@ def add_draws(run: Run, batch: Batch) -> Batch:
     batch = {**batch, "times": times, "dropped": drop < run.task.drop_prob, "noise": noise.to(run.dtype)}
     if vae is not None and vae.is_kl:
         batch["posterior"] = rng.normals(run.seed, "posterior", step, positions, shape)
+    if traits_of(run.network).guidance_input:
+        batch["guidance"] = rng.uniforms(run.seed, "guidance", step, positions, 4)
     return batch
 
 
@@ -232,6 +234,9 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
     x = latents(run, batch).to(run.dtype)
     cond, uncond = run.task.conditions(batch, batch["dropped"])
     z = batch["noise"].to(x.device)
+    guidance = None
+    if "guidance" in batch:
+        guidance = {"uniform": batch["guidance"], "dropped": batch["dropped"].to(x.device)}
     with run.accelerator.autocast():
         weighted, projection, log, kept = run.schedule.evaluate(
             run.model,
@@ -245,6 +250,7 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
             h_target=repa_target(run, batch, x),
             null_kwargs=uncond,
             time_kwargs={"normal": batch["times"], "position": positions, "global_batch_size": int(batch["total"][0])},
+            guidance_kwargs=guidance,
             step=int(batch["step"][0]),
             max_steps=run.config.training.max_train_steps,
         )

@@ -118,6 +118,11 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
             logger.info(note)
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
+    if getattr(schedule, "guidance_max", None) is not None and not traits_of(network).guidance_input:
+        raise ValueError(
+            "model.transition_loss.guidance_max trains a network that takes guidance as an input: set "
+            "model.network.params.guidance_input=true"
+        )
     check_tangent_form(network, schedule, config, accelerator.device)
 
     ema = EMA(network, m.ema_decay) if m.use_ema else None

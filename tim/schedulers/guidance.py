@@ -1,0 +1,37 @@
+"""Guidance as an input of the network (improved MeanFlow, arXiv 2512.02012): classifier-free guidance in one evaluation.
+
+At every state the network learns to predict what guidance of the scale w would make of its own predictions,
+
+    F~ = F* + (1 - 1/w) (F(x_t, t, t, w, c) - F(x_t, t, t, null)),
+
+whose fixed point is F(., null) + w (F(., c) - F(., null)). Outside of its interval of times, and without a condition, F~ = F*.
+"""
+
+import torch
+from torch import Tensor
+
+FULL_SHARE = 0.5  # of the samples whose interval is all times; the others' ends are uniform in both halves
+
+
+def draw_guidance(uniform: Tensor, largest: float) -> Tensor:
+    """Guidance (B, 3): the scale w, log-uniform in [1, largest], and the ends of its interval as fractions of T_max.
+
+    Args:
+        uniform: draws in [0, 1) (B, 4).
+    """
+    scale, full, low, high = uniform.unbind(1)
+    everywhere = full < FULL_SHARE
+    low = torch.where(everywhere, torch.zeros_like(low), low / 2)
+    high = torch.where(everywhere, torch.ones_like(high), 1 - high / 2)
+    return torch.stack([largest**scale, low, high], dim=1)
+
+
+def guidance_share(guidance: Tensor, dropped: Tensor | None, t: Tensor, T_max: float) -> Tensor:
+    """The factor 1 - 1/w (B,) of F(w, c) - F(null) in the target; 0 outside of the interval and without a condition.
+
+    Args:
+        guidance: (B, 3), see `draw_guidance`. dropped: (B,) bool; None drops nothing. t: raw times (B,).
+    """
+    scale, low, high = guidance.to(t.dtype).unbind(1)
+    guided = (t >= low * T_max) & (t <= high * T_max)
+    return torch.where(guided if dropped is None else guided & ~dropped, 1 - 1 / scale, torch.zeros_like(scale))
