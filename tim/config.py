@@ -26,6 +26,7 @@ from tim.typed_yaml import (
 IGNORED_KEYS = ("training.proportion_empty_prompts", "training.validation_steps")
 OBJECTIVE = "tim.schedulers.transition.TransitionSchedule"
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]  # diffusers'
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass
@@ -34,8 +35,11 @@ class Model:
 
     transition_loss: keywords of the objective, and optionally `target`, the import path of its class.
     text_padding: `mask` hides padding from the image, `batch` shows it as the published code did.
-    text_cache: keep the features of repeated captions in `memory` or in a folder (its path).
+    text_cache: keep the features of captions in `memory` or in a folder (its path). `auto` is `memory` in training when the
+    features of all captions fit, else null, which encodes each batch anew.
+    vae_dtype, vae_channels_last: how the autoencoder of a training run computes.
     enc_antialias: resize the encoder's image with antialiasing; without is published.
+    enc_dtype: in which the encoder multiplies matrices; null is the run's mixed precision.
     ckpt: weights to start from: a file, a checkpoint folder or a project folder. ckpt_allow_missing: patterns (`projector.*`)
     of keys that it may lack.
     """
@@ -44,14 +48,17 @@ class Model:
     transition_loss: dict[str, Any]
     network: Target
     vae_dir: str | None = None
+    vae_dtype: Precision = "float32"
+    vae_channels_last: bool = False
     text_encoder_dir: str | None = None
     proportion_empty_prompts: Fraction = 0.1
     use_last_hidden_state: bool = True
     max_seq_length: Annotated[int, "> 0", "<= 131072"] = 256
     text_padding: Literal["mask", "batch"] = "mask"
-    text_cache: str | None = None
+    text_cache: str | None = "auto"
     enc_dir: str | None = None
     enc_antialias: bool = False
+    enc_dtype: Precision | None = None
     proj_coeff: Annotated[float, ">= 0"] = 1.0
     use_dir_loss: bool = True
     use_ema: bool = True

@@ -1,13 +1,19 @@
 """The text-to-image sampling path: goldens with prepared captions, position grids, no waiting for the device."""
 
+import copy
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers.networks import TINY, load_golden, randomize, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tim.generation.conditions import CaptionConditions
 from tim.models.t2i.tim_model import TiM
-from tim.schedulers.sampling import sample
-from tim.schedulers.transports import OT_FM
+from tim.schedulers.sampling import follow, plan_steps, sample
+from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, TrigFlow
+from tim.training.compilation import compile_network
 
 
 class Features:
@@ -77,15 +83,67 @@ def test_row_major_positions_treat_rows_and_columns_alike(grid, holds):
     assert (relative_error(standing.transpose(2, 3), lying) < 1e-9) == holds
 
 
-def test_the_loop_never_waits_for_the_device():
+class Crossings(TorchDispatchMode):
+    """Collects the operations that move values from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if len({leaf.device for leaf in tree_leaves((args, out)) if torch.is_tensor(leaf)}) > 1:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("transport", [OT_FM, TrigFlow, EDM, VP_SDE, VE_SDE])
+def test_the_loop_neither_waits_for_the_device_nor_copies_to_it(transport):
     """On the meta device tensors have no values: reading one, which is what makes a host wait, is an error."""
+    plan = plan_steps(transport(), torch.device("meta"), num_steps=4, cfg_scale=2.5, stochasticity_ratio=0.3)
     with torch.device("meta"):
         network = TiM(cap_feat_dim=20, **TINY).eval()
         z, kv = torch.empty(2, 4, 8, 12), network.caption_keys_values(torch.empty(2, 5, 20))
         mask = torch.empty(2, 5, dtype=torch.bool)
     condition = {"y": kv, "y_mask": mask}
-    result = sample(
-        OT_FM(), network, z, condition, condition, num_steps=4, cfg_scale=2.5, stochasticity_ratio=0.3,
-        noise_fn=lambda step: torch.empty_like(z),
-    )  # fmt: skip
-    assert result.x.shape == z.shape and result.nfe == 7
+    with Crossings() as crossings:
+        result = follow(plan, network, z, condition, condition, noise_fn=lambda step: torch.empty_like(z))
+    assert result.x.shape == z.shape and result.nfe == 7 and not crossings.found
+    with crossings:
+        follow(plan, lambda x, *_, **__: torch.zeros(x.shape, device="cpu").to(x), z, condition, condition)
+    assert len(crossings.found) == 4, "copies of a network, one a step, are seen"
+
+
+def test_a_compiled_network_is_one_graph_for_all_steps_and_batches():
+    """Guided or not, captions of any length, whole batches and the rest of them; images are the plain network's."""
+    network = randomize(TiM(cap_feat_dim=20, **{**TINY, "depth": 1})).eval().requires_grad_(False)
+    compiled, counters = copy.deepcopy(network), torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    counters.clear()
+    compile_network(compiled, backend="eager")
+    plan = plan_steps(OT_FM(), torch.device("cpu"), num_steps=5, cfg_scale=2.0)
+    for count, tokens in ((5, 7), (5, 7), (5, 11), (5, 6), (9, 7)):
+        z, mask = torch.randn(count, 4, 8, 8), torch.arange(tokens) < torch.tensor([[1], *[[tokens]] * count])
+        kv = network.caption_keys_values(torch.randn(count + 1, tokens, 20))
+        order = torch.arange(count)
+        cond, uncond = ({"y": kv[rows], "y_mask": mask[rows]} for rows in (order, order + 1))
+        want, got = (follow(plan, n, z, cond, uncond).x for n in (network, compiled))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert counters["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+def test_all_steps_find_the_networks_inputs_in_one_place():
+    """What a recorded graph needs; and what a network keeps or returns of its inputs does not reach the states."""
+    seen = []
+
+    def network(x, t, r, y):
+        seen.append((len(x), x.data_ptr(), t.data_ptr(), r.data_ptr()))
+        return x
+
+    plan = plan_steps(OT_FM(), torch.device("cpu"), num_steps=4, cfg_scale=2.0)
+    y, z = torch.zeros(2), torch.ones(2, 4, 8, 8)
+    result = follow(plan, network, z, {"y": y}, {"y": y}, return_trajectory=True)
+    assert [rows for rows, *_ in seen] == [2, 4, 4, 4] and len(set(seen)) == 2
+    for x, after in pairwise(result.trajectory):  # F(x) = x, so x_r = x + (r - t) x
+        torch.testing.assert_close(after, 0.75 * x)

@@ -19,6 +19,23 @@ def test_goldens(i):
     assert relative_error(Radio.from_checkpoint(CHECKPOINT)(d[f"{i}.image"]), d[f"{i}.features"]) < 1e-4
 
 
+@pytest.mark.parametrize("dtype,closest", [(torch.bfloat16, 1e-5), (torch.float16, 1e-6)])
+def test_half_precision_is_autocast_with_matrices_rounded_once(dtype, closest):
+    """Cosines of the golden tokens are above 0.99999; float32 stays float32 whatever the caller's autocast says."""
+    d = load_file(GOLDENS / "radio_tiny" / "tensors.safetensors")
+    exact, half, cast = (Radio.from_checkpoint(CHECKPOINT).compute_in(p) for p in (None, dtype, None))
+    cast.dtype = dtype  # its matrices stay float32, so that autocast rounds them
+    for i in (0, 1):
+        image, features = d[f"{i}.image"], half(d[f"{i}.image"])
+        assert features.dtype == torch.float32 and torch.equal(features, cast(image))
+        cosine = torch.nn.functional.cosine_similarity(features, d[f"{i}.features"], dim=-1)
+        assert cosine.min() > 1 - closest and not torch.equal(features, exact(image))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(exact(image), Radio.from_checkpoint(CHECKPOINT)(image)) and torch.equal(half(image), features)
+        assert torch.equal(exact(image), Radio.from_checkpoint(CHECKPOINT)(image))
+    assert {m.weight.dtype for m in half.modules() if isinstance(m, torch.nn.Linear)} == {half.embedder.dtype} == {dtype}
+
+
 class Bomb:
     def __reduce__(self):
         return (print, ("unpickled",))

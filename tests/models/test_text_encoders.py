@@ -1,10 +1,12 @@
 """Text encoders: tiny random models of the real classes with trained tokenizers, and MiniLM; the cache of their features."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import unicodedata
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,8 @@ from transformers import (
 
 from tim.config import Model, Target
 from tim.evaluation.pretrained import load_pretrained
-from tim.models.text_encoders import CaptionCache, TextEncoder, build_text_encoder
+from tim.models.caption_cache import CaptionCache, build_text_encoder
+from tim.models.text_encoders import TextEncoder
 
 CAPTIONS = [
     "a red circle",
@@ -434,7 +437,7 @@ def test_an_interrupted_write_leaves_no_file(encoders, tmp_path, monkeypatch):
 
     cache = CaptionCache(encoders["gemma"], tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is full"):
-        patch.setattr("tim.models.text_encoders.save_file", stop)
+        patch.setattr("tim.models.caption_cache.save_file", stop)
         cache(["a cat"])
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
 
@@ -460,6 +463,23 @@ def test_batch_padding_is_not_cached(originals):
     encoder = TextEncoder(str(originals["gemma"][0]), padding="batch")
     with pytest.raises(ValueError, match=r"text_padding=batch .*text_cache=null"):
         CaptionCache(encoder)
+
+
+def test_few_captions_are_cached_by_default_where_their_batch_cannot_change_them(originals, monkeypatch):
+    """Few: as many as memory takes at their longest. Whoever does not say which captions come gets none of them kept."""
+    model = Model(Target(""), {}, Target(""), text_encoder_dir=str(originals["gemma"][0]), max_seq_length=12)
+    of_one = 12 * 32 * 2
+    monkeypatch.setattr("tim.models.caption_cache.CACHE_BYTES", 3 * of_one)
+
+    def built(captions, **changes):
+        return type(build_text_encoder(replace(model, **changes), torch.bfloat16, "cpu", captions))
+
+    assert built(["a", "b", "c", "b"]) is CaptionCache
+    assert built(iter("abcd")) is TextEncoder
+    assert built(None) is built(["a"], text_padding="batch") is built(["a"], text_cache=None) is TextEncoder
+    assert built(None, text_cache="memory") is CaptionCache
+    endless = (str(k) for k in itertools.count())
+    assert built(endless) is TextEncoder and next(endless) == "4", "of millions of captions a few are looked at"
 
 
 @pytest.mark.parametrize("kind", KINDS)

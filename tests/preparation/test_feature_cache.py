@@ -158,6 +158,24 @@ def test_only_missing_and_damaged_files_are_made_again(source, half, tmp_path):
     assert (folder / "c0/2.safetensors").stat().st_mtime_ns == intact
 
 
+def test_the_encoders_precision_belongs_to_the_features(source, full, tmp_path):
+    """In bfloat16 tokens keep their direction to 1e-4, and a folder does not mix them with those of float32."""
+    folder, flags = tmp_path / "features", ("--dtype", "float32", "model.enc_dtype=bfloat16")
+    cache(source, folder, *flags)
+    assert json.loads((folder / "features.json").read_text())["encoder_dtype"] == "bfloat16"
+    for path in folder.glob("*/*.safetensors"):
+        rounded, exact = (load_file(root / path.relative_to(folder))["features"] for root in (folder, full))
+        assert not torch.equal(rounded, exact) and torch.cosine_similarity(rounded, exact, dim=-1).min() > 1 - 1e-4
+    shutil.copytree(full, tmp_path / "full")
+    record = json.loads((tmp_path / "full/features.json").read_text())
+    assert record.pop("encoder_dtype") is None
+    (tmp_path / "full/features.json").write_text(json.dumps(record))  # as it was before there was a choice
+    for place, words, there in ((folder, flags[:2], "'bfloat16' there, None now"), (tmp_path / "full", flags, "None there")):
+        done = cache(source, place, *words, check=False)
+        assert done.returncode == 2 and f"features of another run (encoder_dtype: {there}" in done.stderr
+    assert "0 to encode" in cache(source, tmp_path / "full", *flags[:2], "model.enc_dtype=float32").stdout
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, half, tmp_path):
     with small_disk(3000):
         done = cache(source, tmp_path / "features", "--batch-size", 4, check=False)

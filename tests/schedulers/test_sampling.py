@@ -141,7 +141,7 @@ def test_custom_grid_and_callback(tiny_c2i):
 
 def test_network_sees_float32_times_and_its_own_dtype(tiny_c2i):
     network, seen = tiny_c2i.to(torch.bfloat16), []
-    network.register_forward_pre_hook(lambda _, args: seen.append(args[:3]))
+    network.register_forward_pre_hook(lambda _, args: seen.append([a.clone() for a in args[:3]]))
     x = sample(OT_FM(), network, torch.randn(1, 4, 8, 8), {"y": torch.zeros(1, dtype=torch.long)}, num_steps=500).x
     assert x.dtype == torch.float64
     assert all(a.dtype == torch.bfloat16 and t.dtype == r.dtype == torch.float32 for a, t, r in seen)
@@ -171,7 +171,7 @@ def test_a_step_is_one_graph_for_each_kind_of_step():
         return graph
 
     plan = plan_steps(OT_FM(), y.device, num_steps=8, cfg_scale=2.0, stochasticity_ratio=0.3)
-    predict = _predictor(plan, network, torch.float32, {"y": y}, {"y": torch.full_like(y, 10)})
+    predict = _predictor(plan, network, torch.empty(2, 4, 8, 8), {"y": y}, {"y": torch.full_like(y, 10)})
     step = torch.compile(lambda x, s, noise: s.jump(x, predict(x, s).to(x.dtype), noise), backend=compiler, fullgraph=True)
     x = noise = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Where the time of sampling goes: text, network, decoding, each apart."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -25,7 +26,7 @@ from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
 from tim.models.text_encoders import load_model
 from tim.schedulers.sampling import join_conditions
-from tim.training.compilation import compile_blocks, eager_blocks
+from tim.training.compilation import compile_network, eager_blocks
 from tim.typed_yaml import read_tree
 
 ARCHITECTURES = read_tree(Path(__file__).with_name("architectures.yaml"))
@@ -68,7 +69,7 @@ def random_sampler(config: Config, settings: SampleSettings, device: torch.devic
         for p in network.parameters():
             p.normal_(std=0.02)
     if config.training.compile:
-        compile_blocks(network)
+        compile_network(network)
     companions = {"text encoder": encoder_folder, "autoencoder": vae_folder}
     random_weights = ["network", *(name for name, folder in companions.items() if folder and not Path(folder).is_dir())]
     identity = {"tokens": tokens if encoder else None, "random_weights": ", ".join(random_weights)}
@@ -178,9 +179,13 @@ def decode_psnr(vae: Autoencoder, x: Tensor) -> float:
     """PSNR in dB of images decoded in bfloat16 against float32, both as uint8 levels."""
     single = vae.to(torch.float32).decode(x)
     half = Autoencoder(copy.deepcopy(vae.model).to(torch.bfloat16)).decode(x)
-    single, half = (images.clamp(-1, 1).double() * 127.5 for images in (single, half))
-    error = (single - half).square().mean().item()
-    return float(10 * np.log10(255**2 / max(error, 1e-12)))
+    return psnr(half, single)
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1] taken together; 166 where they are equal."""
+    error = (images.clamp(-1, 1).double() - reference.clamp(-1, 1).double()).square().mean().item()
+    return 10 * math.log10(4 / max(error, 1e-16))
 
 
 def load_encoder(folder: str, dtype: torch.dtype, device: torch.device, tokens: int) -> TokenEncoder:

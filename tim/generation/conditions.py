@@ -129,7 +129,7 @@ def build_conditions(config: Config, network: Network, dtype: torch.dtype, devic
         if traits.num_classes is None:
             raise ValueError(NO_CLASSES)
         return ClassConditions(traits.num_classes, traits.class_dropout_prob > 0, device)
-    from tim.models.text_encoders import build_text_encoder  # transformers takes seconds to import
+    from tim.models.caption_cache import build_text_encoder  # transformers takes seconds to import
 
     return CaptionConditions(build_text_encoder(config.model, dtype, device), network)
 

@@ -23,7 +23,7 @@ from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import Plan, follow, plan_steps
 from tim.schedulers.transports import Transport
-from tim.training.compilation import compile_blocks
+from tim.training.compilation import compile_network
 
 PUBLISHED = {  # weights, and the config that they belong to
     "c2i_model_256": "configs/c2i/tim_xl_p2_256.yaml",
@@ -215,7 +215,7 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
         raise ValueError(f"{error}{slip if theirs else ''}") from error
     network = network.to(device, dtype).eval()
     if settings.compile:
-        compile_blocks(network)
+        compile_network(network)
     vae = None
     if config.model.vae_dir:
         vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, settings.vae_dtype), device)

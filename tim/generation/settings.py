@@ -81,7 +81,7 @@ class SampleSettings:
     )
     compile_vae: bool = flag(False, PRECISION, "torch.compile the decoder")
     channels_last_vae: bool = flag(False, PRECISION, "keep the decoder's images channels last, as tensor cores take them")
-    compile: bool = flag(False, PRECISION, "torch.compile the network's blocks")
+    compile: bool = flag(False, PRECISION, "torch.compile the network; on a GPU with CUDA graphs")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -50,6 +50,7 @@ class Radio(nn.Module):
     Attributes:
         patch_size: pixels per feature along a side.
         width: feature width.
+        dtype: in which matrices are multiplied, see `compute_in`.
     """
 
     patch_size = 16
@@ -65,7 +66,7 @@ class Radio(nn.Module):
         self.prefix_tokens = nn.Buffer(state["base_model.patch_generator.cls_token.token"].float())
         self.mean = nn.Buffer(state["input_conditioner.norm_mean"].float())
         self.std = nn.Buffer(state["input_conditioner.norm_std"].float())
-        self.width = self.embedder.shape[0]
+        self.width, self.dtype = self.embedder.shape[0], torch.float32
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -85,9 +86,21 @@ class Radio(nn.Module):
         except Exception as error:  # whatever a file may lack or claim
             raise ValueError(f"model.enc_dir={path} is not a RADIO checkpoint: {first_line(error)}") from error
 
+    def compute_in(self, dtype: torch.dtype | None) -> "Radio":
+        """Multiply matrices in this dtype from now on, whatever the caller's autocast says; None is float32.
+
+        Half precision is autocast, to the bit, but its matrices are rounded once instead of in every pass; they stay so.
+        """
+        self.dtype = dtype or torch.float32
+        self.embedder = nn.Buffer(self.embedder.to(self.dtype))
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.to(self.dtype)
+        return self
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], sides multiples of 16, to features (B, H W / 256, width), row-major.
+        """Images (B, 3, H, W) in [0, 1], sides multiples of 16, to features (B, H W / 256, width) float32, row-major.
 
         Raises:
             ValueError: for other sides.
@@ -96,11 +109,12 @@ class Radio(nn.Module):
         p = self.patch_size
         if height % p or width % p:
             raise ValueError(f"RADIO needs sides that are multiples of {p}, got {height}x{width}")
-        # The checkpoint embeds patches by a matrix without bias, on what its own conditioner normalised.
-        patches = nnf.unfold((images - self.mean) / self.std, p, stride=p).transpose(1, 2)
-        tokens = nnf.linear(patches, self.embedder) + self._position_grid(height // p, width // p)
-        prefix = self.prefix_tokens.expand(len(tokens), -1, -1)
-        tokens = self.blocks(torch.cat([prefix.to(tokens.dtype), tokens], dim=1))
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            # The checkpoint embeds patches by a matrix without bias, on what its own conditioner normalised.
+            patches = nnf.unfold((images - self.mean) / self.std, p, stride=p).transpose(1, 2)
+            tokens = nnf.linear(patches, self.embedder) + self._position_grid(height // p, width // p)
+            prefix = self.prefix_tokens.expand(len(tokens), -1, -1)
+            tokens = self.blocks(torch.cat([prefix.to(tokens.dtype), tokens], dim=1))
         return tokens[:, len(self.prefix_tokens) :]  # the prefix belongs to no patch
 
     def tokens(self, images: Tensor, grid: Sequence[int], antialias: bool = False) -> Tensor:

@@ -1,17 +1,14 @@
-"""Frozen text encoders of transformers (causal LM, T5, BERT-like) behind one interface, and a cache of their features."""
+"""Frozen text encoders of transformers (causal LM, T5, BERT-like) behind one interface."""
 
 import hashlib
 import json
 import warnings
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -27,10 +24,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from tim.config import Model
 from tim.digests import cached_sha256
-from tim.files import replacing
-from tim.listing import check_plain
+from tim.distributed import to_device
 from tim.models.hub import hub_options
 
 PADDINGS = ("mask", "batch")
@@ -154,11 +149,11 @@ class TextEncoder:
         """
         check_captions(captions)
         rows = [torch.tensor(row) for row in self._tokenize(captions)]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        ids = to_device(pad_sequence(rows, batch_first=True, padding_value=self.pad), self.device)
         mask = real_tokens(rows)
         # No mask where it hides nothing: the fastest attention kernels take none.
         is_masked = self.padding == "mask" and not mask.all()
-        mask = mask.to(self.device)
+        mask = to_device(mask, self.device)
         # an autocast around the call would change the features behind the cache's back
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             last = self.use_last_hidden_state
@@ -185,98 +180,6 @@ class TextEncoder:
             f"caption {shorten(caption, 40)!r} has {len(full)} tokens; it was cut to max_seq_length={self.max_length} "
             f"without {shorten(lost, 80)!r}"
         )
-
-
-class CaptionCache:
-    """Features of repeated captions, each computed once and alone, so that they never depend on the rest of a batch.
-
-    Called like the encoder. Memory keeps the captions used last; a folder keeps all, also for later runs and for other
-    processes at the same time. Cut captions are warned of when their features are computed.
-
-    Args:
-        encoder: with `mask` padding; what `batch` padding shows depends on the batch.
-        folder: features go to folder/<encoder.identity>/<sha256 of the caption>.safetensors; None keeps them in memory only.
-        max_bytes: most memory that features take, on the CPU.
-    """
-
-    def __init__(self, encoder: TextEncoder, folder: str | Path | None = None, max_bytes: int = 2**30) -> None:
-        if encoder.padding != "mask":
-            raise ValueError("model.text_padding=batch makes features depend on the batch; it needs model.text_cache=null")
-        self.encoder, self.max_bytes, self.used_bytes = encoder, max_bytes, 0
-        self.width, self.padding = encoder.width, encoder.padding
-        self.folder = None if folder is None else Path(folder) / encoder.identity
-        self._rows: OrderedDict[str, Tensor] = OrderedDict()  # the caption used last stands last
-
-    @property
-    def identity(self) -> str:
-        """The encoder's."""
-        # Not asked for in advance: it hashes gigabytes of weights, which a cache in memory has no need of.
-        return self.encoder.identity
-
-    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Features and mask of captions, as TextEncoder returns them."""
-        check_captions(captions)
-        found = {caption: self._find(caption) for caption in dict.fromkeys(captions)}
-        rows = [found[caption] for caption in captions]
-        y, mask = pad_sequence(rows, batch_first=True).to(self.encoder.device), real_tokens(rows)
-        return y, None if mask.all() else mask.to(self.encoder.device)
-
-    def _find(self, caption: str) -> Tensor:
-        """A caption's features (M, width) on the CPU, from memory, the folder or the encoder."""
-        row = self._rows.pop(caption, None)
-        if row is None:
-            row = self._encode(caption) if self.folder is None else self._read_or_write(caption, self.folder)
-            self.used_bytes += row.nbytes
-        self._rows[caption] = row
-        while self.used_bytes > self.max_bytes:
-            self.used_bytes -= self._rows.popitem(last=False)[1].nbytes
-        return row
-
-    def _read_or_write(self, caption: str, folder: Path) -> Tensor:
-        """Features from the folder; they are computed and saved there when it has none, or a damaged file."""
-        # Captions can be longer than file names, and hold slashes.
-        path = folder / f"{hashlib.sha256(caption.encode()).hexdigest()}.safetensors"
-        try:
-            check_plain(path)
-            row, of = load(path.read_bytes())["features"], self.encoder
-            if row.dtype == of.dtype and row.ndim == 2 and row.shape[1] == of.width and 0 < len(row) <= of.max_length:
-                return row
-            raise ValueError(f"features are {tuple(row.shape)} {row.dtype}")
-        except FileNotFoundError:
-            pass
-        except (SafetensorError, KeyError, ValueError) as error:
-            warnings.warn(f"{path} is damaged and computed again: {error}", stacklevel=4)
-        row = self._encode(caption)
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            save_file({"features": row.contiguous()}, partial)
-        return row
-
-    def _encode(self, caption: str) -> Tensor:
-        # Alone: beside longer captions its products are summed in another order, and round differently.
-        return self.encoder([caption])[0][0].cpu()
-
-
-def build_text_encoder(model: Model, dtype: torch.dtype, device: torch.device | str) -> TextEncoder | CaptionCache:
-    """The text encoder that a config names, behind a cache when it asks for one.
-
-    Raises:
-        ValueError: when there is none, or it cannot be loaded.
-    """
-    if model.text_encoder_dir is None:
-        raise ValueError("model.text_encoder_dir is not set; text-to-image needs a text encoder")
-    encoder = TextEncoder(
-        model.text_encoder_dir,
-        max_length=model.max_seq_length,
-        use_last_hidden_state=model.use_last_hidden_state,
-        padding=model.text_padding,
-        dtype=dtype,
-        device=device,
-        lazy=model.text_cache not in (None, "memory"),
-    )
-    if model.text_cache is None:
-        return encoder
-    return CaptionCache(encoder, None if model.text_cache == "memory" else model.text_cache)
 
 
 def load_model(text_encoder_dir: str, dtype: torch.dtype, **options: bool) -> PreTrainedModel:

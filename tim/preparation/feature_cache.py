@@ -47,12 +47,14 @@ class FeatureEncoder(FolderEncoder):
         load = partial(load_square, size=d.image_size, flip=False)
         super().__init__(d.image_dir, Path(features_dir), load, batch_size, True, num_workers)
         set_tf32(config.training.allow_tf32)
-        self.encoder, self.grid, self.dtype = Radio.from_checkpoint(enc_dir).to(self.state.device), token_grid(config), dtype
+        self.grid, self.dtype, enc_dtype = token_grid(config), dtype, config.model.enc_dtype or "float32"
+        self.encoder = Radio.from_checkpoint(enc_dir).compute_in(getattr(torch, enc_dtype)).to(self.state.device)
         size = {"tokens": math.prod(self.grid), "width": int(self.encoder.width)}
         self.shape = (2, *size.values())
         self.antialias = config.model.enc_antialias
         made = {"encoder_sha256": cached_sha256(enc_dir), "image_size": d.image_size, "antialias": self.antialias}
-        self.record = {**made, **size, "dtype": dtype}
+        half = None if enc_dtype == "float32" else enc_dtype  # records from before there was a choice say nothing
+        self.record = {**made, **size, "dtype": dtype, "encoder_dtype": half}
 
     def claim(self, write: bool) -> None:
         """See `FolderEncoder`; features.json says what the features depend on."""

@@ -45,6 +45,7 @@ class LatentEncoder(FolderEncoder):
         self.settings, self.project_dir = settings, project_dir
         set_tf32(settings.allow_tf32)
         self.vae = Autoencoder.from_pretrained(settings.vae_dir, getattr(torch, settings.vae_dtype), self.state.device)
+        self.vae.configure(channels_last=settings.vae_channels_last)
         settings.check(self.vae)
 
     def claim(self, write: bool) -> None:

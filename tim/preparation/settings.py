@@ -35,13 +35,16 @@ class Settings:
     batch_size: Count = 32
     num_workers: NotNegative = 4
     vae_dtype: Dtype = "float32"
+    vae_channels_last: bool = False
     latent_dtype: Dtype = "float32"
     allow_tf32: bool = True
     statistics_files: Count = 20000
 
     def identity(self, vae: Autoencoder, classes: list[str]) -> dict[str, Any]:
         """What the content of the files depends on, up to rounding; the names of the classes give the labels."""
-        neutral = ("image_dir", "latent_dir", "batch_size", "num_workers", "allow_tf32", "statistics_files")
+        neutral = (
+            "image_dir", "latent_dir", "batch_size", "num_workers", "allow_tf32", "vae_channels_last", "statistics_files",
+        )  # fmt: skip
         kept = {key: value for key, value in asdict(self).items() if key not in neutral}
         autoencoder = {"scaling_factor": vae.scale, "shift": vae.shift}
         return {"kind": type(self).__name__, **kept, **autoencoder, **classes_identity(classes)}

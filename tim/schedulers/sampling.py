@@ -180,7 +180,8 @@ def sample(
 
     Args:
         transport: path and closed forms.
-        model: called as model(x, c_noise(t), c_noise(r), **cond) in its own dtype; the state stays float64.
+        model: called as model(x, c_noise(t), c_noise(r), **cond) in its own dtype; the state stays float64. The next call
+            overwrites x and the times.
         z: standard normal start (B, C, H, W).
         cond, uncond: conditioning keywords, e.g. {'y': labels} and {'y': null labels}.
         times: N + 1 decreasing times that replace the transport's grid of num_steps.
@@ -226,7 +227,7 @@ def follow(
     """
     if plan.cfg_scale > 1 and uncond is None:
         raise ValueError(f"cfg_scale={plan.cfg_scale} needs the null condition, got none")
-    predict = _predictor(plan, model, z.dtype, cond, uncond)
+    predict = _predictor(plan, model, z, cond, uncond)
     x = plan.initial_scale * z.to(state_dtype(z.device)) if start is None else start.to(z.device, state_dtype(z.device))
     trajectory = [x] if return_trajectory else []
     for i, step in enumerate(plan.steps):
@@ -244,32 +245,44 @@ def follow(
 
 
 def _predictor(
-    plan: Plan, model: Callable[..., Tensor], dtype: torch.dtype, cond: dict[str, Any], uncond: dict[str, Any] | None
+    plan: Plan, model: Callable[..., Tensor], z: Tensor, cond: dict[str, Any], uncond: dict[str, Any] | None
 ) -> Callable[[Tensor, Step], Tensor]:
     """F(x, step), float32 or wider, with classifier-free guidance (arXiv 2207.12598) or without.
 
+    What the network takes lies in buffers that all steps write to, and what it returns, which a recorded CUDA graph overwrites
+    in its next call, is copied.
+
     Args:
-        dtype: of the network's input where it has no weights to tell.
+        z: shaped like the state; its dtype is that of the network's input where the network has no weights to tell.
     """
     weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    dtype = dtype if weight is None else weight.dtype
+    dtype = z.dtype if weight is None else weight.dtype
     # Half precision has no room for c_noise of neighbouring times: they stay float32 whatever the network's dtype is.
     wide = torch.promote_types(dtype, torch.float32)
     guided = uncond is not None and any(step.is_guided for step in plan.steps)
     joined = join_conditions(cond, uncond) if guided and uncond is not None else None  # in one forward pass where they can be
 
-    def run(x: Tensor, step: Step, condition: dict[str, Any]) -> Tensor:
-        t, r = step.c_noise.to(wide)[:, None].repeat(1, x.shape[0])
-        return model(x, t, r, **condition).to(wide)
+    def buffers(rows: int) -> tuple[Tensor, ...]:
+        # Not parts of larger ones: compilers would look at the whole.
+        times = (torch.empty(rows, dtype=wide, device=z.device) for _ in "tr")
+        return torch.empty((rows, *z.shape[1:]), dtype=dtype, device=z.device), *times
+
+    single, double = buffers(len(z)), None if joined is None else buffers(2 * len(z))
+
+    def run(x: Tensor, step: Step, condition: dict[str, Any], inputs: tuple[Tensor, ...]) -> Tensor:
+        state, *times = inputs
+        state.unflatten(0, (-1, len(x))).copy_(x)  # once, or twice for both predictions
+        for time, c_noise in zip(times, step.c_noise, strict=True):
+            time.copy_(c_noise)
+        return model(state, *times, **condition).to(wide, copy=True)
 
     def predict(x: Tensor, step: Step) -> Tensor:
-        x = x.to(dtype)
         if not step.is_guided or uncond is None:
-            return run(x, step, cond)
-        if joined is not None:
-            F_c, F_u = run(torch.cat([x, x]), step, joined).chunk(2)
+            return run(x, step, cond, single)
+        if joined is not None and double is not None:
+            F_c, F_u = run(x, step, joined, double).chunk(2)
         else:
-            F_c, F_u = run(x, step, cond), run(x, step, uncond)
+            F_c, F_u = run(x, step, cond, single), run(x, step, uncond, single)
         return F_u + plan.cfg_scale * (F_c - F_u)
 
     return predict

@@ -32,6 +32,20 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
         block.forward = _eager_under_tangents(block.forward, torch.compile(block.forward, backend=backend))
 
 
+def compile_network(network: nn.Module, backend: str = "inductor") -> None:
+    """Compile a network that draws, in place, as a whole and for any size: all steps of all batches share one graph.
+
+    On a GPU it is recorded as a CUDA graph for each size, so that a call costs one launch; the next call overwrites its result.
+
+    Args:
+        backend: of torch.compile.
+    """
+    config = torch._dynamo.config
+    config.cache_size_limit = max(config.cache_size_limit, GRAPHS)
+    on_gpu = any(p.is_cuda for p in network.parameters())
+    network.compile(dynamic=True, backend=backend, mode="reduce-overhead" if on_gpu else None)
+
+
 def eager_blocks(compiled: bool) -> AbstractContextManager:
     """Run blocks eagerly inside, when they are compiled at all: for passes too rare to be worth a compilation."""
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -17,7 +17,7 @@ from tim.checkpoint.warm_start import warm_start
 from tim.checkpoint.weights import find_weights
 from tim.config import Config
 from tim.data.replacement import ReplacingDataset
-from tim.distributed import is_sharded, set_tf32, use_cpu
+from tim.distributed import HALF, is_sharded, set_tf32, use_cpu
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
 from tim.models.trunk import TransitionTransformer
@@ -181,7 +181,9 @@ def build_autoencoder(config: Config, accelerator: Accelerator, sharded: bool) -
     draws = config.training.sample_steps and (accelerator.is_main_process or sharded)
     if not config.model.vae_dir or (config.data.data_type in ("latent", "latent_tar") and not draws):
         return None
-    return Autoencoder.from_pretrained(config.model.vae_dir, device=accelerator.device)
+    vae = Autoencoder.from_pretrained(config.model.vae_dir, getattr(torch, config.model.vae_dtype), accelerator.device)
+    vae.configure(channels_last=config.model.vae_channels_last)
+    return vae
 
 
 def build_encoder(config: Config, network: nn.Module, device: torch.device) -> "Radio | None":
@@ -197,7 +199,8 @@ def build_encoder(config: Config, network: nn.Module, device: torch.device) -> "
         return None
     from tim.models.radio import Radio
 
-    encoder = Radio.from_checkpoint(enc_dir).to(device)
+    dtype = config.model.enc_dtype and getattr(torch, config.model.enc_dtype)
+    encoder = Radio.from_checkpoint(enc_dir).compute_in(dtype or HALF.get(config.training.mixed_precision)).to(device)
     if encoder.width != z_dim:
         raise ValueError(f"model.enc_dir={enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it")
     return encoder

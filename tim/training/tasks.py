@@ -118,11 +118,12 @@ class CaptionTask:
     draw_with = "projects/sample/sample_t2i.py --prompts 'YOUR PROMPT'"
 
     def __init__(self, config: Config, vae: Autoencoder | None, device: torch.device) -> None:
-        from tim.models.text_encoders import build_text_encoder  # transformers takes seconds to import
+        from tim.models.caption_cache import build_text_encoder  # transformers takes seconds to import
 
         m, self.vae = config.model, vae
-        self.encoder = build_text_encoder(m, inference_dtype(config.training.mixed_precision, device), device)
         self.dataset = build_t2i_dataset(config.data, (vae.factor if vae else 1) * traits_of(m.network).patch_size)
+        captions = (caption for line in range(len(self.dataset)) for caption in self.dataset.captions(line))
+        self.encoder = build_text_encoder(m, inference_dtype(config.training.mixed_precision, device), device, captions)
         self.drop_prob = m.proportion_empty_prompts
         self.uncond_y, _ = self.encoder([""])  # (1, M, width)
 
