@@ -1,20 +1,20 @@
 """What a training step computes, part by part: counted on tensors without memory, so any size on any machine."""
 
+import math
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as nnf
+from torch import nn
 
 from tim.benchmarks.measure import Results, conditions, count_flops
 from tim.benchmarks.sampling import ARCHITECTURES, load_encoder, load_vae
 from tim.config import Config
 from tim.models.network import build_network, traits_of
-from tim.models.radio import Radio
 from tim.schedulers.derivative import difference_derivative, take_batch
 
 GIGA = 1e9
-RADIO = "radio-v2.5-b"
 
 
 def bench_flops(config: Config, batch_size: int, tokens: int) -> Results:
@@ -75,13 +75,12 @@ def companion_flops(config: Config, network: nn.Module, batch_size: int, tokens:
     latents = torch.randn(batch_size, channels, *sides)
     if m.vae_dir:
         vae = load_vae(m.vae_dir, torch.float32, torch.device("meta"))
-        latents_of = torch.randn(batch_size, 3, *(vae.factor * side for side in sides))
-        counts["encode"] = count_flops(lambda: vae.encode(latents_of))
+        images = torch.randn(batch_size, 3, *(vae.factor * side for side in sides))
+        counts["encode"] = count_flops(lambda: vae.encode(images))
         counts["decode"] = count_flops(lambda: vae.decode(latents))
     if m.enc_dir:
-        radio, patch = random_radio(), traits_of(network).patch_size
-        images = torch.randn(batch_size, 3, 256, 256)
-        counts["repa"] = count_flops(lambda: radio.tokens(images, [side // patch for side in sides]))
+        patch = traits_of(network).patch_size
+        counts["repa"] = radio_flops(batch_size, math.prod(side // patch for side in sides))
     if m.text_encoder_dir:
         encoder = load_encoder(m.text_encoder_dir, torch.float32, torch.device("meta"), tokens)
         ids = torch.zeros(batch_size, tokens, dtype=torch.int64)
@@ -90,14 +89,10 @@ def companion_flops(config: Config, network: nn.Module, batch_size: int, tokens:
     return counts
 
 
-def random_radio() -> Radio:
-    """RADIO's architecture with random weights, on the default device."""
-    a = ARCHITECTURES[RADIO]
+def radio_flops(batch_size: int, features: int) -> int:
+    """What RADIO computes for as many features of each image: its patches are embedded, and its blocks see a prefix too."""
+    a = ARCHITECTURES["radio-v2.5-b"]
     blocks = timm.create_model(a["model"], pretrained=False).get_submodule("blocks")
-    state: dict[str, Tensor] = {f"base_model.blocks.{key}": value for key, value in blocks.state_dict().items()}
-    width = state["base_model.blocks.0.norm1.weight"].shape[0]
-    state["base_model.patch_generator.pos_embed"] = torch.randn(1, a["sides"] ** 2, width)
-    state["base_model.patch_generator.embedder.weight"] = torch.randn(width, 3 * Radio.patch_size**2)
-    state["base_model.patch_generator.cls_token.token"] = torch.randn(a["prefix_tokens"], width)
-    state |= {f"input_conditioner.norm_{name}": torch.ones(3, 1, 1) for name in ("mean", "std")}
-    return Radio(blocks, state)
+    patches = torch.randn(batch_size, features, 3 * a["patch_size"] ** 2)
+    tokens = torch.randn(batch_size, a["prefix_tokens"] + features, a["width"])
+    return count_flops(lambda: (nnf.linear(patches, torch.randn(a["width"], patches.shape[-1])), blocks(tokens)))
