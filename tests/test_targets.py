@@ -41,7 +41,7 @@ def own(tmp_path, monkeypatch):
         ("model.network", "torch.optim.AdamW", "is no torch.nn.Module"),
         ("model.network", "TiM", "is no import path"),
         ("model.transport", "tim.models.c2i.tim_model.TiM", "is no tim.schedulers.transports.Transport"),
-        ("model.transition_loss", "tim.schedulers.transports.OT_FM", "has no method __call__"),
+        ("model.transition_loss", "tim.schedulers.transports.OT_FM", "has no method evaluate"),
         ("training.optimizer", "torch.optim.lr_scheduler.StepLR", "is no torch.optim.Optimizer"),
         ("training.optimizer", "torch.optim.LBFGS", "needs a closure"),
     ],

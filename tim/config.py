@@ -142,6 +142,7 @@ class Training:
     tracker: one of accelerate's, or none. tracker_kwargs: of its constructor, or such by the names of trackers.
     fsdp_config: shard over the processes (FSDP2); keywords of accelerate's FullyShardedDataParallelPlugin, `{}` for its
     defaults. compile: torch.compile the blocks.
+    optimizer: torch's own are fused on a GPU unless params say fused or foreach.
     checkpoint_format: `full` (weights in safetensors files, gathered) or `sharded` (every process writes its part).
     async_checkpoint: write checkpoints in a thread. walltime: seconds or `HH:MM:SS` by which the run stops with a checkpoint.
     max_grad_norm_spike: skip a step whose gradient norm exceeds this many times the running median.

@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 GROUP_TIMEOUT = timedelta(hours=2)  # the longest that one rank may have to write after another is done
@@ -27,10 +29,10 @@ def inference_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
     return HALF.get(mixed_precision, torch.float32) if device.type == "cuda" else torch.float32
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host on a device; a GPU takes it when it gets there, without anybody waiting."""
     # From memory that is not pinned, the copy would wait for all that was launched before it.
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
 
 
 def set_tf32(allowed: bool) -> None:
@@ -92,6 +94,8 @@ def on_first_rank(group: dist.ProcessGroup | None, action: Callable[[], T]) -> T
     return on_all_ranks(group, lambda: action() if first else None)[0]
 
 
-def is_sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
+def is_sharded(network: nn.Module) -> "TypeGuard[FSDPModule]":
     """Whether the processes share one set of its weights (FSDP2, `tim.training.sharding.shard`)."""
+    from torch.distributed.fsdp import FSDPModule  # takes half a second to import
+
     return isinstance(network, FSDPModule)

@@ -36,9 +36,9 @@ def train(config: str, overrides: list[str], folder: Path) -> dict:
     """Train one run; returns what it computed."""
     seen = {"gradients": [], "ema": [], "share": [], "same_bits": []}
 
-    def clip(accelerator, model, max_norm):
+    def clip(accelerator, model, *arguments):
         seen["gradients"].append(whole(model.named_parameters(), lambda p: p.grad))
-        return clip_gradients(accelerator, model, max_norm)
+        return clip_gradients(accelerator, model, *arguments)
 
     class RecordedEMA(EMA):
         def update(self, network, *arguments):

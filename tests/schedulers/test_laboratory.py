@@ -59,11 +59,11 @@ class Gaussian:
 
 
 class Mixture(Gaussian):
-    """Two Gaussians of weights 0.4 and 0.6; the flow by classical Runge-Kutta steps, equal in ln t where times are noise levels."""
+    """Two Gaussians of weights 0.4 and 0.6; the flow by Runge-Kutta steps, equal in ln t where times are noise levels."""
 
     means = torch.tensor([[-1.0, 0.5], [1.2, -0.4]], dtype=torch.float64)[:, None, :, None, None]
     weights = torch.tensor([0.4, 0.6], dtype=torch.float64).reshape(2, 1)
-    width, steps = 0.6, 40
+    width, steps = 0.6, 64
 
     def draw(self, count, g):
         kind = (torch.rand(count, generator=g) < 0.6).long()

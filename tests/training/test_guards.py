@@ -5,14 +5,18 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.paths import ROOT
+from helpers.pretended_gpu import pretended_gpu
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tim.config import ConfigError, load_config
+from tim.config import ConfigError, Target, load_config
 from tim.training import loop
 from tim.training.ema import EMA
 from tim.training.guards import LATENT, LOSS, NonFiniteGuard, take_step
+from tim.training.setup import build_optimizer
+from tim.training.sharding import clip_gradients
 from tim.training.tasks import ClassTask
 
 SMALL = [
@@ -202,6 +206,38 @@ def test_under_fp16_an_overflow_lowers_the_scale_and_only_then_counts(tmp_path):
         take_step(optimizer, skip, scaler)
         optimizer.zero_grad()
         assert torch.equal(p.detach(), before) == poisoned and scaler.get_scale() == scale
+
+
+@pytest.mark.parametrize("kind,options", [("AdamW", {}), ("Adam", {}), ("Adagrad", {}), ("SGD", {"momentum": 0.9})])
+def test_a_step_that_clips_is_the_step_after_clipping(kind, options):
+    """Gradients below the largest norm stay as they are, with a divisor of 1."""
+    weights, start = [], torch.randn(40, 30)
+    for in_step in (False, True):
+        weight = nn.Parameter(start.clone())
+        optimizer = getattr(torch.optim, kind)([weight], lr=0.1, fused=True, **options)
+        for k, size in enumerate((30.0, 0.01, 5.0)):
+            weight.grad = size * torch.randn(40, 30, generator=torch.Generator().manual_seed(k))
+            norm, divisor = clip_gradients(Accelerator(), nn.ParameterList([weight]), 1.0, in_step)
+            assert norm > 1 or divisor in (None, 1)
+            take_step(optimizer, torch.zeros(()), divisor=divisor)
+        weights.append(weight.detach())
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-6, atol=1e-7)
+    assert not torch.equal(weights[0], start)
+
+
+def test_what_the_configuration_does_not_say_is_fused_on_a_gpu_where_torch_can():
+    with pretended_gpu():
+        weights = [nn.Parameter(torch.zeros(2, 2, device="cuda"))]
+
+        def is_fused(name, **params):
+            group = build_optimizer(Target(name, params), weights, 1e-3).param_groups[0]
+            return bool(group.get("fused"))
+
+        assert all(is_fused(f"torch.optim.{name}") for name in ("AdamW", "Adam", "SGD"))
+        assert is_fused("torch.optim.AdamW", betas=[0.9, 0.95], fused=True)
+        assert not is_fused("torch.optim.AdamW", fused=False) and not is_fused("torch.optim.AdamW", foreach=True)
+        assert not is_fused("torch.optim.RMSprop") and not is_fused("torch.optim.AdamW", differentiable=True)
+    assert not build_optimizer(Target("torch.optim.AdamW"), [nn.Parameter(torch.zeros(2))], 1e-3).param_groups[0]["fused"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -116,7 +116,8 @@ class Pictures:
 def test_mirrors_and_posterior_noise_do_not_depend_on_the_split(tmp_path):
     save_tiny_kl(tmp_path)
     vae = Autoencoder.from_pretrained(str(tmp_path))
-    accelerator, task = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(drop_prob=0.1)
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    task = SimpleNamespace(drop_prob=0.1, prepare=lambda batch, dropped: batch)
     run = SimpleNamespace(vae=vae, seed=3, accelerator=accelerator, task=task, dtype=torch.float32)
 
     def encoded(world, accumulation):

@@ -27,15 +27,26 @@ SMALL = [
 ]  # fmt: skip
 FEW = [*SMALL, "training.max_train_steps=3", "data.dataloader.batch_size=4", "training.gradient_accumulation_steps=2"]
 GUIDED = ["model.transport.params.enhance_target=true", "model.transport.params.w_cond=0.75"]
+LOPSIDED = ["data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1"]  # r = t on rank 0, not on rank 1
 CASES = {
     "dde": [],
     "jvp": ["model.transition_loss.derivative_type=jvp", "training.max_grad_norm=0.01"],
     "recomputed": ["model.network.params.use_checkpoint=true", "training.sample_steps=2"],
-    "lopsided": ["data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1"],  # r = t on rank 0, not on rank 1
+    "lopsided": LOPSIDED,
+    "lopsided_jvp": [*LOPSIDED, "model.transition_loss.derivative_type=jvp"],
     "half": ["training.mixed_precision=bf16", "training.dtype=float32"],
     "compiled": [*GUIDED, "model.transition_loss.guidance_path=guided", "training.compile=true"],
+    "marginal": [
+        "model.transition_loss.derivative_type=jvp", "model.transition_loss.tangent=marginal",
+        "data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1",
+    ],
+    "two_point": [
+        "model.transition_loss.derivative_type=two_point", "model.transition_loss.two_point_ratio=[1.0, 0.1]",
+        "data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1",
+    ],
+    "guidance_input": ["model.transition_loss.guidance_max=4.0", "model.network.params.guidance_input=true"],
     "t2i": [],
-}
+}  # fmt: skip
 SPLITS = {  # processes, samples per process and micro-batch, accumulation: one global batch of 32
     "one": (1, 32, 1),
     "one_accumulated": (1, 8, 4),
@@ -45,6 +56,7 @@ SPLITS = {  # processes, samples per process and micro-batch, accumulation: one 
     "four_sharded": (4, 8, 1),
     "four_accumulated": (4, 4, 2),
 }
+SPLIT_JVP = {f"jvp_{name}": SPLITS[name] for name in ("one", "two_accumulated", "two_sharded", "four_accumulated")}
 
 
 def launch(runs: dict, folder: Path, processes: int, head: list[str]) -> None:
@@ -70,14 +82,15 @@ def losses(folder: Path, name: str) -> list[float]:
 
 
 def split_run(name: str) -> tuple[Path, list[str]]:
-    _, batch, accumulation = SPLITS[name]
+    _, batch, accumulation = (SPLITS | SPLIT_JVP)[name]
     options = [f"data.dataloader.batch_size={batch}", f"training.gradient_accumulation_steps={accumulation}"]
     sharded = ["training.fsdp_config={}"] if name.endswith("sharded") else []
     return DIGITS, [
         *SMALL,
         "model.use_dir_loss=false",
         "model.network.params.depth=1",
-        "training.max_train_steps=20",
+        f"training.max_train_steps={20 if name in SPLITS else 6}",
+        f"model.transition_loss.derivative_type={'dde' if name in SPLITS else 'jvp'}",
         *options,
         *sharded,
     ]
@@ -105,11 +118,12 @@ def pairs(tmp_path_factory, t2i_config) -> Path:
     """Every case with whole copies in ddp/ and sharded in fsdp2/, each started by `accelerate launch` with its file alone."""
     folder = tmp_path_factory.mktemp("pairs")
     runs = {name: (DIGITS, [*FEW, *options]) for name, options in CASES.items()} | {"t2i": (t2i_config, FEW[2:])}
-    launch(
-        runs | {name: split_run(name) for name in ("two", "two_accumulated")}, folder / "ddp", 2, accelerate_launch("ddp", 2)
-    )
+    two = {name: split_run(name) for name, (processes, _, _) in (SPLITS | SPLIT_JVP).items() if processes == 2}
+    sharded = {name: run for name, run in two.items() if name.endswith("sharded")}
+    whole = {name: run for name, run in two.items() if name not in sharded}
+    launch(runs | whole, folder / "ddp", 2, accelerate_launch("ddp", 2))
     runs["recomputed"][1].append("training.fsdp_config={sharding_strategy: SHARD_GRAD_OP}")
-    launch(runs | {"two_sharded": split_run("two_sharded")}, folder / "fsdp2", 2, accelerate_launch("fsdp2", 2))
+    launch(runs | sharded, folder / "fsdp2", 2, accelerate_launch("fsdp2", 2))
     return folder
 
 
@@ -159,17 +173,22 @@ def test_every_process_helps_to_draw_the_previews(pairs):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_process_count_and_accumulation_do_not_change_the_losses(pairs, tmp_path):
-    """One global batch of 32 split seven ways over 1, 2 and 4 processes: 20 losses equal to 1e-9 in float64."""
-    many = {name: split_run(name) for name, (processes, _, _) in SPLITS.items() if processes == 4}
+    """One global batch of 32 split seven ways over 1, 2 and 4 processes: 20 losses equal to 1e-9 in float64.
+
+    And 6 losses of the exact derivative, which rides in the wrapped network's pass, split four ways.
+    """
+    many = {name: split_run(name) for name, (processes, _, _) in (SPLITS | SPLIT_JVP).items() if processes == 4}
     launch(many, tmp_path, 4, ["torch.distributed.run", "--standalone", "--nproc_per_node", "4"])
-    for name in ("one", "one_accumulated"):
+    for name in ("one", "one_accumulated", "jvp_one"):
         config, options = split_run(name)
         train(load_config(config, options), tmp_path / name, 1, ClassTask)
-    want = losses(tmp_path, "one")
-    assert len(want) == 20 and len(set(want)) == 20
-    for name, (processes, _, _) in SPLITS.items():
-        folder = tmp_path if processes != 2 else pairs / ("fsdp2" if name == "two_sharded" else "ddp")
-        assert losses(folder, name) == pytest.approx(want, rel=1e-9), name
+    for first, steps, splits in (("one", 20, SPLITS), ("jvp_one", 6, SPLIT_JVP)):
+        want = losses(tmp_path, first)
+        assert len(want) == steps and len(set(want)) == steps
+        for name, (processes, _, _) in splits.items():
+            folder = tmp_path if processes != 2 else pairs / ("fsdp2" if name.endswith("sharded") else "ddp")
+            assert losses(folder, name) == pytest.approx(want, rel=1e-9), name
+    assert losses(tmp_path, "one")[1:6] != losses(tmp_path, "jvp_one")[1:]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,11 @@ SMALL = [
     "model.network.params.hidden_size=24", "model.network.params.depth=1", "training.sample_steps=null",
     "training.lr_scheduler=constant_with_warmup", "training.lr_warmup_steps=5", "model.use_dir_loss=false",
 ]  # fmt: skip
+GUIDED = ["model.transition_loss.guidance_max=4.0", "model.network.params.guidance_input=true"]
+ANNEALED = [  # an objective that depends on the step
+    *GUIDED, "model.transition_loss.derivative_type=two_point", "model.transition_loss.two_point_ratio=[1.0, 0.1]",
+    "model.transition_loss.tangent=marginal", "model.transition_loss.tangent_warmup=12",
+]  # fmt: skip
 DOUBLE = [*SMALL, "training.dtype=float64", "training.max_train_steps=9", "training.checkpointing_steps=100"]
 
 
@@ -39,7 +44,7 @@ def classes(tmp_path_factory):
         tensors = {"latent": torch.randn(2, 1, 8, 8, generator=g), "label": torch.tensor(k % 4)}
         save_file(tensors, root / f"c{k % 4}" / f"{k}.safetensors")
     data = ["data.data_type=latent", f"data.dataset={{latent_dir: {root}}}", "data.dataloader.batch_size=8"]
-    return DIGITS, [*SMALL, *data], "ClassTask"
+    return DIGITS, [*SMALL, *data, *ANNEALED], "ClassTask"
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +70,15 @@ def captions(tmp_path_factory):
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("kind,every,kills", [("classes", 5, (8, 12)), ("captions", 9, (11,)), ("captions", 4, (5, 10))])
-def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(request, tmp_path, kind, every, kills):
+@pytest.mark.parametrize(
+    "kind,derivative,every,kills",
+    [("classes", "dde", 5, (8, 12)), ("captions", "dde", 9, (11,)), ("captions", "jvp", 4, (5, 10))],
+)
+def test_killed_runs_end_with_the_bits_of_an_uninterrupted_one(request, tmp_path, kind, derivative, every, kills):
     """Weights, EMA, optimiser, schedule, place in the data and losses; from the end of an epoch and from its middle."""
     config, overrides, task = request.getfixturevalue(kind)
     overrides = [*overrides, "training.max_train_steps=20", f"training.checkpointing_steps={every}"]
+    overrides.append(f"model.transition_loss.derivative_type={derivative}")
     assert run(train, config, tmp_path / "whole", overrides, task, log=tmp_path / "log") == [0]
     for step in kills:
         codes = run(train, config, tmp_path / "cut", overrides, task, killed_at(step), log=tmp_path / "log")
@@ -109,7 +118,8 @@ def test_a_signal_to_one_rank_stops_both_and_any_number_of_processes_goes_on(tmp
 
 @pytest.mark.dist
 def test_one_process_goes_on_as_two(tmp_path):
-    log, own = tmp_path / "log", [*DOUBLE, "data.dataloader.batch_size=16"]
+    exact = ["model.transition_loss.derivative_type=jvp", "model.transition_loss.tangent=marginal"]
+    log, own = tmp_path / "log", [*DOUBLE, *GUIDED, *exact, "data.dataloader.batch_size=16"]
     assert run(train, DIGITS, tmp_path / "whole", own, log=log) == [0]
     assert run(train, DIGITS, tmp_path / "run", own, "ClassTask", (4, 0, [signal.SIGUSR1]), log=log) == [EXIT_AGAIN]
     assert [r["step"] for r in log_of(tmp_path / "run")] == [1, 2, 3, 4], "a single process leaves at once"

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -14,6 +16,11 @@ from helpers.networks import TINY
 from helpers.paths import GOLDENS, ROOT
 from PIL import Image
 from safetensors.torch import load_file
+
+from tim.config import load_config
+from tim.models.text_encoders import TextEncoder
+from tim.training import loop
+from tim.training.tasks import CaptionTask
 
 TRAINER = "projects/train/trainer_t2i.py"
 
@@ -101,6 +108,24 @@ def test_a_run_leaves_pictures_of_its_captions(setting, tmp_path):
     with Image.open(tmp_path / "samples" / "step-0000004.png") as grid:
         assert grid.width > 300
     assert (tmp_path / "config.yaml").is_file() and not (tmp_path / "bad_samples.jsonl").exists()
+
+
+def test_previews_and_batches_take_turns_at_the_text_encoder(setting, tmp_path, monkeypatch):
+    """Batches are encoded in a thread; tokenizers and caches are not made for two at once."""
+    real, turn = TextEncoder.__call__, Lock()
+
+    def encode(self, captions):
+        assert turn.acquire(blocking=False), "two at once"
+        time.sleep(0.1)
+        try:
+            return real(self, captions)
+        finally:
+            turn.release()
+
+    monkeypatch.setattr(TextEncoder, "__call__", encode)
+    options = ["training.max_train_steps=2", "training.sample_steps=1"]
+    loop.train(load_config(setting / "config.yaml", options), tmp_path, 1, CaptionTask)
+    assert len(log_of(tmp_path)) == 2
 
 
 def test_training_on_dc_ae_latents_with_repa(setting, tmp_path):

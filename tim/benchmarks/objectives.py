@@ -38,6 +38,7 @@ from tim.training.tasks import CaptionTask, ClassTask
 from tim.typed_yaml import flatten, read_tree
 
 BASE = "configs/c2i/digits.yaml"  # of all recipes
+INPUT = "model.network.params.guidance_input"
 NFE = (1, 2, 4, 8, 32)
 METRICS = ("frechet_distance", "accuracy", "recall", "diversity")
 FOR_COUNT = 100  # samples of the batch in which evaluations are counted
@@ -124,16 +125,16 @@ def spread(features: np.ndarray, prompts: Sequence[Any]) -> float:
 
 
 def recipe_config(path: Path, subject: Subject) -> Config:
-    """The subject's config with the objective of a recipe: a file over BASE that sets keys of `model.transition_loss`.
+    """The subject's config with the objective of a recipe: a file over BASE that sets `model.transition_loss`, and INPUT.
 
     Raises:
         ValueError: for other keys, which would change more than the objective.
     """
     base = flatten(read_tree(BASE))
     own = {key: value for key, value in flatten(read_tree(path)).items() if key not in base or base[key] != value}
-    other = [key for key in own if not key.startswith("model.transition_loss.")]
+    other = [key for key in own if not key.startswith("model.transition_loss.") and key != INPUT]
     if other:
-        raise ValueError(f"{path} sets {other[0]}; a recipe sets model.transition_loss alone, so that all else is equal")
+        raise ValueError(f"{path} sets {other[0]}; a recipe sets model.transition_loss and {INPUT}, so that all else is equal")
     config = load_config(subject.config, [f"{key}={json.dumps(value)}" for key, value in own.items()])
     t = config.training
     t.sample_steps, t.log_steps, t.tracker = None, 50, None

@@ -49,8 +49,12 @@ class RandomTask(ClassTask):
         self.channels = len(self.latent)
         self.same = conditions(network, self.batch_size, self.device)
 
-    def conditions(self, batch: Any, dropped: Tensor) -> tuple[dict, dict]:
-        """The same for every batch, whatever is dropped."""
+    def prepare(self, batch: Any, dropped: Tensor) -> Any:
+        """The batch has no conditions."""
+        return batch
+
+    def conditions(self, batch: Any) -> tuple[dict, dict]:
+        """The same for every batch."""
         return self.same
 
     def __len__(self) -> int:

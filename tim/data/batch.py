@@ -8,14 +8,14 @@ from torch import Tensor
 class Batch(TypedDict, total=False):
     """A micro-batch of B samples of one rank; the loader collates it from samples with the same keys.
 
-    What is trained on, as the dataset has it. On the GPU once prefetched, where there is one:
+    What is trained on, as the dataset has it; tensors are on the GPU once prefetched, where there is one:
 
     Attributes:
         latent: (B, C, h, w) float32, stored latents.
         image: (B, C, H, W) float32 in [-1, 1]: to encode, to train on as it is, or for REPA's encoder beside a latent.
         features: (B, N, D) in the stored dtype, REPA features made before.
 
-        label: (B,) int64, the class; class-conditional data.
+        label: (B,) int64, the class; class-conditional data. Once prefetched the null class, where it is dropped.
         caption: B strings, one of each sample's captions; text-to-image data.
         mirrored: (B,) bool, whether image, latent and features are those of the mirrored file.
 
@@ -27,9 +27,14 @@ class Batch(TypedDict, total=False):
 
     The random numbers of the step, functions of (seed, step, position), made beside the step before it:
 
-        times: (B, 2) standard normals of the interval's ends. dropped: (B,) bool, whether a sample loses its condition.
+        times: (B, 2) standard normals of the interval's ends, on the host.
+        dropped: (B,) bool, whether a sample loses its condition.
         noise: (B, C, h, w) standard normals, z. posterior: like it, of the autoencoder's posterior where images are encoded.
         guidance: (B, 4) uniform draws, of the guidance that a network takes as input.
+
+    And of captions, those that are dropped being empty:
+
+        y: (B, M, width), text features. y_mask: (B, M) bool, the real tokens; None when all are.
     """
 
     latent: Tensor
@@ -48,3 +53,5 @@ class Batch(TypedDict, total=False):
     noise: Tensor
     posterior: Tensor
     guidance: Tensor
+    y: Tensor
+    y_mask: Tensor | None

@@ -4,27 +4,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, cast
+from contextlib import nullcontext
+from typing import Literal, cast, get_args
 
 import torch
 
 from tim.data.batch import Batch
+from tim.distributed import to_device
 
-# The large tensors; whatever decides something is read on the host.
-LARGE: tuple[Literal["latent", "image", "features", "times", "noise", "posterior"], ...] = (
-    "latent", "image", "features", "times", "noise", "posterior"
-)  # fmt: skip
+# What is computed with; whatever decides something is read on the host.
+Moved = Literal["latent", "image", "features", "label", "dropped", "noise", "posterior", "guidance"]
+MOVED: tuple[Moved, ...] = get_args(Moved)
 
 
 class Prefetcher:
     """Iterates over batches, one ahead: a thread takes the next from the loader and copies it on a stream of its own.
 
     On a CPU nothing is copied. The order of batches is the loader's; its errors are raised where the batch is due.
+    No other part of a step copies a batch: what the device is to have of it is in `MOVED`.
 
     Args:
         loader: yields micro-batches, their tensors in pinned memory when `device` is a GPU.
-        device: where the tensors of `LARGE` go.
-        complete: adds to a batch what its step needs besides, in the thread.
+        device: where the tensors of `MOVED` go.
+        complete: adds to a batch what its step needs besides, in the thread and on its stream, which alone wait for what it
+            reads.
     """
 
     def __init__(
@@ -53,9 +56,9 @@ class Prefetcher:
             return batch
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
-        for key in LARGE:
-            if key in batch:
-                batch[key].record_stream(current)  # else its memory could be reused before the step has read it
+        for value in batch.values():
+            if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+                value.record_stream(current)  # else its memory could be reused before the step has read it
         self._marks.append((before, self._mark()))
         return batch
 
@@ -87,12 +90,7 @@ class Prefetcher:
         batch = next(self._batches, None)
         if batch is None:
             return None
-        batch = self._complete(batch)
-        if self._stream is None:
-            return batch, None
-        with torch.cuda.stream(self._stream):
-            pinned = {key: batch[key] if batch[key].is_pinned() else batch[key].pin_memory() for key in LARGE if key in batch}
-            moved = {key: tensor.to(self._device, non_blocking=True) for key, tensor in pinned.items()}
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        return cast(Batch, {**batch, **moved}), copied
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            batch = self._complete(batch)
+            moved = {key: to_device(batch[key], self._device) for key in MOVED if key in batch}
+        return cast(Batch, {**batch, **moved}), self._stream.record_event() if self._stream else None

@@ -1,6 +1,6 @@
 """What the network's prediction should be: the right-hand side of the transition identity (Eq. 9), in its variants."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ class TransitionTarget:
     Args:
         transport: the path and its closed forms.
         diffusion_ratio: share of the batch trained with r = t, whose target is F* (Tab. 11).
+        consistency_ratio: share trained with r = T_min (Tab. 11).
         derivative_type: 'dde' (finite differences, forwards only; section 3.3, Tab. 1), 'jvp' (exact, carried along
             with F by the training pass at half of dde's cost) or 'two_point' (a finite step, see `two_point`).
         differential_epsilon: half-width of the dde difference, in raw time (Tab. 10).
@@ -68,8 +69,10 @@ class TransitionTarget:
 
     transport: Transport
     diffusion_ratio: float = 0.0
+    consistency_ratio: float = 0.0
     derivative_type: str = "dde"
     differential_epsilon: float = 0.005
+    _: KW_ONLY
     derivative_dtype: str | torch.dtype | None = None
     two_point_ratio: float | list[float] = 0.1
     tangent: str = "data"

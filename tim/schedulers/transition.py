@@ -34,8 +34,7 @@ class TransitionSchedule(TransitionTarget):
     keywords make MeanFlow, alpha-Flow and others of it, see docs/objectives.md.
 
     Args:
-        transport ... guidance_path: those of `TransitionTarget`.
-        consistency_ratio: share trained with r = T_min (Tab. 11).
+        transport ... guidance_max: those of `TransitionTarget`.
         weight_t_and_r: weigh by t - r (after the time transform) instead of t.
         weight_time_type: one of `TIME_WEIGHTS`.
         weight_time_tangent, weight_time_sigmoid: time transform tan(u) (Eq. 12) or u / (1 - u); the second for OT_FM alone.
@@ -48,7 +47,6 @@ class TransitionSchedule(TransitionTarget):
         ValueError: for a value outside these.
     """
 
-    consistency_ratio: float = 0.0
     weight_t_and_r: bool = True
     weight_time_type: str = "constant"
     weight_time_tangent: bool = False

@@ -24,6 +24,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tim.distributed import to_device
 from tim.typed_yaml import PositiveFloat, PositiveInt
 
 
@@ -111,7 +112,7 @@ class Transport:
         # Vectorised and scalar float32 code round exp differently, so a sample's time would depend on the batch size.
         # On the CPU, the same on every device.
         t = self.time_from_normal(normal.cpu().double())
-        return t.clamp(self.T_min, self.T_max).to(device=device, dtype=dtype)
+        return to_device(t.clamp(self.T_min, self.T_max).to(dtype), device)
 
     def transition(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients (A, B) of x_r = A x_t + B F, each shaped like t and r broadcast (Eq. 3-7)."""
@@ -516,7 +517,7 @@ def draw_times(transport: Transport, normal: Tensor, device: torch.device | str)
         for bits in normal.cpu().float().view(torch.int32).tolist():
             torch.manual_seed(bits)  # which reads no more than 32 bits
             times.append(transport.sample_t(1, torch.float32, torch.device("cpu")).reshape(1))
-    return torch.cat(times).clamp(transport.T_min, transport.T_max).to(device)
+    return to_device(torch.cat(times).clamp(transport.T_min, transport.T_max), device)
 
 
 def _pin_ends(grid: Tensor, T_max: float, T_min: float) -> Tensor:

@@ -148,7 +148,22 @@ class NonFiniteGuard:
         self.norms = torch.tensor(padded, device=self.device)
 
 
-def take_step(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.GradScaler | None = None) -> None:
+def clips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether gradients are clipped in the step itself: by fused optimisers on a GPU, whose kernels divide in float32."""
+    weight = optimizer.param_groups[0]["params"][0]
+    return _is_fused(optimizer) and weight.device.type == "cuda" and weight.dtype == torch.float32
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer,
+    skip: Tensor,
+    scaler: torch.amp.GradScaler | None = None,
+    divisor: Tensor | None = None,
+) -> None:
     """One optimiser step unless `skip` is 1, in which case weights and moments stay as they are.
 
     A fused optimiser reads `skip` on the device, by the mechanism that gradient scalers use. Any other has to be told by
@@ -158,10 +173,11 @@ def take_step(optimizer: torch.optim.Optimizer, skip: Tensor, scaler: torch.amp.
         optimizer: the bare one; its gradients are unscaled.
         skip: see `NonFiniteGuard.judge`.
         scaler: has unscaled the gradients, and adapts its scale now.
+        divisor: 0-dim float32, what the gradients are divided by; for fused optimisers alone.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if _is_fused(optimizer):
         fused: Any = optimizer  # only fused ones have these attributes, while they step
-        fused.grad_scale, fused.found_inf = None, skip
+        fused.grad_scale, fused.found_inf = divisor, skip
         try:
             fused.step()
         finally:

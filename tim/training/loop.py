@@ -18,7 +18,7 @@ from tim.data.prefetch import Prefetcher
 from tim.models.network import traits_of
 from tim.resumable import first_process, locked
 from tim.training.bad_samples import ALL_FILES, BadSamples
-from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, take_step
+from tim.training.guards import LATENT, LOSS, MAX_BAD_STEPS, Verdict, clips, take_step
 from tim.training.history import keep_config
 from tim.training.logging import RunLogger
 from tim.training.preemption import EXIT_AGAIN
@@ -106,12 +106,12 @@ def _run_steps(
     for step in range(start_step + 1, t.max_train_steps + 1):
         checkpoints.preemption.begin_step()
         log, judged = accumulate_gradients(run, batches, checkpoints.bad_samples)
-        grad_norm = clip_gradients(accelerator, run.model, t.max_grad_norm)
+        grad_norm, divisor = clip_gradients(accelerator, run.model, t.max_grad_norm, clips(run.optimizer.optimizer))
         check(run, checkpoints, guard.poll(), samples_seen)  # of the step before: the device is done with it, nothing waits
         # What the scaler multiplied losses by, without asking it: get_scale() would wait for the device.
         scale = accelerator.scaler and accelerator.scaler.scale(torch.ones((), device=accelerator.device))
         skip = guard.judge(grad_norm, scale)
-        take_step(run.optimizer.optimizer, skip, accelerator.scaler)
+        take_step(run.optimizer.optimizer, skip, accelerator.scaler, divisor)
         run.optimizer.zero_grad(set_to_none=True)
         run.lr_scheduler.step()  # for skipped steps too, so that the schedule depends on the step alone
         if run.ema is not None:
@@ -213,14 +213,15 @@ def check(run: Run, checkpoints: CheckpointManager, verdict: Verdict | None, sam
 
 
 def add_draws(run: Run, batch: Batch) -> Batch:
-    """A batch with its random numbers (`Batch`): made in the thread that fetches it, they cost the step nothing."""
+    """A batch with its random numbers and conditions (`Batch`), made in the thread that fetches it."""
     step, positions = int(batch["step"][0]), batch["position"].tolist()
     vae = None if "latent" in batch else run.vae
     shape: Sequence[int] = (batch["latent"] if "latent" in batch else batch["image"]).shape[1:]
     if vae is not None:
         shape = vae.latent_shape(*shape[1:])
     times, drop, noise = rng.training_draws(run.seed, step, positions, shape)
-    batch = {**batch, "times": times, "dropped": drop < run.task.drop_prob, "noise": noise.to(run.dtype)}
+    dropped = drop < run.task.drop_prob
+    batch = {**run.task.prepare(batch, dropped), "times": times, "dropped": dropped, "noise": noise.to(run.dtype)}
     if vae is not None and vae.is_kl:
         batch["posterior"] = rng.normals(run.seed, "posterior", step, positions, shape)
     if traits_of(run.network).guidance_input:
@@ -232,11 +233,8 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
     """Total loss of one micro-batch, its detached log values, and codes (B,): LATENT or LOSS where it is not finite, else 0."""
     model, positions = run.config.model, batch["position"].tolist()
     x = latents(run, batch).to(run.dtype)
-    cond, uncond = run.task.conditions(batch, batch["dropped"])
-    z = batch["noise"].to(x.device)
-    guidance = None
-    if "guidance" in batch:
-        guidance = {"uniform": batch["guidance"], "dropped": batch["dropped"].to(x.device)}
+    cond, uncond = run.task.conditions(batch)
+    guidance = {"uniform": batch["guidance"], "dropped": batch["dropped"]} if "guidance" in batch else None
     with run.accelerator.autocast():
         weighted, projection, log, kept = run.schedule.evaluate(
             run.model,
@@ -244,7 +242,7 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
             run.network,
             len(positions),
             x,
-            z,
+            batch["noise"],
             cond,
             use_dir_loss=model.use_dir_loss,
             h_target=repa_target(run, batch, x),
@@ -263,23 +261,21 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tenso
 @torch.no_grad()
 def latents(run: Run, batch: Batch) -> Tensor:
     """Clean latents (B, C, h, w): stored ones, encoded images, or the pixels themselves."""
-    stored = batch["latent"] if "latent" in batch else batch["image"]
-    x = stored.to(run.accelerator.device, non_blocking=True)
     if "latent" in batch or run.vae is None:
-        return x
-    return run.vae.encode(x, batch.get("posterior"))
+        return batch["latent"] if "latent" in batch else batch["image"]
+    return run.vae.encode(batch["image"], batch.get("posterior"))
 
 
 @torch.no_grad()
 def repa_target(run: Run, batch: Batch, x: Tensor) -> Tensor | None:
     """REPA features (B, N, z_dim), one for each token of the network: stored ones, or the encoder's; None without REPA."""
     if "features" in batch:
-        return batch["features"].to(x.device, non_blocking=True)
+        return batch["features"]
     if run.encoder is None:
         return None
     patch = traits_of(run.network).patch_size
     grid = [side // patch for side in x.shape[2:]]
-    return run.encoder.tokens(batch["image"].to(x.device), grid, run.config.model.enc_antialias)
+    return run.encoder.tokens(batch["image"], grid, run.config.model.enc_antialias)
 
 
 def summary(run: Run) -> str:

@@ -2,14 +2,15 @@
 
 import logging
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -23,6 +24,7 @@ from tim.models.network import build_network, traits_of
 from tim.models.trunk import TransitionTransformer
 from tim.schedulers.derivative import carries_tangents
 from tim.schedulers.objective import Objective
+from tim.targets import Target, constructor_keywords
 from tim.training.compilation import compile_blocks
 from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
@@ -145,7 +147,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     global_batch_size = config.data.dataloader.batch_size * t.gradient_accumulation_steps * accelerator.num_processes
     lr = t.scaled_learning_rate(global_batch_size)
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer = t.optimizer.build(trained, lr=lr)
+    optimizer = build_optimizer(t.optimizer, trained, lr)
     lr_scheduler = get_scheduler(
         t.lr_scheduler, optimizer, num_warmup_steps=t.lr_warmup_steps, num_training_steps=t.max_train_steps
     )
@@ -204,6 +206,35 @@ def build_encoder(config: Config, network: nn.Module, device: torch.device) -> "
     if encoder.width != z_dim:
         raise ValueError(f"model.enc_dir={enc_dir} has features of width {encoder.width}; set model.network.params.z_dim to it")
     return encoder
+
+
+def build_optimizer(target: Target, trained: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """The optimiser that a config names; on a GPU torch's own are fused where torch can and the config does not say how.
+
+    Fused, a step is one pass over the weights, and is skipped without asking the host. On a CPU it is as it always was:
+    fused it would round differently.
+
+    Args:
+        trained: the parameters, all of one dtype and on one device.
+    """
+    fused = replace(target, params=target.params | {"fused": True})
+    if trained[0].device.type == "cuda" and not {"fused", "foreach"} & target.params.keys() and _runs(fused, trained[0]):
+        target = fused
+    return target.build(trained, lr=lr)
+
+
+def _runs(target: Target, like: Tensor) -> bool:
+    """Whether an optimiser of torch takes its parameters and can step on weights like these."""
+    cls = target.resolve()
+    if not cls.__module__.startswith("torch.optim.") or not target.params.keys() <= constructor_keywords(cls).keys():
+        return False
+    weight = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        target.build([weight], lr=0.0).step()
+    except (ValueError, RuntimeError):  # which kernels there are is for each version of torch to say
+        return False
+    return True
 
 
 def build_loader(run: Run, start_step: int, samples_seen: int) -> tuple[DataLoader, int]:

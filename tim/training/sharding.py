@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from tim.distributed import is_sharded
 
@@ -125,15 +126,24 @@ def set_gradient_sync(model: nn.Module, wanted: bool) -> None:
         model.require_backward_grad_sync = wanted
 
 
-def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(
+    accelerator: Accelerator, model: nn.Module, max_norm: float, in_step: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Scale the gradients to at most `max_norm`, the norm taken over all parameters of all processes.
 
+    Args:
+        in_step: leave that to the optimiser's step, which saves reading them once more.
+
     Returns:
-        The norm before clipping (scalar), the same in every process.
+        The norm before clipping (scalar), the same in every process, and with `in_step` what the step has to divide by.
     """
     accelerator.unscale_gradients()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if not in_step:
+        clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    # 1e-6 is that of torch's clipping.
+    return norm, ((norm + 1e-6) / max_norm).clamp(min=1) if in_step else None
 
 
 def local(parameter: Tensor) -> Tensor:

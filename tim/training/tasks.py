@@ -6,6 +6,7 @@ Both tasks have the attributes of `ClassTask` and its methods, which `CaptionTas
 import re
 from collections import Counter
 from collections.abc import Sequence
+from threading import Lock
 from typing import TypeAlias
 
 import numpy as np
@@ -81,20 +82,26 @@ class ClassTask:
         """
         return [configured]
 
-    def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
-        """Network keywords of a micro-batch, and those of its null condition: labels (B,).
+    def prepare(self, batch: Batch, dropped: Tensor) -> Batch:
+        """What of the conditions can be made ahead, in the thread of the prefetcher: the null class where dropped.
 
         Args:
+            batch: on the host.
             dropped: (B,) bool, which samples lose their condition.
+
+        Raises:
+            ValueError: for a label that is no class.
         """
         label = batch["label"]
         largest = int(label.max())
         if largest >= self.num_classes or int(label.min()) < 0:
             step = int(batch["step"][0]) + 1
             raise ValueError(f"label {largest} of a sample of step {step} is out of range: num_classes is {self.num_classes}")
-        uncond = torch.full_like(label, self.num_classes)
-        y = torch.where(dropped, uncond, label)
-        return {"y": y.to(self.device, non_blocking=True)}, {"y": uncond.to(self.device, non_blocking=True)}
+        return {**batch, "label": torch.where(dropped, self.num_classes, label)}
+
+    def conditions(self, batch: Batch) -> tuple[dict, dict]:
+        """Network keywords of a prefetched micro-batch, and those of its null condition: labels (B,)."""
+        return {"y": batch["label"]}, {"y": torch.full_like(batch["label"], self.num_classes)}
 
     def preview(self, network: Network) -> tuple[dict, tuple[int, int], list[str]]:
         """Four images of each of the first ten classes, at the training size.
@@ -125,6 +132,7 @@ class CaptionTask:
         captions = (caption for line in range(len(self.dataset)) for caption in self.dataset.captions(line))
         self.encoder = build_text_encoder(m, inference_dtype(config.training.mixed_precision, device), device, captions)
         self.drop_prob = m.proportion_empty_prompts
+        self._turn = Lock()
         self.uncond_y, _ = self.encoder([""])  # (1, M, width)
 
     def check(self, network: Network) -> None:
@@ -141,11 +149,20 @@ class CaptionTask:
         """Those of packed_json, whatever is configured."""
         return [len(batch) for batch in self.dataset.batches]
 
-    def conditions(self, batch: Batch, dropped: Tensor) -> tuple[dict, dict]:
-        """Text features (B, M, width) and mask (B, M), those of the empty caption where dropped."""
+    def prepare(self, batch: Batch, dropped: Tensor) -> Batch:
+        """Text features, those of the empty caption where dropped; text encoders read their masks, and the thread may wait."""
         captions = ["" if gone else caption for caption, gone in zip(batch["caption"], dropped.tolist(), strict=True)]
-        y, y_mask = self.encoder(captions)
-        return {"y": y, "y_mask": y_mask}, {"y": self.uncond_y.expand(len(captions), -1, -1), "y_mask": None}
+        y, y_mask = self._encode(captions)
+        return {**batch, "y": y, "y_mask": y_mask}
+
+    def conditions(self, batch: Batch) -> tuple[dict, dict]:
+        """Text features (B, M, width) and mask (B, M)."""
+        y = batch["y"]
+        return {"y": y, "y_mask": batch["y_mask"]}, {"y": self.uncond_y.expand(len(y), -1, -1), "y_mask": None}
+
+    def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        with self._turn:  # tokenizers and caches are for one thread at a time, and previews need them too
+            return self.encoder(captions)
 
     def preview(self, network: Network) -> tuple[dict, tuple[int, int], list[str]]:
         """Captions spread over the samples of the commonest size."""
@@ -154,7 +171,7 @@ class CaptionTask:
         lines = np.concatenate([batch for batch in self.dataset.batches if self.dataset.size(int(batch[0])) == size])
         lines = np.sort(lines)[np.linspace(0, len(lines) - 1, PREVIEW_IMAGES).astype(int)]
         captions = [self.dataset.captions(int(line))[0] for line in lines]
-        y, y_mask = self.encoder(captions)
+        y, y_mask = self._encode(captions)
         return {"y": y, "y_mask": y_mask}, size, captions
 
     def summary(self) -> str:
