@@ -1,0 +1,86 @@
+"""The leaderboard of objectives: equal compute, resumable, and nothing but the objective differs."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+
+import pytest
+import torch
+from helpers.paths import ROOT
+
+from tim.benchmarks import objectives
+from tim.benchmarks.objectives import NFE, SUBJECTS, compare, digits, forward_units, recipe_config, spread, table
+from tim.config import load_config
+
+RECIPES = ROOT / "configs/c2i/objectives"
+UNITS = {
+    "flow_matching": 3.0,
+    "meanflow": 3.25,
+    "tim": 4.0,
+    "tim_jvp": 3.5,
+    "tim_marginal": 4.0,
+    "two_point": 3.5,
+    "two_point_marginal": 4.0,
+    "tim_diffusion_08": 3.4,
+    "tim_epsilon_0001": 4.0,
+    "guidance_input": 6.0,
+}
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return digits(40)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_has_its_price_and_differs_in_the_objective_alone(subject, path):
+    config, base = recipe_config(path, subject), load_config(ROOT / "configs/c2i/digits.yaml")
+    assert forward_units(config) == pytest.approx(UNITS[path.stem])
+    for tree in (mine := asdict(config), theirs := asdict(base)):
+        tree["model"].pop("transition_loss")
+        tree["model"]["network"]["params"].pop("guidance_input", None)
+        for key in ("sample_steps", "log_steps", "tracker"):
+            tree["training"].pop(key)
+    assert mine == theirs
+
+
+@pytest.mark.slow
+def test_a_board_is_filled_once_and_continued(subject, tmp_path, monkeypatch):
+    recipes = [RECIPES / f"{name}.yaml" for name in ("tim", "guidance_input")]
+    results = compare(subject, recipes[:1], [0], tmp_path, budget=3)
+    assert results["tim"]["steps"] == 3 and results["tim"]["nfe"][1]["accuracy"][0] >= 0
+    results = compare(subject, recipes, [0], tmp_path, budget=3, scales=[2.0])
+    assert list(results) == ["tim", "tim w=2.0", "guidance_input", "guidance_input w=2.0"]
+    assert results["guidance_input"]["steps"] == 2, "6 evaluations a sample instead of 4"
+    board = (tmp_path / "leaderboard.md").read_text()
+    assert board.count("| guidance_input w=2.0 |") == 4 and (tmp_path / "leaderboard.png").is_file()
+    assert json.loads((tmp_path / "leaderboard.json").read_text())["tim"]["nfe"]["32"].keys() == set(objectives.METRICS)
+
+    monkeypatch.setattr(objectives, "train", None)  # nothing is trained again
+    assert compare(subject, recipes, [0], tmp_path, budget=3, scales=[2.0]) == results
+    with pytest.raises(ValueError, match="other settings"):
+        compare(subject, recipes, [0], tmp_path, budget=4)
+
+
+def test_a_recipe_that_changes_more_is_refused(subject, tmp_path):
+    own = tmp_path / "large.yaml"
+    own.write_text(f"base: {RECIPES / 'tim.yaml'}\nmodel: {{network: {{params: {{hidden_size: 192}}}}}}\n")
+    with pytest.raises(ValueError, match=r"sets model\.network\.params\.hidden_size"):
+        recipe_config(own, subject)
+
+
+def test_real_images_score_best(subject):
+    """The judge's own images: no distance, full recall, diversity 1, and half of it for half of the spread."""
+    assert spread(subject.real, subject.real_prompts) > 0
+    assert spread(subject.real / 2, subject.real_prompts) == pytest.approx(spread(subject.real, subject.real_prompts) / 2)
+    assert set(SUBJECTS) == {"digits", "shapes"}
+    noise = [torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy() for _ in subject.prompts]
+    scores = subject.measure(noise)
+    assert scores["frechet_distance"] > 50 and scores["accuracy"] < 0.5
+
+
+def test_the_table_has_means_and_spreads():
+    values = partial(dict.fromkeys, NFE)
+    results = {"tim": {"steps": 5, "seconds": 1.6, "seeds": [0, 1], "nfe": values({"accuracy": [0.5, 0.7]})}}
+    line = table(results, "accuracy").splitlines()[-1]
+    assert line.startswith("| tim | 5 | 2 | 2 |") and line.count("0.600 ± 0.100") == len(NFE)
