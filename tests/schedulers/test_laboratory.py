@@ -264,11 +264,11 @@ class Small(nn.Module):
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_moves_towards_the_exact_map(name, transport):
     """Of one step too, r well below t, for all recipes but flow matching, which knows nothing of steps."""
-    data, steps = Gaussian(transport()), 250
+    data, steps = Gaussian(transport()), 100
     schedule = TransitionSchedule(data.transport, **RECIPES[name])
     torch.manual_seed(0)
     network, g = Small(data.transport), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     t, r = (u.double() for u in schedule.sample_t_and_r(256, normal=torch.randn(256, 2, generator=g))[:2])
     r = t if RECIPES[name]["diffusion_ratio"] == 1 else r
     x_t, _ = data.transport.path(
@@ -288,4 +288,4 @@ def test_training_moves_towards_the_exact_map(name, transport):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert error() < 0.3 * before
+    assert error() < 0.4 * before, error() / before
