@@ -22,7 +22,7 @@ from tim.models.autoencoders import Autoencoder
 from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import Plan, follow, plan_steps
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 from tim.training.compilation import compile_network
 
 PUBLISHED = {  # weights, and the config that they belong to

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 
 MIN_DIFFERENCE = 1e-4  # below this a central difference drowns in float32 rounding
 

@@ -17,7 +17,7 @@ from tim.schedulers.derivative import (
     predict,
     take_batch,
 )
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 from tim.schedulers.two_point import check_ratio, two_point_change
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

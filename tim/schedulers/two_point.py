@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 
 MIN_RATIO = 0.005  # below it the rounding of the two predictions, divided by the ratio, is as large as what they differ by
 STEEPNESS = 10.0  # of the sigmoid from the first ratio to the last
