@@ -69,6 +69,38 @@ def test_a_recipe_that_changes_more_is_refused(subject, tmp_path):
         recipe_config(own, subject)
 
 
+def test_nothing_is_trained_when_one_of_the_recipes_cannot_be_compared(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr(objectives, "train", None)
+    own, bad = tmp_path / "tim.yaml", tmp_path / "bad.yaml"
+    own.write_text(f"base: {RECIPES / 'tim.yaml'}\n")
+    bad.write_text(f"base: {RECIPES / 'tim.yaml'}\nmodel: {{transition_loss: {{tangent: guided}}}}\n")
+    other = tmp_path / "out" / "two_point" / "seed-7" / "result.json"
+    other.parent.mkdir(parents=True)
+    other.write_text(json.dumps({"made_of": {"objective": {}, "steps": 9, "seed": 7}}))
+    for last, match in (
+        (own, f"two recipes are called tim; .* {own}"),
+        (bad, "tangent='guided'"),
+        (RECIPES / "two_point.yaml", "seed-7 holds a result of other settings"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            compare(subject, [RECIPES / "tim.yaml", last], [0], tmp_path / "out", budget=3)
+    assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["result.json"]
+
+
+def test_scales_of_guidance_keep_the_seeds_that_measured_them(tmp_path):
+    scores = {n: dict.fromkeys(objectives.METRICS, 0.5) for n in NFE}
+    for seed, scales in ((0, []), (1, [2.0, 4.0]), (2, [4.0])):
+        folder = tmp_path / "tim" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        made_of = {"steps": 3, "seed": seed}
+        (folder / "result.json").write_text(json.dumps({"made_of": made_of, "seconds": 1.0, "nfe": scores}))
+        (folder / "guided.json").write_text(json.dumps({str(scale): scores for scale in scales}))
+    results = objectives.read_results(tmp_path, ["tim"])
+    assert {name: result["seeds"] for name, result in results.items()} == {
+        "tim": [0, 1, 2], "tim w=2.0": [1], "tim w=4.0": [1, 2]
+    }  # fmt: skip
+
+
 def test_real_images_score_best(subject):
     """The judge's own images: no distance, full recall, diversity 1, and half of it for half of the spread."""
     assert spread(subject.real, subject.real_prompts) > 0

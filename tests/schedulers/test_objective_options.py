@@ -65,6 +65,23 @@ def test_the_target_of_straight_paths_is_a_mixture():
     assert got == pytest.approx((residual**2).mean().item(), rel=1e-12)
 
 
+def test_half_precision_leaves_the_finite_step_as_it_is():
+    """Both ends of the difference, which is divided by the ratio, are predicted in float32."""
+    network = randomize(TiM(num_classes=10, **TINY))
+    g = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(B, 4, 8, 8, generator=g) for _ in range(2))
+    arguments = (network, None, network, B, x, z, {"y": torch.arange(B)})
+    times = {"normal": torch.randn(B, 2, generator=g)}
+
+    def loss(half, **options):
+        schedule = TransitionSchedule(OT_FM(), derivative_type="two_point", two_point_ratio=MIN_RATIO, **options)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return schedule.evaluate(*arguments, time_kwargs=times).log["denoising_loss"].item()
+
+    assert loss(half=True) == pytest.approx(loss(half=False), rel=0.02)
+    assert loss(half=True, derivative_dtype="bfloat16") > 1.2 * loss(half=False)
+
+
 def test_ratios_are_annealed_along_a_sigmoid_and_stay_above_rounding():
     values = [ratio_at([1.0, 0.1], p / 10) for p in range(11)]
     assert values[0] == 1.0 and values[-1] == pytest.approx(0.1) and values[5] == pytest.approx(0.55)

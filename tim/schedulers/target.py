@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tim.schedulers.derivative import (
     at_least_float32,
+    autocast_dtype,
     carries_tangents,
     difference_derivative,
     expand_times,
@@ -49,9 +50,9 @@ class TransitionTarget:
         derivative_type: 'dde' (finite differences, forwards only; section 3.3, Tab. 1), 'jvp' (exact, carried along
             with F by the training pass at half of dde's cost) or 'two_point' (a finite step, see `two_point`).
         differential_epsilon: half-width of the dde difference, in raw time (Tab. 10).
-        derivative_dtype: dtype of the network in the derivative passes. None is float32 for 'dde', whose difference
-            would magnify the rounding of half precision a hundredfold, and that of the training pass for the others; for
-            'jvp' a dtype takes a pass of its own (measured in docs/numerics.md).
+        derivative_dtype: dtype of the network in the derivative passes. None is float32 for 'dde' and 'two_point', whose
+            differences would magnify the rounding of half precision a hundredfold, and that of the training pass for 'jvp',
+            which with a dtype takes a pass of its own (measured in docs/numerics.md).
         two_point_ratio: for 'two_point', the step's share of [r, t], or [start, end] annealed over training.
         tangent: the path that the derivative follows: of the data ('data', as published), of the network's own prediction
             at (t, t) ('marginal', of improved MeanFlow, arXiv 2512.02012: one more forward), or with model guidance of the
@@ -147,17 +148,20 @@ class TransitionTarget:
 
     def _second_point(self, bare: nn.Module, drawn: Drawn, path: Pair, F_t: Tensor, ratio: float) -> Tensor:
         """`two_point_change` of the samples with t != r, 0 for the others (B, C, H, W)."""
-        x, z, _, t, r, n_diffusion, model_kwargs = drawn
+        x, z, x_t, t, r, n_diffusion, model_kwargs = drawn
         change = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         n = self._first_evaluated(n_diffusion, len(t))
         if n == len(t):
             return change
-        x, z, path_x, path_z, t, r, F_t = (u[n:] for u in (x, z, *path, t, r, F_t))
+        x, z, x_t, path_x, path_z, t, r, F_t = (u[n:] for u in (x, z, x_t, *path, t, r, F_t))
         s = torch.maximum(t - ratio * (t - r), r)
         x_s, _ = self.transport.path(path_x, path_z, expand_times(s, x))
+        c_t, c_s, c_r = map(self.transport.c_noise, (t, s, r))
+        kwargs, ambient = take_batch(model_kwargs, n, len(change)), autocast_dtype(x.device.type)
         with precision(x.device.type, self._precision):
-            times = self.transport.c_noise(s), self.transport.c_noise(r)
-            F_s = bare(x_s.to(x.dtype), *times, **take_batch(model_kwargs, n, len(change)))
+            F_s = bare(x_s.to(x.dtype), c_s, c_r, **kwargs)
+            if autocast_dtype(x.device.type) != ambient:  # both ends of the difference have to be rounded alike
+                F_t = bare(x_t.to(x.dtype), c_t, c_r, **kwargs)
         along = (path_x, path_z) if self.tangent == "guided" else (x, z)
         t, s, r = (expand_times(u, x) for u in (t, s, r))
         tail = two_point_change(self.transport, along, t, s, r, at_least_float32(F_t), at_least_float32(F_s))
@@ -173,7 +177,7 @@ class TransitionTarget:
     @property
     def _precision(self) -> torch.dtype | None:
         """`derivative_dtype` as a dtype; None is that of the training pass."""
-        if self.derivative_dtype is None and self.derivative_type == "dde":
+        if self.derivative_dtype is None and self.derivative_type != "jvp":
             return torch.float32
         return PRECISIONS[self.derivative_dtype] if isinstance(self.derivative_dtype, str) else self.derivative_dtype
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tim.schedulers.transport import Transport
 
-MIN_RATIO = 0.005  # below it the rounding of the two predictions, divided by the ratio, is as large as what they differ by
+MIN_RATIO = 0.005  # the rounding of the two predictions is divided by the ratio
 STEEPNESS = 10.0  # of the sigmoid from the first ratio to the last
 
 
