@@ -110,6 +110,28 @@ def test_residuals_are_clipped_or_scaled_where_t_is_not_r():
     assert torch.equal(same, F_pred), "a residual of 0 has no direction"
 
 
+@pytest.mark.parametrize("options", [{}, {"residual_clip": 3.0}, {"residual_direction": True}])
+def test_a_target_that_is_not_finite_is_left_out_whatever_is_done_to_residuals(options):
+    x, z, normal = draw()
+
+    def network(x, t, r, **_):
+        """At its second point the last sample is lost."""
+        lost = (torch.arange(B) == B - 1) & (t < t_of_last)
+        return torch.where(lost.reshape(-1, 1, 1, 1), torch.inf, smooth(x, t, r))
+
+    schedule = TransitionSchedule(OT_FM(), derivative_type="two_point", **options)
+    t_of_last = schedule.sample_t_and_r(B, normal=normal)[0][-1]
+    losses = schedule.evaluate(network, None, network, B, x, z, {}, time_kwargs={"normal": normal})
+    assert losses.kept.tolist() == [True] * (B - 1) + [False] and losses.weighted.isfinite()
+
+
+def test_a_ratio_may_be_a_pair_and_is_warned_of_where_nothing_reads_it():
+    pair = evaluate(derivative_type="two_point", two_point_ratio=(1.0, 0.1), step=4, max_steps=9)
+    assert pair == evaluate(derivative_type="two_point", two_point_ratio=[1.0, 0.1], step=4, max_steps=9)
+    with pytest.warns(UserWarning, match="two_point_ratio has no effect without derivative_type: two_point"):
+        TransitionSchedule(OT_FM(), two_point_ratio=0.2)
+
+
 def test_balanced_losses_have_one_mean_and_gradient_alike():
     losses = torch.tensor([1.0, 3.0, 10.0, 30.0, 7.0], requires_grad=True)
     kept = torch.tensor([True, True, True, True, False])

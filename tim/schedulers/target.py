@@ -1,5 +1,6 @@
 """What the network's prediction should be: the right-hand side of the transition identity (Eq. 9), in its variants."""
 
+import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from tim.schedulers.derivative import (
     take_batch,
 )
 from tim.schedulers.transport import Transport
-from tim.schedulers.two_point import check_ratio, two_point_change
+from tim.schedulers.two_point import DEFAULT_RATIO, check_ratio, two_point_change
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +57,7 @@ class TransitionTarget:
         two_point_ratio: for 'two_point', the step's share of [r, t], or [start, end] annealed over training.
         tangent: the path that the derivative follows: of the data ('data', as published), of the network's own prediction
             at (t, t) ('marginal', of improved MeanFlow, arXiv 2512.02012: one more forward), or with model guidance of the
-            guided target ('guided'), along which alone Eq. 51 is an exact flow map.
+            guided target ('guided'). Along the data's path Eq. 51 is that of no flow.
         guidance_path: another name of tangent.
         guidance_max: train a network that takes guidance as an input (see `guidance`), for scales from 1 to this.
 
@@ -75,7 +76,7 @@ class TransitionTarget:
     differential_epsilon: float = 0.005
     _: KW_ONLY
     derivative_dtype: str | torch.dtype | None = None
-    two_point_ratio: float | list[float] = 0.1
+    two_point_ratio: float | list[float] = DEFAULT_RATIO
     tangent: str = "data"
     guidance_path: str | None = None
     guidance_max: float | None = None
@@ -88,6 +89,8 @@ class TransitionTarget:
         if not self.differential_epsilon > 0:
             raise ValueError(f"differential_epsilon must be > 0, got {self.differential_epsilon}")
         check_ratio(self.two_point_ratio)
+        if self.two_point_ratio != DEFAULT_RATIO and self.derivative_type != "two_point":
+            warnings.warn("two_point_ratio has no effect without derivative_type: two_point", stacklevel=4)
         if self.guidance_max is not None:
             if not self.guidance_max >= 1:
                 raise ValueError(f"guidance_max must be >= 1, got {self.guidance_max}")
