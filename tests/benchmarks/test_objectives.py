@@ -1,7 +1,7 @@
 """The leaderboard of objectives: equal compute, resumable, and nothing but the objective differs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -60,6 +60,13 @@ def test_a_board_is_filled_once_and_continued(subject, tmp_path, monkeypatch):
     assert compare(subject, recipes, [0], tmp_path, budget=3, scales=[2.0]) == results
     with pytest.raises(ValueError, match="other settings"):
         compare(subject, recipes, [0], tmp_path, budget=4)
+
+
+def test_a_recipe_replaces_the_whole_objective_of_a_data_set(subject, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"base: {ROOT / subject.config}\nmodel: {{transition_loss: {{derivative_type: jvp, tangent: marginal}}}}\n")
+    config = recipe_config(RECIPES / "tim.yaml", replace(subject, config=str(own)))
+    assert config.model.transition_loss == recipe_config(RECIPES / "tim.yaml", subject).model.transition_loss
 
 
 def test_a_recipe_that_changes_more_is_refused(subject, tmp_path):

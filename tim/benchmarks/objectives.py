@@ -18,7 +18,7 @@ from torch import Tensor
 from tim import rng
 from tim.benchmarks.measure import conditions
 from tim.checkpoint.weights import find_weights
-from tim.config import Config, load_config
+from tim.config import Config, load_config, parse_config
 from tim.data.c2i import PackageDataset
 from tim.data.registry import build_t2i_dataset
 from tim.demo.digits import DigitJudge
@@ -129,12 +129,14 @@ def recipe_config(path: Path, subject: Subject) -> Config:
     Raises:
         ValueError: for other keys, which would change more than the objective.
     """
-    base = flatten(read_tree(BASE))
-    own = {key: value for key, value in flatten(read_tree(path)).items() if key not in base or base[key] != value}
-    other = [key for key in own if not key.startswith("model.transition_loss.") and key != INPUT]
+    recipe, base = read_tree(path), flatten(read_tree(BASE))
+    changed = [key for key, value in flatten(recipe).items() if key not in base or base[key] != value]
+    other = [key for key in changed if not key.startswith("model.transition_loss.") and key != INPUT]
     if other:
         raise ValueError(f"{path} sets {other[0]}; a recipe sets model.transition_loss and {INPUT}, so that all else is equal")
-    config = load_config(subject.config, [f"{key}={json.dumps(value)}" for key, value in own.items()])
+    tree = read_tree(subject.config, [f"{INPUT}={json.dumps(flatten(recipe)[INPUT])}"] if INPUT in changed else [])
+    tree["model"]["transition_loss"] = recipe["model"].get("transition_loss", {})  # all of it: the subject's own may be another
+    config = parse_config(tree)
     t = config.training
     t.sample_steps, t.log_steps, t.tracker = None, 50, None
     return config
