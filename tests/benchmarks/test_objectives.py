@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.commands import command
 from helpers.paths import ROOT
 
 from tim.benchmarks import objectives
@@ -92,6 +93,22 @@ def test_nothing_is_trained_when_one_of_the_recipes_cannot_be_compared(subject, 
         with pytest.raises(ValueError, match=match):
             compare(subject, [RECIPES / "tim.yaml", last], [0], tmp_path / "out", budget=3)
     assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["result.json"]
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--recipes nope", "no recipe configs/c2i/objectives/nope.yaml; configs/c2i/objectives has flow_matching, "),
+        ("--seeds 0 -1", "--seeds must be >= 0, got -1"),
+        ("--budget 0", "--budget must be >= 1, got 0"),
+        ("--scales 1 nan", "--scales must be finite numbers >= 1, got nan"),
+        ("--scales 0.5", "--scales must be finite numbers >= 1, got 0.5"),
+    ],
+)
+def test_flags_that_mean_nothing_are_refused(flags, message, tmp_path):
+    program, out = "projects/evaluate/compare_objectives.py", tmp_path / "out"
+    done = command(program, "digits", "--out", out, *flags.split(), check=False)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(f"error: {message}") and not out.exists()
 
 
 def test_scales_of_guidance_keep_the_seeds_that_measured_them(tmp_path):
