@@ -181,10 +181,9 @@ def test_guided_flows_of_every_scale_are_their_own_target(tangent, transport):
     assert schedule.evaluate(*arguments, **keywords).log["denoising_loss"].sqrt().item() < 1e-9
 
 
-@pytest.mark.parametrize("transport", [OT_FM, TrigFlow])
-def test_model_guidance_trains_a_flow_along_its_own_path_and_not_along_the_datas(transport):
+def test_model_guidance_trains_a_flow_along_its_own_path_and_not_along_the_datas():
     """Targets guided by a moving average whose unconditional Gaussian is another: their flow is its own target."""
-    transport = transport(enhance_target=True, w_gt=1.0, w_cond=1.5, w_end=1e9)
+    transport = TrigFlow(enhance_target=True, w_gt=1.0, w_cond=1.5, w_end=1.57)
     guided = Guided(transport, 2.5)
     known, plain, own = ExactMap(guided.known), ExactMap(guided.plain), ExactMap(guided)
 
