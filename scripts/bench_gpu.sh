@@ -27,6 +27,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 PYTHON="${PYTHON:-python3}"
+command -v "$PYTHON" >/dev/null || { echo "error: there is no interpreter $PYTHON; set PYTHON" >&2; exit 2; }
 OUT="$(given_folder "$OUT" workdir/bench_gpu)"
 [ -z "$WHEELS" ] || [ -d "$(given_path "$WHEELS")" ] || { echo "error: there is no folder $WHEELS" >&2; exit 2; }
 WHEELS="$(given_path "${WHEELS:-wheels}")"

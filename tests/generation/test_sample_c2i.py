@@ -236,9 +236,11 @@ def test_guidance_as_an_input_costs_one_evaluation_a_step_and_fits_its_network_a
     save_file(network.state_dict(), tmp_path / "own.safetensors")
     config = tmp_path / "own.yaml"
     params = ", ".join(f"{key}: {json.dumps(value)}" for key, value in {**SMALL_NETWORK, "guidance_input": True}.items())
-    config.write_text(f"base: {ROOT / CONFIG}\nmodel: {{network: {{params: {{{params}}}}}}}\n")
+    objective = "transition_loss: {guidance_max: 2.0}"
+    config.write_text(f"base: {ROOT / CONFIG}\nmodel: {{{objective}, network: {{params: {{{params}}}}}}}\n")
     flags = ("--guidance-input", 3, "--guidance-high", 0.5, "--num-fid-samples", 4)
-    done = draw(tmp_path / "own.safetensors", tmp_path, *flags, config=config)
+    with pytest.warns(UserWarning, match=r"--guidance-input 3\.0 goes beyond guidance_max=2\.0 of training"):
+        done = draw(tmp_path / "own.safetensors", tmp_path, *flags, config=config)
     assert "NFE 4" in done.stdout
     (folder,) = [path for path in tmp_path.iterdir() if path.name.endswith("cfg-1.0-0.0-0.5-input-3.0")]
     guidance = torch.tensor([[3.0, 0.0, 0.5]]).expand(4, 3)

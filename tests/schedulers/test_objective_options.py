@@ -65,6 +65,23 @@ def test_the_target_of_straight_paths_is_a_mixture():
     assert got == pytest.approx((residual**2).mean().item(), rel=1e-12)
 
 
+def test_half_precision_leaves_the_finite_step_as_it_is():
+    """Both ends of the difference, which is divided by the ratio, are predicted in float32."""
+    network = randomize(TiM(num_classes=10, **TINY))
+    g = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(B, 4, 8, 8, generator=g) for _ in range(2))
+    arguments = (network, None, network, B, x, z, {"y": torch.arange(B)})
+    times = {"normal": torch.randn(B, 2, generator=g)}
+
+    def loss(half, **options):
+        schedule = TransitionSchedule(OT_FM(), derivative_type="two_point", two_point_ratio=MIN_RATIO, **options)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return schedule.evaluate(*arguments, time_kwargs=times).log["denoising_loss"].item()
+
+    assert loss(half=True) == pytest.approx(loss(half=False), rel=0.02)
+    assert loss(half=True, derivative_dtype="bfloat16") > 1.2 * loss(half=False)
+
+
 def test_ratios_are_annealed_along_a_sigmoid_and_stay_above_rounding():
     values = [ratio_at([1.0, 0.1], p / 10) for p in range(11)]
     assert values[0] == 1.0 and values[-1] == pytest.approx(0.1) and values[5] == pytest.approx(0.55)
@@ -91,6 +108,28 @@ def test_residuals_are_clipped_or_scaled_where_t_is_not_r():
     torch.testing.assert_close(direction, torch.ones(B, dtype=torch.float64))
     same = limit_residual(F_pred, F_pred, 0, None, True)
     assert torch.equal(same, F_pred), "a residual of 0 has no direction"
+
+
+@pytest.mark.parametrize("options", [{}, {"residual_clip": 3.0}, {"residual_direction": True}])
+def test_a_target_that_is_not_finite_is_left_out_whatever_is_done_to_residuals(options):
+    x, z, normal = draw()
+
+    def network(x, t, r, **_):
+        """At its second point the last sample is lost."""
+        lost = (torch.arange(B) == B - 1) & (t < t_of_last)
+        return torch.where(lost.reshape(-1, 1, 1, 1), torch.inf, smooth(x, t, r))
+
+    schedule = TransitionSchedule(OT_FM(), derivative_type="two_point", **options)
+    t_of_last = schedule.sample_t_and_r(B, normal=normal)[0][-1]
+    losses = schedule.evaluate(network, None, network, B, x, z, {}, time_kwargs={"normal": normal})
+    assert losses.kept.tolist() == [True] * (B - 1) + [False] and losses.weighted.isfinite()
+
+
+def test_a_ratio_may_be_a_pair_and_is_warned_of_where_nothing_reads_it():
+    pair = evaluate(derivative_type="two_point", two_point_ratio=(1.0, 0.1), step=4, max_steps=9)
+    assert pair == evaluate(derivative_type="two_point", two_point_ratio=[1.0, 0.1], step=4, max_steps=9)
+    with pytest.warns(UserWarning, match="two_point_ratio has no effect without derivative_type: two_point"):
+        TransitionSchedule(OT_FM(), two_point_ratio=0.2)
 
 
 def test_balanced_losses_have_one_mean_and_gradient_alike():

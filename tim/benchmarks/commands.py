@@ -1,5 +1,6 @@
 """The command line that compares objectives. Nothing heavy is imported before the arguments are read."""
 
+import math
 from pathlib import Path
 
 from tim.cli import add_allow_code, check_least, command_parser, usable_path
@@ -29,8 +30,9 @@ def compare_objectives() -> None:
     check_least(args, budget=1)
     if min(args.seeds) < 0:
         raise ValueError(f"--seeds must be >= 0, got {min(args.seeds)}")
-    if args.scales and min(args.scales) < 1:
-        raise ValueError(f"--scales must be >= 1, got {min(args.scales)}")
+    for scale in args.scales:
+        if not 1 <= scale < math.inf:
+            raise ValueError(f"--scales must be finite numbers >= 1, got {scale}")
     folder = Path(RECIPES)
     known = sorted(folder.glob("*.yaml"))
     recipes = [Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml" for name in args.recipes or []] or known

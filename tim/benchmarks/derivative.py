@@ -1,6 +1,7 @@
 """What the derivative costs and how exact it is: attention's tangent by each form, and dF/dt in half precision."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from tim.models.attention import CrossAttention, SelfAttention
 from tim.models.attention_tangent import attention_tangent, explicit_tangent
 from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
+from tim.schedulers.derivative import expand_times
+from tim.schedulers.target import Drawn
 from tim.schedulers.transition import TransitionSchedule
 
 
@@ -54,15 +57,34 @@ class DerivativePrecision:
         self.cond, _ = conditions(network, batch_size, device)
         t, r, _ = TransitionSchedule(self.transport).sample_t_and_r(batch_size, torch.float32, device)
         self.inputs = x, z, t, r
-        network.double()
-        self.exact = self._derivative("jvp", None, [u.double() for u in self.inputs])
-        network.float()
+        self.exact = self._in_double(partial(self._derivative, "jvp", None))
+
+    def _in_double(self, evaluate: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+        self.network.double()
+        exact = evaluate([u.double() for u in self.inputs])
+        self.network.float()
+        return exact
 
     def error(self, kind: str, dtype: str, form: str | None = None) -> float:
         """Relative error of the derivative by 'dde' or 'jvp' in a dtype, with a form of attention's tangent."""
         use_tangent_form(self.network, form)
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
             return relative_error(self._derivative(kind, dtype, self.inputs), self.exact)
+
+    def two_point_error(self, ratio: float, dtype: str) -> float:
+        """Relative error of what a finite step, in a dtype, makes of the diffusion target; against the same step in float64."""
+        exact = self._in_double(partial(self._change, ratio, None))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            return relative_error(self._change(ratio, dtype, self.inputs), exact)
+
+    def _change(self, ratio: float, dtype: str | None, inputs: Sequence[Tensor]) -> Tensor:
+        schedule = TransitionSchedule(self.transport, derivative_type="two_point", derivative_dtype=dtype)
+        x, z, t, r = inputs
+        x_t, v_t = self.transport.path(x, z, expand_times(t, x))
+        drawn, none = Drawn(x, z, x_t, t, r, 0, self.cond), (0.0, 0.0)
+        F_pred, *_ = schedule.student(self.network, self.network, drawn, (x, z), return_zs=False)
+        target = schedule.target(self.network, drawn, v_t, (x, z), none, None, F_pred, ratio)
+        return target - schedule.diffusion_target(x, z, t, none)
 
     def _derivative(self, kind: str, dtype: str | None, inputs: Sequence[Tensor]) -> Tensor:
         schedule = TransitionSchedule(self.transport, derivative_type=kind, derivative_dtype=dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tim import rng
 from tim.benchmarks.measure import conditions
 from tim.checkpoint.weights import find_weights
-from tim.config import Config, load_config
+from tim.config import Config, load_config, parse_config
 from tim.data.c2i import PackageDataset
 from tim.data.registry import build_t2i_dataset
 from tim.demo.digits import DigitJudge
@@ -129,12 +129,14 @@ def recipe_config(path: Path, subject: Subject) -> Config:
     Raises:
         ValueError: for other keys, which would change more than the objective.
     """
-    base = flatten(read_tree(BASE))
-    own = {key: value for key, value in flatten(read_tree(path)).items() if key not in base or base[key] != value}
-    other = [key for key in own if not key.startswith("model.transition_loss.") and key != INPUT]
+    recipe, base = read_tree(path), flatten(read_tree(BASE))
+    changed = [key for key, value in flatten(recipe).items() if key not in base or base[key] != value]
+    other = [key for key in changed if not key.startswith("model.transition_loss.") and key != INPUT]
     if other:
         raise ValueError(f"{path} sets {other[0]}; a recipe sets model.transition_loss and {INPUT}, so that all else is equal")
-    config = load_config(subject.config, [f"{key}={json.dumps(value)}" for key, value in own.items()])
+    tree = read_tree(subject.config, [f"{INPUT}={json.dumps(flatten(recipe)[INPUT])}"] if INPUT in changed else [])
+    tree["model"]["transition_loss"] = recipe["model"].get("transition_loss", {})  # all of it: the subject's own may be another
+    config = parse_config(tree)
     t = config.training
     t.sample_steps, t.log_steps, t.tracker = None, 50, None
     return config
@@ -175,43 +177,63 @@ def compare(
     Args:
         budget: steps of TiM as published that buy what every recipe may spend; None: those of the subject's config.
         scales: of guidance to measure too, by a network's own input where it has one and else by a second evaluation.
+
+    Raises:
+        ValueError: before anything is trained, for what is no recipe, two of a name, and results in `out` of other settings.
     """
     published = load_config(subject.config)
     steps = published.training.max_train_steps if budget is None else budget
-    units = steps * forward_units(published)
+    configs = priced_configs(recipes, subject, steps * forward_units(published))
+    for name, config in configs.items():
+        check_results(out / name, made_of(config))
     for seed in seeds:
-        for path in recipes:
-            folder = out / path.stem / f"seed-{seed}"
-            run_recipe(path, subject, seed, units, folder)
+        for name, config in configs.items():
+            folder = out / name / f"seed-{seed}"
+            run_recipe(config, subject, seed, folder)
             if scales:
-                run_guided(recipe_config(path, subject), subject, seed, scales, folder)
-            results = read_results(out, [recipe.stem for recipe in recipes])
+                run_guided(config, subject, seed, scales, folder)
+            results = read_results(out, list(configs))
             write_leaderboard(results, out)
     return results
 
 
-def run_recipe(path: Path, subject: Subject, seed: int, units: float, folder: Path) -> None:
-    """One recipe with one seed: its result.json, unless it is there.
+def priced_configs(recipes: Sequence[Path], subject: Subject, units: float) -> dict[str, Config]:
+    """The configs of recipes by their names, each with as many steps as it may take.
 
     Args:
         units: evaluations of the network, see `forward_units`, that a training sample's place in the batch may cost in all.
-
-    Raises:
-        ValueError: when the result there is of other settings.
     """
-    config = recipe_config(path, subject)
-    config.training.max_train_steps = round(units / forward_units(config))
-    made_of = {"objective": asdict(config.model.objective), "steps": config.training.max_train_steps, "seed": seed}
+    configs: dict[str, Config] = {}
+    for path in recipes:
+        if path.stem in configs:
+            raise ValueError(f"two recipes are called {path.stem}; results go by that name, so call {path} otherwise")
+        config = configs[path.stem] = recipe_config(path, subject)
+        config.training.max_train_steps = round(units / forward_units(config))
+    return configs
+
+
+def made_of(config: Config) -> dict[str, Any]:
+    """What the results of all seeds of a recipe have in common."""
+    return {"objective": asdict(config.model.objective), "steps": config.training.max_train_steps}
+
+
+def check_results(folder: Path, settings: dict[str, Any]) -> None:
+    """ValueError when a seed's result in a recipe's folder is of other settings."""
+    for path in sorted(folder.glob(f"seed-*/{RECORD}")):
+        if {**read_json(path)["made_of"], **settings} != read_json(path)["made_of"]:
+            raise ValueError(f"{path.parent} holds a result of other settings; delete it or choose another folder")
+
+
+def run_recipe(config: Config, subject: Subject, seed: int, folder: Path) -> None:
+    """One recipe with one seed: its result.json, unless it is there."""
     if (folder / RECORD).is_file():
-        if read_json(folder / RECORD)["made_of"] != made_of:
-            raise ValueError(f"{folder} holds a result of other settings; delete it or choose another folder")
         return
     began = time.perf_counter()
     train(config, folder, seed, ClassTask if config.model.text_encoder_dir is None else CaptionTask)
     trained = time.perf_counter() - began
     sampler = trained_sampler(config, seed, folder)
     scores = {n: subject.measure(draw(sampler, subject.prompts, num_steps=n)) for n in NFE}
-    write_json(folder / RECORD, {"made_of": made_of, "seconds": trained, "nfe": scores})
+    write_json(folder / RECORD, {"made_of": {**made_of(config), "seed": seed}, "seconds": trained, "nfe": scores})
 
 
 def run_guided(config: Config, subject: Subject, seed: int, scales: Sequence[float], folder: Path) -> None:
@@ -257,10 +279,12 @@ def read_results(out: Path, names: Sequence[str]) -> dict[str, Any]:
                 "seeds": [run["made_of"]["seed"] for run in runs],
             }
             results[name] = {**shared, "nfe": _gather([run["nfe"] for run in runs])}
-            guided = [read_json(path) for path in sorted((out / name).glob(f"seed-*/{GUIDED}"))]
-            for scale in guided[0] if guided else ():
-                scores = _gather([run[scale] for run in guided if scale in run])
-                results[f"{name} w={scale}"] = {**shared, "seeds": shared["seeds"][: len(guided)], "nfe": scores}
+            guided = {
+                seed: read_json(path) for seed in shared["seeds"] if (path := out / name / f"seed-{seed}" / GUIDED).is_file()
+            }
+            for scale in dict.fromkeys(scale for run in guided.values() for scale in run):
+                scores = {seed: run[scale] for seed, run in guided.items() if scale in run}
+                results[f"{name} w={scale}"] = {**shared, "seeds": list(scores), "nfe": _gather(list(scores.values()))}
     return results
 
 

@@ -196,6 +196,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The half precision in which networks compute here, None outside of autocast."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def precision(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:
     """A context for the derivative passes: ambient precision for None, full for float32 and float64, autocast for half."""
     if dtype is None:
