@@ -7,7 +7,7 @@ is trained by the trainer for as many steps as the budget buys, with several see
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from tim.generation.settings import SampleSettings
 from tim.images import to_uint8
 from tim.models.autoencoders import pixels_per_token
 from tim.models.network import build_network, traits_of
+from tim.targets import Target
 from tim.training.loop import train
 from tim.training.tasks import CaptionTask, ClassTask
 from tim.typed_yaml import flatten, read_tree
 
 BASE = "configs/c2i/digits.yaml"  # of all recipes
+PUBLISHED = "configs/c2i/objectives/tim.yaml"  # whose steps are the budget
 INPUT = "model.network.params.guidance_input"
 NFE = (1, 2, 4, 8, 32)
 METRICS = ("frechet_distance", "accuracy", "recall", "diversity")
@@ -181,7 +183,7 @@ def compare(
     Raises:
         ValueError: before anything is trained, for what is no recipe, two of a name, and results in `out` of other settings.
     """
-    published = load_config(subject.config)
+    published = recipe_config(Path(PUBLISHED), subject)
     steps = published.training.max_train_steps if budget is None else budget
     configs = priced_configs(recipes, subject, steps * forward_units(published))
     for name, config in configs.items():
@@ -213,8 +215,11 @@ def priced_configs(recipes: Sequence[Path], subject: Subject, units: float) -> d
 
 
 def made_of(config: Config) -> dict[str, Any]:
-    """What the results of all seeds of a recipe have in common."""
-    return {"objective": asdict(config.model.objective), "steps": config.training.max_train_steps}
+    """What the results of all seeds of a recipe have in common: the objective, without what is so by default, and steps."""
+    objective = config.model.objective
+    plain = Target(objective.target)
+    keywords = {key: value for key, value in objective.params.items() if plain.argument(key) != value}
+    return {"objective": {"target": objective.target, "params": keywords}, "steps": config.training.max_train_steps}
 
 
 def check_results(folder: Path, settings: dict[str, Any]) -> None:
