@@ -257,16 +257,11 @@ def test_variables_that_mean_nothing_start_nothing(echo, tmp_path, variables, wo
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_script_answers_help_with_its_variables(flag, tmp_path):
     """From any folder, at once, without PyTorch, and without making .venv."""
-    variables = {
-        "quickstart": "OUT_DIR",
-        "quickstart_t2i": "CFG_SCALE",
-        "test": "TEST_PROCESSES",
-        "setup_venv": "PYTHON_BASE",
-        "demo": "--pipeline",
-    }
-    helpers = {"common", "environment", "prelude"}
+    variables = {"quickstart": "OUT_DIR", "quickstart_t2i": "CFG_SCALE", "test": "TEST_PROCESSES", "setup_venv": "PYTHON_BASE"}
+    variables |= {"bench_gpu": "--wheels", "compare_objectives": "OUT_DIR", "demo": "--pipeline"}
+    helpers = {"common", "demo_data", "environment", "prelude"}
     scripts = [p for p in sorted((ROOT / "scripts").rglob("*.sh")) if p.stem not in helpers]
-    assert len(scripts) == 19
+    assert len(scripts) == 21
     for script in scripts:
         printed = bash(script, flag, cwd=tmp_path, PYTHON_BASE="/nowhere", PYTHON="").stdout
         assert variables.get(script.stem, "OMP_NUM_THREADS") in printed and not printed.startswith("#"), script

@@ -151,21 +151,24 @@ def _draw_one(
     import torch
     from PIL import ImageOps
 
+    from tim.models.network import traits_of
+
     def after(run: Any, step: int, time: float, state: dict[str, Any]) -> None:
         run._interrupt = stopped()
         if report is not None:
             report((step + 1, settings.steps))
 
-    how: dict[str, Any] = {}
+    is_unguided = settings.steps == 1 and settings.strength in (None, 1.0)  # the first step from noise is never guided
+    how: dict[str, Any] = {"guidance_scale": 1.0 if is_unguided else settings.guidance}
+    if traits_of(pipe.transformer).guidance_input:
+        how = {"guidance_input": settings.guidance}
     if picture is not None:
         fitted = ImageOps.fit(picture.convert("RGB"), (settings.width, settings.height))
-        pipe, how = _from_pictures(pipe), {"image": fitted, "strength": settings.strength}
-    is_unguided = settings.steps == 1 and settings.strength in (None, 1.0)  # the first step from noise is never guided
+        pipe, how = _from_pictures(pipe), {**how, "image": fitted, "strength": settings.strength}
     began = time.perf_counter()
     result = pipe(
         _subject(pipe, settings.subject), width=settings.width, height=settings.height, num_inference_steps=settings.steps,
-        guidance_scale=1.0 if is_unguided else settings.guidance, callback_on_step_end=after,
-        generator=torch.Generator().manual_seed(settings.seed), **how,
+        generator=torch.Generator().manual_seed(settings.seed), callback_on_step_end=after, **how,
     )  # fmt: skip
     ms = 1000 * (time.perf_counter() - began)
     image = result.images[0]

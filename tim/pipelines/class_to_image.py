@@ -88,6 +88,7 @@ class TiMClassPipeline(TransitionPipeline):
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         guide_first_step: bool = False,
+        guidance_input: float | None = None,
         stochasticity_ratio: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -105,6 +106,7 @@ class TiMClassPipeline(TransitionPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
+        guidance_scale = guidance_scale if guidance_input is None else 1.0
         labels = self._numbers(class_labels)
         height, width = self._size(height, width)
         plan, first = self._plan(
@@ -113,5 +115,6 @@ class TiMClassPipeline(TransitionPipeline):
         )  # fmt: skip
         cond, uncond = self._class_conditions(labels, num_images_per_prompt, guidance_scale)
         noise = self.prepare_latents(len(labels) * num_images_per_prompt, height, width, generator, latents)
+        cond = self._guided(cond, len(noise), guidance_input, guidance_low, guidance_high)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end)
         return self._finish(x, plan.nfe, output_type, return_dict)

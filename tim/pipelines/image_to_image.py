@@ -102,6 +102,7 @@ class TiMImg2ImgPipeline(_FromPictures, TiMPipeline):
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         guide_first_step: bool = False,
+        guidance_input: float | None = None,
         stochasticity_ratio: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -129,6 +130,7 @@ class TiMImg2ImgPipeline(_FromPictures, TiMPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
+        guidance_scale = guidance_scale if guidance_input is None else 1.0
         pictures = self._pictures(image, height, width)
         plan, first = self._plan_from(
             strength, num_inference_steps, timesteps, guidance_scale, guidance_low, guidance_high,
@@ -138,6 +140,7 @@ class TiMImg2ImgPipeline(_FromPictures, TiMPipeline):
         embeds = self._embeds(prompt, negative_prompt, given, max_sequence_length, guidance_scale > 1)
         noise, start = self._noised(pictures, len(embeds[0]), num_images_per_prompt, first, generator, latents)
         cond, uncond = self._conditions(embeds, num_images_per_prompt, guidance_scale > 1)
+        cond = self._guided(cond, len(noise), guidance_input, guidance_low, guidance_high)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end, start)
         return self._finish(x, plan.nfe, output_type, return_dict)
 
@@ -160,6 +163,7 @@ class TiMClassImg2ImgPipeline(_FromPictures, TiMClassPipeline):
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         guide_first_step: bool = False,
+        guidance_input: float | None = None,
         stochasticity_ratio: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -177,6 +181,7 @@ class TiMClassImg2ImgPipeline(_FromPictures, TiMClassPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
+        guidance_scale = guidance_scale if guidance_input is None else 1.0
         labels = self._numbers(class_labels)
         pictures = self._pictures(image, height, width)
         plan, first = self._plan_from(
@@ -185,5 +190,6 @@ class TiMClassImg2ImgPipeline(_FromPictures, TiMClassPipeline):
         )  # fmt: skip
         cond, uncond = self._class_conditions(labels, num_images_per_prompt, guidance_scale)
         noise, start = self._noised(pictures, len(labels), num_images_per_prompt, first, generator, latents)
+        cond = self._guided(cond, len(noise), guidance_input, guidance_low, guidance_high)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end, start)
         return self._finish(x, plan.nfe, output_type, return_dict)
