@@ -14,9 +14,9 @@ def main() -> None:
     import torch
 
     from tim.benchmarks.measure import best_device, conditions
+    from tim.checkpoint.adapters import load_weights
     from tim.checkpoint.weights import find_weights
     from tim.config import load_config
-    from tim.models.loading import load_strict
     from tim.models.network import build_network, traits_of
     from tim.schedulers.transition import TransitionSchedule
 
@@ -24,7 +24,7 @@ def main() -> None:
     torch.manual_seed(0)
     network = build_network(config.model.network).to(device).requires_grad_(False)
     if args.ckpt:
-        load_strict(network, find_weights(args.ckpt).read(), args.ckpt)
+        load_weights(network, find_weights(args.ckpt), config.model)
     else:
         for p in network.parameters():
             p.normal_(std=0.05)

@@ -88,7 +88,14 @@ def linear(layer: nn.Linear, u: Value) -> Value:
         return layer(u)
     value = layer(u.value)
     with torch.no_grad():  # and not of a detached weight, whose half-precision copy autocast would make anew
-        return Dual(value, nnf.linear(u.tangent, layer.weight))
+        plain = isinstance(layer, nn.Linear)
+        return Dual(value, nnf.linear(u.tangent, layer.weight) if plain else without_bias(layer, u.tangent))
+
+
+def without_bias(layer: nn.Module, u: Tensor) -> Tensor:
+    """W u of a layer that computes W u + b in a way of its own, such as one with adapters, whose `weight` is not all of W."""
+    zeros = {name: torch.zeros_like(p) for name, p in layer.named_parameters() if name.rpartition(".")[2] == "bias"}
+    return torch.func.functional_call(layer, zeros, (u,))
 
 
 def patches(layer: nn.Conv2d, x: Value) -> Value:
@@ -97,7 +104,9 @@ def patches(layer: nn.Conv2d, x: Value) -> Value:
         return layer(x)
     value = layer(x.value)
     with torch.no_grad():
-        return Dual(value, nnf.conv2d(x.tangent, layer.weight, stride=layer.stride))
+        plain = isinstance(layer, nn.Conv2d)
+        tangent = nnf.conv2d(x.tangent, layer.weight, stride=layer.stride) if plain else without_bias(layer, x.tangent)
+        return Dual(value, tangent)
 
 
 def layer_norm(layer: nn.Module, u: Value) -> Value:
@@ -108,7 +117,7 @@ def layer_norm(layer: nn.Module, u: Value) -> Value:
     if not isinstance(u, Dual):
         return layer(u)
     value = layer(u.value)
-    if not isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, nn.Identity):
         return Dual(value, u.tangent)
     # Statistics in float32 or wider, as those of the value under autocast.
     x, dx = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (u.tail, u.tangent))

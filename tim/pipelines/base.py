@@ -20,6 +20,7 @@ from tim.images import to_pixels
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
 from tim.pipelines.card import METRICS, quality_table, write_card
+from tim.pipelines.lora import LoraMixin
 from tim.pipelines.scheduler import close_grid, plan_of, transport_of
 from tim.schedulers.sampling import Plan, follow
 from tim.targets import allowed_code
@@ -50,7 +51,7 @@ class _Interrupted(Exception):
         self.state = state
 
 
-class TransitionPipeline(DiffusionPipeline):
+class TransitionPipeline(LoraMixin, DiffusionPipeline):
     """Base class: components transformer, scheduler and vae (None when the pixels are the latents)."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
