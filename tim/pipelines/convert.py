@@ -125,8 +125,8 @@ def find_config(weights: Weights, given: str | Path | None = None) -> Path:
     """The YAML file of weights: the one given, or that of their run, or of the published ones."""
     if given is not None:
         return Path(given)
-    inside = weights.checkpoint or weights.source.parent
-    near = [inside.parent.parent / "config.yaml", inside.parent / "config.yaml", Path(PUBLISHED.get(weights.source.stem, ""))]
+    folder = weights.source.parent if weights.checkpoint is None else weights.checkpoint.parent.parent
+    near = folder / "config.yaml", Path(PUBLISHED.get(weights.source.stem, ""))
     found = next((path for path in near if path.is_file()), None)
     if found is None:
         raise ValueError(f"--config is missing: name the YAML file that {weights.source} was trained with")
@@ -156,6 +156,7 @@ def build_pipeline(weights: Weights, config_path: Path) -> TransitionPipeline:
     text = TextEncoder(
         m.text_encoder_dir, max_length=m.max_seq_length, use_last_hidden_state=m.use_last_hidden_state, padding=m.text_padding
     )
+    traits_of(network).check_caption_width(text.width)
     options = {"use_last_hidden_state": m.use_last_hidden_state, "text_padding": m.text_padding}
     return TiMPipeline(network, scheduler, vae, text.model, text.tokenizer, max_sequence_length=m.max_seq_length, **options)
 

@@ -6,7 +6,7 @@ from typing import Any
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin  # of pipelines whose transformer alone takes adapters
 from torch import Tensor, nn
 
-PREFIX = "transformer."
+from tim.checkpoint.adapters import LORA_FILE, PREFIX
 
 
 class LoraMixin(SanaLoraLoaderMixin):
@@ -36,6 +36,10 @@ class LoraMixin(SanaLoraLoaderMixin):
         if not isinstance(source, dict):
             source = str(source)
             kwargs.setdefault("use_safetensors", True)  # no pickles
+            if Path(source).exists():
+                kwargs.setdefault("weight_name", LORA_FILE)  # on a hub it is looked for
+            elif source.count("/") != 1:
+                raise FileNotFoundError(f"there is no file or folder {source}, and a hub id has the form OWNER/NAME")
         state, metadata = self.lora_state_dict(source, return_lora_metadata=True, **dict(kwargs))
         check_adapters(self.transformer, state, source if isinstance(source, str) else "the dictionary")
         own = getattr(self.transformer, "peft_config", {})
