@@ -104,7 +104,7 @@ def test_a_training_run_ends_with_its_pipeline(tmp_path):
     ]
     command("projects/sample/sample_c2i_ddp.py", *words, "--class-labels", "7", "--num-fid-samples", "1", "--num-steps", "2")
     image = pipe("7", num_inference_steps=2, latents=noise_of((1, 8, 8))).images[0]
-    assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "sampler/000000.png")))
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "x/000000.png")))
 
 
 def test_what_does_not_fit_is_named_and_leaves_nothing(text_run, class_run, tmp_path):

@@ -60,7 +60,7 @@ def write_lora(network: nn.Module, path: Path) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    config = network.peft_config["default"].to_dict()
+    config = vars(network)["peft_config"]["default"].to_dict()
     if config["modules_to_save"]:
         raise ValueError(
             f"model.lora.modules_to_save={config['modules_to_save']} were trained whole, for which a file of adapters has no "

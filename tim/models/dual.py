@@ -10,7 +10,7 @@ Tangents belong to the last rows of a batch, whose first have r = t and need non
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -122,11 +122,12 @@ def layer_norm(layer: nn.Module, u: Value) -> Value:
     # Statistics in float32 or wider, as those of the value under autocast.
     x, dx = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (u.tail, u.tangent))
     x, dx = (a - a.mean(-1, keepdim=True) for a in (x, dx))
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.eps)
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + cast(float, layer.eps))
     y = x * inverse
     tangent = inverse * (dx - y * (y * dx).mean(-1, keepdim=True))
     with torch.no_grad():
-        return Dual(value, tangent if layer.weight is None else tangent * layer.weight)
+        weight = cast("Tensor | None", layer.weight)
+        return Dual(value, tangent if weight is None else tangent * weight)
 
 
 def modulate(u: Value, shift: Value, scale: Value) -> Value:

@@ -5,10 +5,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from tim.checkpoint.adapters import LORA_FILE, load_weights, write_lora
 from tim.checkpoint.weights import Weights, check_new_file, find_weights, write_weights
@@ -157,17 +157,18 @@ def build_pipeline(weights: Weights, config_path: Path) -> TransitionPipeline:
         m.text_encoder_dir, max_length=m.max_seq_length, use_last_hidden_state=m.use_last_hidden_state, padding=m.text_padding
     )
     traits_of(network).check_caption_width(text.width)
-    options = {"use_last_hidden_state": m.use_last_hidden_state, "text_padding": m.text_padding}
-    return TiMPipeline(network, scheduler, vae, text.model, text.tokenizer, max_sequence_length=m.max_seq_length, **options)
+    return TiMPipeline(
+        network, scheduler, vae, text.model, text.tokenizer, m.max_seq_length, m.use_last_hidden_state, m.text_padding
+    )
 
 
 @torch.no_grad()
-def read_network(cls: type, weights: Weights, model: Model) -> nn.Module:
+def read_network(cls: type, weights: Weights, model: Model) -> Any:
     """A network with the very tensors of its file, so that it can be written back; adapters are merged.
 
     A projector that the file does not have becomes zeros, by which the way back knows it.
     """
-    network: nn.Module = cls(**model.network.params).requires_grad_(False)
+    network: Any = cls(**model.network.params).requires_grad_(False)
     if model.lora is not None:
         load_weights(network, weights, model, merge=True)
         return network.eval()

@@ -175,6 +175,7 @@ def adapt(network: nn.Module, m: Model) -> str:
     Raises:
         ValueError, FileNotFoundError: for weights of another network, or layers that are not there.
     """
+    assert m.lora is not None, "there is something to adapt"
     base = find_base(m)
     load_strict(network, base.read(), base.source)
     add_adapters(network, m.lora)
