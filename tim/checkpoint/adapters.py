@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from tim.checkpoint.weights import Weights, find_weights
 from tim.config import Model
@@ -53,7 +54,7 @@ def load_weights(network: nn.Module, weights: Weights, model: Model, merge: bool
 
 
 def write_lora(network: nn.Module, path: Path) -> None:
-    """Write a network's adapters as the file that `load_lora_weights` of pipelines takes.
+    """Write a network's adapters as the file that `load_lora_weights` of pipelines takes. Collective for a sharded network.
 
     Raises:
         ValueError: when parts of the network were trained whole, for which the format has no place.
@@ -68,7 +69,11 @@ def write_lora(network: nn.Module, path: Path) -> None:
         )
     kept = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
     known = {f"{PREFIX}{key}": sorted(config[key]) if key == "target_modules" else config[key] for key in kept}
-    state = {f"{PREFIX}{key}": p.detach().cpu().contiguous() for key, p in get_peft_model_state_dict(network).items()}
+    whole = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not whole:
+        return  # the first process has everything
+    adapters = get_peft_model_state_dict(network, state_dict=whole)
+    state = {f"{PREFIX}{key}": value.contiguous() for key, value in adapters.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         save_file(state, partial, {"format": "pt", "lora_adapter_metadata": json.dumps(known, sort_keys=True)})

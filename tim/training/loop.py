@@ -80,7 +80,7 @@ def train(
             checkpoints.close()
             for tracker in accelerator.trackers:
                 tracker.finish()
-    if run.base is not None and accelerator.is_main_process:
+    if run.base is not None:
         save_adapters(run)
     accelerator.print(closing_line(run), flush=True)
 
