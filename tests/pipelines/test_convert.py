@@ -92,16 +92,7 @@ def test_a_training_run_ends_with_its_pipeline(tmp_path):
     ema = load_file(tmp_path / "run/checkpoints/step-0000001/ema.safetensors")
     assert all(torch.equal(v, ema[k]) for k, v in pipe.transformer.state_dict().items() if k in ema)
     assert pipe.labels == {str(k): k for k in range(10)}
-    words = [
-        "--config",
-        tmp_path / "run/config.yaml",
-        "--ckpt",
-        tmp_path / "run",
-        "--sample-dir",
-        tmp_path,
-        "--name",
-        "sampler",
-    ]
+    words = ["--config", tmp_path / "run/config.yaml", "--ckpt", tmp_path / "run", "--sample-dir", tmp_path, "--name", "x"]
     command("projects/sample/sample_c2i_ddp.py", *words, "--class-labels", "7", "--num-fid-samples", "1", "--num-steps", "2")
     image = pipe("7", num_inference_steps=2, latents=noise_of((1, 8, 8))).images[0]
     assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "x/000000.png")))

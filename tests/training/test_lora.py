@@ -91,6 +91,11 @@ def test_pipelines_load_scale_fuse_and_unload_adapters(project, tmp_path):
         pipe.load_lora_weights(project / "run", adapter_name="digits")
     torch.testing.assert_close(draw(pipe), want, rtol=1e-5, atol=1e-5)
     assert (want - before).abs().max() > 1e-3
+    other = {k: v[:, :1] if "lora_B" in k else v for k, v in load_file(project / "run" / LORA_FILE).items()}
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj has no A and B of one rank"):
+        pipe.load_lora_weights(other)
+    with pytest.raises(ValueError, match="adapters are loaded"):
+        pipe.save_pretrained(tmp_path / "saved")
     pipe.set_adapters("digits", 0.5)
     assert (draw(pipe) - before).abs().max() > 1e-4 and (draw(pipe) - want).abs().max() > 1e-4
     pipe.set_adapters("digits")
@@ -112,6 +117,9 @@ def test_adapters_of_another_network_leave_a_pipeline_as_it_was(project, tmp_pat
         pipe.load_lora_weights(project / "run")
     with pytest.raises(ValueError, match=r"transformer\.other.*belongs to no layer"):
         pipe.load_lora_weights({k.replace("blocks.0", "other"): v for k, v in state.items()})
+    torch.save({}, tmp_path / "w.bin")
+    with pytest.raises(ValueError, match=r"w\.bin is damaged or no safetensors file"):
+        pipe.load_lora_weights(tmp_path / "w.bin")
     with pytest.raises(OSError, match="nowhere"):
         pipe.load_lora_weights(tmp_path / "nowhere")
     assert pipe.transformer.state_dict().keys() == keys

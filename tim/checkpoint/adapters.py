@@ -15,6 +15,16 @@ from tim.models.loading import load_strict
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 PREFIX = "transformer."  # what pipelines call the network
+SETTINGS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+)  # in it
 
 
 def find_base(model: Model) -> Weights:
@@ -67,8 +77,7 @@ def write_lora(network: nn.Module, path: Path) -> None:
             f"model.lora.modules_to_save={config['modules_to_save']} were trained whole, for which a file of adapters has no "
             "place; tools/convert_to_diffusers.py RUN FOLDER makes a pipeline that has everything in its weights"
         )
-    kept = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
-    known = {f"{PREFIX}{key}": sorted(config[key]) if key == "target_modules" else config[key] for key in kept}
+    known = {f"{PREFIX}{key}": sorted(config[key]) if key == "target_modules" else config[key] for key in SETTINGS}
     whole = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not whole:
         return  # the first process has everything

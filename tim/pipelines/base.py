@@ -104,8 +104,10 @@ class TransitionPipeline(LoraMixin, DiffusionPipeline):
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is another file.
+            ValueError: when it is another file, or the transformer has adapters, for which the folder has no place.
         """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError("adapters are loaded: `unload_lora_weights`, before it `fuse_lora` to save their effect")
         folder = Path(save_directory)
         source = Path(metrics or Path(self.config.get("_name_or_path") or "") / METRICS)
         if metrics:

@@ -1,12 +1,14 @@
 """LoRA in pipelines: diffusers' methods (`load_lora_weights`, `set_adapters`, `fuse_lora`), strict about what is loaded."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin  # of pipelines whose transformer alone takes adapters
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tim.checkpoint.adapters import LORA_FILE, PREFIX
+from tim.checkpoint.adapters import LORA_FILE, PREFIX, SETTINGS
 
 
 class LoraMixin(SanaLoraLoaderMixin):
@@ -40,7 +42,12 @@ class LoraMixin(SanaLoraLoaderMixin):
                 kwargs.setdefault("weight_name", LORA_FILE)  # on a hub it is looked for
             elif source.count("/") != 1:
                 raise FileNotFoundError(f"there is no file or folder {source}, and a hub id has the form OWNER/NAME")
-        state, metadata = self.lora_state_dict(source, return_lora_metadata=True, **dict(kwargs))
+        try:
+            state, metadata = self.lora_state_dict(source, return_lora_metadata=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"{source} is damaged or no safetensors file: {error}") from error
+        if metadata is not None:  # others may ask peft to change the base
+            metadata = {key: value for key, value in metadata.items() if key.removeprefix(PREFIX) in SETTINGS}
         check_adapters(self.transformer, state, source if isinstance(source, str) else "the dictionary")
         own = getattr(self.transformer, "peft_config", {})
         if adapter_name in own and not hotswap:
@@ -51,16 +58,20 @@ class LoraMixin(SanaLoraLoaderMixin):
 def check_adapters(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Raise ValueError unless every adapter's layer is in the network, and of its size."""
     sizes = {name.replace(".base_layer", ""): p.shape for name, p in network.named_parameters()}
-    wrong = []
+    wrong, ranks = [], defaultdict[str, dict[str, int]](dict)
     for key, value in state.items():
         name, _, kind = key.removeprefix(PREFIX).partition(".lora_")
         shape = sizes.get(f"{name}.weight")
+        if kind in ("A.weight", "B.weight"):
+            ranks[name][kind] = value.shape["AB".index(kind[0])]
         if not key.startswith(PREFIX) or not kind or shape is None:
             wrong.append(f"{key} belongs to no layer")
         elif kind == "A.weight" and value.shape[1] != shape[1]:
             wrong.append(f"{key} takes {value.shape[1]} inputs, the layer {shape[1]}")
         elif kind == "B.weight" and value.shape[0] != shape[0]:
             wrong.append(f"{key} gives {value.shape[0]} outputs, the layer {shape[0]}")
+    unlike = [name for name, pair in ranks.items() if len(pair) != 2 or len(set(pair.values())) != 1]
+    wrong += [f"{name} has no A and B of one rank" for name in unlike]
     if wrong or not state:
         said = f"{len(wrong)} of {len(state)} tensors do not fit, first: {'; '.join(wrong[:3])}" if wrong else "it is empty"
         raise ValueError(f"{source} holds no adapters of this network: {said}")
