@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tim.checkpoint.adapters import LORA_FILE
-from tim.config import load_config, to_yaml
+from tim.config import Lora, load_config, to_yaml
 from tim.files import sha256
-from tim.models.adapters import is_adapter_key
+from tim.models.adapters import add_adapters, is_adapter_key
 from tim.models.network import build_network
 from tim.pipelines import TiMClassPipeline, TiMClassTransformer2DModel, TransitionScheduler
 from tim.pipelines.convert import to_lora, to_pipeline
+from tim.training.ema import EMA
 
 DIGITS = ROOT / "configs/c2i/digits.yaml"
 SMALL = [
@@ -60,6 +61,17 @@ def test_adapters_alone_are_trained_and_kept(project):
     settings = json.loads((step / "state.json").read_text())["settings"]
     assert settings["base_sha256"] == sha256(project / "base.safetensors") and settings["lora.rank"] == 3
     assert sum(p.stat().st_size for p in step.iterdir()) < (project / "base.safetensors").stat().st_size
+
+
+def test_the_average_shares_what_is_not_trained(tiny_c2i):
+    add_adapters(tiny_c2i, Lora(rank=2))
+    ema = EMA(tiny_c2i, 0.5, share=True)
+    mine, theirs = dict(ema.network.named_parameters()), dict(tiny_c2i.named_parameters())
+    assert {key for key in mine if mine[key] is not theirs[key]} == set(filter(is_adapter_key, mine))
+    key = "blocks.0.attn.qkv.lora_B.default.weight"
+    torch.nn.init.ones_(theirs[key])
+    ema.update(tiny_c2i, torch.zeros(()))
+    assert torch.equal(mine[key], 0.5 * theirs[key])
 
 
 @pytest.mark.dist

@@ -15,16 +15,8 @@ from tim.models.loading import load_strict
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 PREFIX = "transformer."  # what pipelines call the network
-SETTINGS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-)  # in it
+# What the file says of them, as peft calls it.
+SETTINGS = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
 def find_base(model: Model) -> Weights:
