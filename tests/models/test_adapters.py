@@ -67,6 +67,7 @@ def test_defaults_are_attention_and_mlp_of_the_blocks(network):
         ({"modules_to_save": ["final"]}, "modules_to_save: the network has no 'final'"),
         ({"target_modules": ["final_layer.linear"], "exclude_modules": ["linear"]}, "no layer is left"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias"),
+        ({"rank_pattern": {"(qkv": 2}}, r"rank_pattern: the network has no '\(qkv'; did you mean 'qkv'"),
     ],
 )
 def test_layers_that_are_not_there_are_named(network, settings, match):

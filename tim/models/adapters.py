@@ -44,6 +44,8 @@ def add_adapters(network: nn.Module, lora: Lora) -> Any:
     ]
     if not targets:
         raise ValueError("model.lora: no layer is left to adapt; check target_modules, exclude_modules and modules_to_save")
+    _check_found(lora.rank_pattern, targets, "rank_pattern")  # peft takes them for regular expressions
+    _check_found(lora.alpha_pattern, targets, "alpha_pattern")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or lora.rank,
