@@ -15,6 +15,7 @@ case "$NAME" in
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 source scripts/environment.sh
+source scripts/demo_data.sh
 
 CONFIG="configs/t2i/$NAME.yaml"
 if [ "$NAME" = openmoji ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -29,14 +30,7 @@ if [ -f "$OUT/metrics.json" ]; then
   echo "$OUT is complete; delete it to start afresh"
   exit 0
 fi
-if [ ! -f "$DATA/bucket_sampler.json" ]; then
-  "$PYTHON" tools/prepare_demo_data.py "$PICTURES" --out "$DATA" --size "$SIZE"
-  "$PYTHON" tools/build_t2i_buckets.py "$DATA/captions.jsonl" --root "$DATA/images" --out "$DATA" \
-    --area "$AREA" --factor 8 --batch-size "$BATCH" --max-aspect 2 --min-bucket 16
-fi
-if [ ! -f datasets/all-MiniLM-L6-v2/config.json ]; then
-  "$PYTHON" tools/prepare_demo_data.py text-encoder --out datasets/all-MiniLM-L6-v2
-fi
+captioned_data "$NAME" "$PICTURES" "$SIZE" "$AREA" "$BATCH"
 "$PYTHON" projects/train/trainer_t2i.py --config "$CONFIG" --project_dir "$OUT" --seed 0
 "$PYTHON" tools/write_prompts.py --config "$CONFIG" --out "$OUT/prompts"
 for file in "$OUT"/prompts/prompts-*.txt; do

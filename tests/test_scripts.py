@@ -258,9 +258,10 @@ def test_variables_that_mean_nothing_start_nothing(echo, tmp_path, variables, wo
 def test_every_script_answers_help_with_its_variables(flag, tmp_path):
     """From any folder, at once, without PyTorch, and without making .venv."""
     variables = {"quickstart": "OUT_DIR", "quickstart_t2i": "CFG_SCALE", "test": "TEST_PROCESSES", "setup_venv": "PYTHON_BASE"}
+    variables["bench_gpu"] = "--wheels"
     helpers = {"common", "environment", "prelude"}
     scripts = [p for p in sorted((ROOT / "scripts").rglob("*.sh")) if p.stem not in helpers]
-    assert len(scripts) == 18
+    assert len(scripts) == 19
     for script in scripts:
         printed = bash(script, flag, cwd=tmp_path, PYTHON_BASE="/nowhere", PYTHON="").stdout
         assert variables.get(script.stem, "OMP_NUM_THREADS") in printed and not printed.startswith("#"), script

@@ -14,6 +14,7 @@ DIGITS = "configs/c2i/digits.yaml"
         ("bench.py sample --config {config} --height 0", "--height must be >= 1, got 0"),
         ("bench.py overhead --config {config} --random-latents 0", "--random-latents must be >= 1, got 0"),
         ("bench.py adm --workers -1", "--workers must be >= 0, got -1"),
+        ("bench.py suite --out {out} --minutes 0", "--minutes must be > 0, got 0"),
         ("derivative_precision.py --config {config} --batch-size -1", "--batch-size must be >= 1, got -1"),
         ("autoencoder_precision.py pictures --vae {out} --limit 0", "--limit must be >= 1, got 0"),
         (

@@ -1,11 +1,14 @@
 """The benchmark command reports what it says."""
 
 import json
+from collections import Counter
 
 import pytest
 from helpers.commands import command
 from helpers.companions import save_tiny_dc, save_tiny_text_encoder
 from helpers.networks import TINY
+
+from tim.schedulers import target
 
 FAST = ["--config", "configs/c2i/digits.yaml", "--steps", 2, "--warmup", 1, "--batch-size", 8]
 
@@ -67,6 +70,35 @@ def test_bench_of_the_adm_suite_tells_the_share_of_the_network(inception_file, t
     assert result["images_per_second"] == pytest.approx(6 / result["seconds"])
     assert 0.3 < result["network_share"] < 1 and result["images"] == 6
     assert command("tools/bench.py", "train", check=False).returncode == 2
+
+
+def test_bench_counts_the_operations_of_a_step_by_part(tmp_path):
+    config = ("--config", "configs/c2i/tim_b_p4.yaml")
+    command("tools/bench.py", "flops", *config, "--batch-size", 4, "--json", tmp_path / "b.json")
+    result = json.loads((tmp_path / "b.json").read_text())
+    part = {name.removesuffix("_gflop"): value for name, value in result.items() if name.endswith("_gflop")}
+    projector = 2 * 64 * (768 * 2048 + 2048 * 2048 + 2048 * 768) / 1e9  # REPA's, of 64 tokens
+    assert part["guidance"] == pytest.approx(2 * (part["forward"] - projector))
+    assert part["backward"] == pytest.approx(2 * part["forward"], rel=0.01)
+    assert part["dde"] == pytest.approx(part["guidance"] / 2)  # two passes of half of the batch
+    assert part["step_jvp"] == pytest.approx(part["forward"] + part["backward"] + part["jvp"])
+    assert result["of_jvp_in_dde"] == pytest.approx(part["jvp"] / part["dde"]) and result["of_jvp_in_dde"] < 0.55
+    # 12 layers of 12 width² products, and two of attention, of 72 tokens; and the patches
+    assert part["repa"] == pytest.approx(2 * 72 * (12 * (12 * 768**2 + 2 * 72 * 768) + 768**2 * 64 / 72) / 1e9)
+    assert part["decode"] > part["encode"] > 200  # the autoencoder outweighs the small network
+
+
+def test_bench_compares_derivatives_in_turn(tmp_path, monkeypatch):
+    calls = Counter()
+    for name in ("difference_derivative", "path_tangents"):
+        original = getattr(target, name)
+        monkeypatch.setattr(target, name, lambda *a, f=original, n=name, **k: (calls.update([n]), f(*a, **k))[1])
+    command("tools/bench.py", "ratio", *FAST, "--json", tmp_path / "b.json")
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert calls == {"difference_derivative": 3, "path_tangents": 3}
+    assert result["dde, ratio"] == 1 and result["jvp, ratio"] > 0 and result["rounds"] == 2
+    done = command("tools/bench.py", "ratio", *FAST, "--steps", 1, check=False)
+    assert done.returncode == 2 and "--steps must be >= 2" in done.stderr
 
 
 def test_bench_refuses_companions_it_does_not_know():

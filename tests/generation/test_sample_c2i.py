@@ -12,13 +12,23 @@ from helpers.paths import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tim import rng
 from tim.checkpoint.weights import find_weights
 from tim.config import load_config
 from tim.evaluation.samples import sampled_images
 from tim.files import run_record
+from tim.images import to_uint8
+from tim.models.c2i.tim_model import TiM
+from tim.schedulers.sampling import sample
+from tim.schedulers.transports import OT_FM
 
 SAMPLER = "projects/sample/sample_c2i_ddp.py"
 CONFIG = "configs/c2i/digits.yaml"
+SMALL_NETWORK = {
+    "input_size": 8, "patch_size": 2, "in_channels": 1, "num_classes": 10, "hidden_size": 24, "depth": 1, "num_heads": 2,
+    "encoder_depth": 1, "z_dim": 8, "projector_dim": 8, "lora_hidden_size": 8, "qk_norm": True, "new_condition": "t-r",
+    "use_new_embed": True, "distance_aware": True, "rope_grid": "row_major",
+}  # fmt: skip
 FOLDER = "weights-8x8-T0.0-1.0-Step-4-sto-0.0-transition-cfg-1.0-0.0-1.0"
 
 
@@ -218,3 +228,31 @@ def test_one_step_with_guidance_warns_that_it_is_unguided(weights, tmp_path):
         done = draw(weights, tmp_path, "--num-steps", 1, "--cfg-scale", 3)
     assert "NFE 1 " in done.stdout
     assert "NFE 2 " in draw(weights, tmp_path / "closed", "--num-steps", 1, "--cfg-scale", 3, "--guide-first-step").stdout
+
+
+def test_guidance_as_an_input_costs_one_evaluation_a_step_and_fits_its_network_alone(weights, tmp_path):
+    """The images are those of the network asked directly; without the input or beside --cfg-scale it is refused."""
+    network = randomize(TiM(**SMALL_NETWORK, guidance_input=True), scale=0.2)
+    save_file(network.state_dict(), tmp_path / "own.safetensors")
+    config = tmp_path / "own.yaml"
+    params = ", ".join(f"{key}: {json.dumps(value)}" for key, value in {**SMALL_NETWORK, "guidance_input": True}.items())
+    objective = "transition_loss: {guidance_max: 2.0}"
+    config.write_text(f"base: {ROOT / CONFIG}\nmodel: {{{objective}, network: {{params: {{{params}}}}}}}\n")
+    flags = ("--guidance-input", 3, "--guidance-high", 0.5, "--num-fid-samples", 4)
+    with pytest.warns(UserWarning, match=r"--guidance-input 3\.0 goes beyond guidance_max=2\.0 of training"):
+        done = draw(tmp_path / "own.safetensors", tmp_path, *flags, config=config)
+    assert "NFE 4" in done.stdout
+    (folder,) = [path for path in tmp_path.iterdir() if path.name.endswith("cfg-1.0-0.0-0.5-input-3.0")]
+    guidance = torch.tensor([[3.0, 0.0, 0.5]]).expand(4, 3)
+    noise = torch.from_numpy(
+        np.stack([rng.generator(0, "sample", 0, k).standard_normal((1, 8, 8), dtype=np.float32) for k in range(4)])
+    )
+    kwargs = {"y": torch.arange(4), "guidance": guidance}
+    want = to_uint8(sample(OT_FM(P_mean=-0.4), network.eval(), noise, kwargs, num_steps=4).x.float())
+    assert np.array_equal(pixels(folder), want)
+    for own, words, match in (
+        (tmp_path / "own.safetensors", [*flags, "--cfg-scale", 2], "replaces --cfg-scale 2.0"),
+        (weights, flags, "--guidance-input 3.0 needs a network that was trained with guidance_input"),
+    ):
+        refused = draw(own, tmp_path / "no", *words, check=False, config=config if own != weights else CONFIG)
+        assert refused.returncode == 2 and match in refused.stderr and not (tmp_path / "no").exists()

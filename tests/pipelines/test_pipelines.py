@@ -21,7 +21,16 @@ from tim.checkpoint.weights import find_weights
 from tim.config import load_config
 from tim.generation.sampler import load_sampler
 from tim.generation.settings import SampleSettings
-from tim.pipelines import TiMClassPipeline, TiMImg2ImgPipeline, TiMPipeline, TiMTransformer2DModel
+from tim.pipelines import (
+    TiMClassPipeline,
+    TiMClassTransformer2DModel,
+    TiMImg2ImgPipeline,
+    TiMPipeline,
+    TiMTransformer2DModel,
+    TransitionScheduler,
+)
+from tim.schedulers.sampling import sample
+from tim.schedulers.transports import OT_FM
 
 PROMPTS = ["a red circle", "two dogs under a blue sky"]
 
@@ -118,6 +127,21 @@ def test_visible_padding_is_that_of_the_batch(text_pipe):
     y, mask, negative, negative_mask = text_pipe.encode_prompt(PROMPTS)
     assert mask is None and negative_mask is None and negative.shape[1] == y.shape[1]
     assert draw(text_pipe, PROMPTS).shape == (2, 16, 16, 3)
+
+
+def test_guidance_as_an_input_of_the_network(class_pipe):
+    params = {**TINY, "in_channels": 1, "num_classes": 3, "guidance_input": True}
+    pipe = TiMClassPipeline(randomize(TiMClassTransformer2DModel(**params), scale=0.3), TransitionScheduler())
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = pipe([0, 2], latents=noise, guidance_input=3.0, guidance_high=0.9, output_type="latent")
+    guidance = torch.tensor([[3.0, 0.0, 0.9]]).expand(2, 3)
+    want = sample(OT_FM(), pipe.transformer, noise, {"y": torch.tensor([0, 2]), "guidance": guidance}, num_steps=4)
+    assert torch.equal(result.images, want.x.float()) and result.nfe == 4
+    assert not torch.allclose(result.images, pipe([0, 2], latents=noise, output_type="latent").images)
+    with pytest.raises(ValueError, match=r"`guidance_input`=3\.0 needs a network"):
+        class_pipe([0], guidance_input=3.0)
+    with pytest.raises(ValueError, match="must be >= 1"):
+        pipe([0], guidance_input=0.5)
 
 
 def test_the_flow_map_scheduler_of_diffusers_draws_the_same(text_pipe):

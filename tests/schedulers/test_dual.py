@@ -42,8 +42,9 @@ def losses_and_gradients(network, transport, repa=True, normal=None, **options):
     options = {"diffusion_ratio": 0.34, "consistency_ratio": 0.17, "weight_time_type": "sqrt", **options}
     schedule = TransitionSchedule(transport, derivative_type="jvp", weight_time_tangent=True, **options)
     network.zero_grad()
+    drawn = {"time_kwargs": times, "guidance_kwargs": {"uniform": torch.rand(B, 4, generator=g)}}
     weighted, projection, log = schedule(
-        network, network, network, B, x, z, cond, use_dir_loss=True, h_target=features, null_kwargs=uncond, time_kwargs=times
+        network, network, network, B, x, z, cond, use_dir_loss=True, h_target=features, null_kwargs=uncond, **drawn
     )
     (weighted + projection).backward()
     return [*log.values()], {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
@@ -76,6 +77,8 @@ CASES = {
     "guidance-guided-EDM": (C2I, EDM, {}, {"guidance_path": "guided"}),
     "marginal": (C2I, OT_FM, {}, {"tangent": "marginal"}),
     "marginal-masked-EDM": (T2I, EDM, {}, {"tangent": "marginal"}),
+    "guidance-input": (C2I, TrigFlow, {"guidance_input": True}, {"guidance_max": 4.0}),
+    "guidance-input-masked": (T2I, OT_FM, {"guidance_input": True}, {"guidance_max": 4.0, "tangent": "marginal"}),
     "all-diffusion": (C2I, OT_FM, {}, {"diffusion_ratio": 1.0, "consistency_ratio": 0.0}),
     "no-diffusion": (C2I, OT_FM, {}, {"diffusion_ratio": 0.0}),
 }

@@ -181,6 +181,26 @@ def test_guided_flows_of_every_scale_are_their_own_target(tangent, transport):
     assert schedule.evaluate(*arguments, **keywords).log["denoising_loss"].sqrt().item() < 1e-9
 
 
+def test_model_guidance_trains_a_flow_along_its_own_path_and_not_along_the_datas():
+    """Targets guided by a moving average whose unconditional Gaussian is another: their flow is its own target."""
+    transport = TrigFlow(enhance_target=True, w_gt=1.0, w_cond=1.5, w_end=1.57)
+    guided = Guided(transport, 2.5)
+    known, plain, own = ExactMap(guided.known), ExactMap(guided.plain), ExactMap(guided)
+
+    def average(x, t, r, y):
+        return (plain if y[0] == 1 else known)(x, t, r)
+
+    def miss(tangent):
+        schedule = TransitionSchedule(transport, derivative_type="jvp", tangent=tangent)
+        t = schedule.sample_t_and_r(len(NORMALS), normal=NORMALS)[0].double().reshape(COLUMN)
+        x_t = transport.path(torch.ones(4, 2, 1, 1).double(), torch.full((4, 2, 1, 1), -0.5).double(), t)[0]
+        arguments = (own, average, own, 4, *guided.known.expected(x_t, t), {"y": torch.zeros(4)})
+        keywords = {"null_kwargs": {"y": torch.ones(4)}, "time_kwargs": {"normal": NORMALS}}
+        return schedule.evaluate(*arguments, **keywords).log["denoising_loss"].sqrt().item()
+
+    assert miss("guided") < 1e-9 and miss("marginal") < 1e-9 and miss("data") > 0.01
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("tangent", ["data", "marginal"])
 def test_differences_miss_it_by_the_square_of_their_width(tangent, transport):
@@ -264,11 +284,11 @@ class Small(nn.Module):
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_moves_towards_the_exact_map(name, transport):
     """Of one step too, r well below t, for all recipes but flow matching, which knows nothing of steps."""
-    data, steps = Gaussian(transport()), 250
+    data, steps = Gaussian(transport()), 100
     schedule = TransitionSchedule(data.transport, **RECIPES[name])
     torch.manual_seed(0)
     network, g = Small(data.transport), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     t, r = (u.double() for u in schedule.sample_t_and_r(256, normal=torch.randn(256, 2, generator=g))[:2])
     r = t if RECIPES[name]["diffusion_ratio"] == 1 else r
     x_t, _ = data.transport.path(
@@ -288,4 +308,4 @@ def test_training_moves_towards_the_exact_map(name, transport):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert error() < 0.3 * before
+    assert error() < 0.4 * before, error() / before

@@ -369,6 +369,7 @@ def test_half_precision_spoils_the_difference_unless_it_runs_in_float32(kind, ti
         ({"two_point_ratio": 0.0}, "two_point_ratio=0.0 must be a number in"),
         ({"two_point_ratio": [1.0, 1.5]}, "two_point_ratio"),
         ({"two_point_ratio": [1.0]}, "two_point_ratio"),
+        ({"two_point_ratio": "0.1"}, "two_point_ratio='0.1' must be a number in"),
         ({"tangent_warmup": -1}, "tangent_warmup"),
         ({"residual_clip": 0.0}, "residual_clip"),
         ({"derivative_dtype": "int8"}, "derivative_dtype"),

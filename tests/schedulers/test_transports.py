@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from tim.schedulers import transports
 from tim.schedulers.transition import TransitionSchedule
-from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, Transport, TrigFlow
+from tim.schedulers.transport import Transport
+from tim.schedulers.transports import EDM, OT_FM, VE_SDE, VP_SDE, TrigFlow
 
 SIGMAS = (0.3, 0.5, 1.0, 2.0)
 CASES = [(cls, s) for cls in (OT_FM, TrigFlow, EDM, VP_SDE, VE_SDE) for s in SIGMAS]

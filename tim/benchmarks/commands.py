@@ -1,5 +1,6 @@
 """The command line that compares objectives. Nothing heavy is imported before the arguments are read."""
 
+import math
 from pathlib import Path
 
 from tim.cli import add_allow_code, check_least, command_parser, usable_path
@@ -21,11 +22,17 @@ def compare_objectives() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--budget", type=int, help="steps of TiM as published that are to be spent (default: the config's)")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=[], help="measure guidance of these scales too (columns are steps then)"
+    )
     add_allow_code(parser)
     args = parser.parse_args()
     check_least(args, budget=1)
     if min(args.seeds) < 0:
         raise ValueError(f"--seeds must be >= 0, got {min(args.seeds)}")
+    for scale in args.scales:
+        if not 1 <= scale < math.inf:
+            raise ValueError(f"--scales must be finite numbers >= 1, got {scale}")
     folder = Path(RECIPES)
     known = sorted(folder.glob("*.yaml"))
     recipes = [Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml" for name in args.recipes or []] or known
@@ -35,6 +42,6 @@ def compare_objectives() -> None:
 
     from tim.benchmarks.objectives import METRICS, SUBJECTS, compare, table
 
-    results = compare(SUBJECTS[args.subject](), recipes, args.seeds, args.out, args.budget)
+    results = compare(SUBJECTS[args.subject](), recipes, args.seeds, args.out, args.budget, args.scales)
     print("\n\n".join(table(results, metric) for metric in METRICS))
     print(f"wrote {args.out}/leaderboard.md, leaderboard.json, leaderboard.png")

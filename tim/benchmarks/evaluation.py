@@ -1,10 +1,13 @@
 """How fast the ADM suite looks at images, and how much of the time goes to its network."""
 
+import io
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 from tim.benchmarks.measure import Results, machine, synchronize
 from tim.distributed import set_tf32
 from tim.evaluation.extract import Extraction, FeatureExtractor
-from tim.evaluation.inception import load_inception
+from tim.evaluation.inception import FILES, FOLDER, InceptionV3, load_inception
 from tim.evaluation.inputs import ImageFiles, as_uint8_tensor, find_images
 from tim.images import save_png
 
@@ -21,18 +24,19 @@ def bench_adm(inception: Path | None, images: int, side: int, batch_size: int, w
     """Extract features of images in a temporary folder, after `warmup` batches that do not count.
 
     Args:
-        inception: weights file, the usual places when None.
+        inception: weights file; the usual places when None, and random weights when these are empty.
         images: number of PNG files of side x side pixels.
 
     Returns:
         `network_share` is the time in the network over the time of all.
 
     Raises:
-        FileNotFoundError: when there are no weights.
+        FileNotFoundError: when there is no such file.
     """
     set_tf32(False)
     state = PartialState()
-    network = load_inception(inception, state.device)
+    random = inception is None and not any((FOLDER / name).is_file() for name in FILES)
+    network = random_inception().to(state.device) if random else load_inception(inception, state.device)
     spent = 0.0
 
     def timed(x: Tensor) -> dict[str, Tensor]:
@@ -64,7 +68,29 @@ def bench_adm(inception: Path | None, images: int, side: int, batch_size: int, w
         "seconds": seconds,
         "images_per_second": images / seconds,
         "network_share": spent / seconds,
+        "random_weights": "network" if random else None,
     }
+
+
+def random_inception() -> InceptionV3:
+    """The network with random weights, which take no less time.
+
+    Raises:
+        ValueError: when torch-fidelity is not installed.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ValueError("Inception features need torch-fidelity: pip install torch-fidelity") from error
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: Any, **__: Any) -> None:  # of the file that the constructor reads
+            pass
+
+    file = io.BytesIO()
+    torch.save({}, file)
+    file.seek(0)
+    return InceptionV3(Untrained("inception", ["2048"], file), "random")
 
 
 def _image(index: int, side: int) -> np.ndarray:

@@ -22,7 +22,8 @@ Results = dict[str, float | int | str | None]  # by name; times in seconds unles
 def table(results: Results) -> str:
     """One line per value."""
     rows = [(k, v) for k, v in results.items() if v is not None]
-    return "\n".join(f"{k:>22}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows)
+    width = max(len(k) for k, _ in rows)
+    return "\n".join(f"{k:>{width}}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows)
 
 
 def best_device() -> torch.device:
@@ -60,6 +61,13 @@ def step_results(
         "matmul_share": flops / seconds / 1e12 / matmul,
         "nfe": nfe,
     }
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Measured rate of copying memory to memory, GB/s, read and written bytes counted: what this machine can do at best."""
+    a = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(times(lambda: b.copy_(a), device, 8)[0]) / 1e9
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -115,12 +123,16 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def conditions(network: nn.Module, batch_size: int, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random labels or captions of 64 tokens as keywords of the network, and those without condition."""
+def conditions(
+    network: nn.Module, batch_size: int, device: torch.device, tokens: int = 64
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """Keywords of the network: random labels, or captions of up to `tokens` tokens; and those without condition."""
     traits = traits_of(network)
     if traits.cap_feat_dim is None:
         classes = traits.num_classes or 1
         y = torch.randint(classes, (batch_size,), device=device)
         return {"y": y}, {"y": torch.full_like(y, classes)}
-    y = torch.randn(batch_size, 64, traits.cap_feat_dim, device=device)
-    return {"y": y}, {"y": torch.zeros_like(y)}
+    y = torch.randn(batch_size, tokens, traits.cap_feat_dim, device=device)
+    lengths = torch.linspace(tokens / 2, tokens, batch_size, device=device).ceil()  # as captions have, so that there is a mask
+    y_mask = torch.arange(tokens, device=device) < lengths[:, None]
+    return {"y": y, "y_mask": y_mask}, {"y": torch.zeros_like(y[:, :1]), "y_mask": None}  # the empty caption is one token

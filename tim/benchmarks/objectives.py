@@ -4,11 +4,10 @@ An evaluation of a sample without gradient counts 1, one with its backward pass 
 is trained by the trainer for as many steps as the budget buys, with several seeds, drawn by the sampler and judged.
 """
 
-import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from tim import rng
 from tim.benchmarks.measure import conditions
 from tim.checkpoint.weights import find_weights
-from tim.config import Config, load_config
+from tim.config import Config, load_config, parse_config
 from tim.data.c2i import PackageDataset
 from tim.data.registry import build_t2i_dataset
 from tim.demo.digits import DigitJudge
@@ -33,17 +32,19 @@ from tim.generation.settings import SampleSettings
 from tim.images import to_uint8
 from tim.models.autoencoders import pixels_per_token
 from tim.models.network import build_network, traits_of
+from tim.targets import Target
 from tim.training.loop import train
 from tim.training.tasks import CaptionTask, ClassTask
 from tim.typed_yaml import flatten, read_tree
 
 BASE = "configs/c2i/digits.yaml"  # of all recipes
+PUBLISHED = "configs/c2i/objectives/tim.yaml"  # whose steps are the budget
 INPUT = "model.network.params.guidance_input"
 NFE = (1, 2, 4, 8, 32)
 METRICS = ("frechet_distance", "accuracy", "recall", "diversity")
 FOR_COUNT = 100  # samples of the batch in which evaluations are counted
 BATCH = 250  # images drawn at once
-RECORD = "result.json"
+RECORD, GUIDED = "result.json", "guided.json"
 
 
 @dataclass
@@ -130,12 +131,14 @@ def recipe_config(path: Path, subject: Subject) -> Config:
     Raises:
         ValueError: for other keys, which would change more than the objective.
     """
-    base = flatten(read_tree(BASE))
-    own = {key: value for key, value in flatten(read_tree(path)).items() if key not in base or base[key] != value}
-    other = [key for key in own if not key.startswith("model.transition_loss.") and key != INPUT]
+    recipe, base = read_tree(path), flatten(read_tree(BASE))
+    changed = [key for key, value in flatten(recipe).items() if key not in base or base[key] != value]
+    other = [key for key in changed if not key.startswith("model.transition_loss.") and key != INPUT]
     if other:
         raise ValueError(f"{path} sets {other[0]}; a recipe sets model.transition_loss and {INPUT}, so that all else is equal")
-    config = load_config(subject.config, [f"{key}={json.dumps(value)}" for key, value in own.items()])
+    tree = read_tree(subject.config, [f"{INPUT}={json.dumps(flatten(recipe)[INPUT])}"] if INPUT in changed else [])
+    tree["model"]["transition_loss"] = recipe["model"].get("transition_loss", {})  # all of it: the subject's own may be another
+    config = parse_config(tree)
     t = config.training
     t.sample_steps, t.log_steps, t.tracker = None, 50, None
     return config
@@ -162,7 +165,12 @@ def forward_units(config: Config) -> float:
 
 
 def compare(
-    subject: Subject, recipes: Sequence[Path], seeds: Sequence[int], out: Path, budget: int | None = None
+    subject: Subject,
+    recipes: Sequence[Path],
+    seeds: Sequence[int],
+    out: Path,
+    budget: int | None = None,
+    scales: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Train, draw and judge every recipe with every seed, and write the leaderboard of all that is in `out`.
 
@@ -170,64 +178,124 @@ def compare(
 
     Args:
         budget: steps of TiM as published that buy what every recipe may spend; None: those of the subject's config.
+        scales: of guidance to measure too, by a network's own input where it has one and else by a second evaluation.
+
+    Raises:
+        ValueError: before anything is trained, for what is no recipe, two of a name, and results in `out` of other settings.
     """
-    published = load_config(subject.config)
+    published = recipe_config(Path(PUBLISHED), subject)
     steps = published.training.max_train_steps if budget is None else budget
-    units = steps * forward_units(published)
+    configs = priced_configs(recipes, subject, steps * forward_units(published))
+    for name, config in configs.items():
+        check_results(out / name, made_of(config))
     for seed in seeds:
-        for path in recipes:
-            run_recipe(path, subject, seed, units, out / path.stem / f"seed-{seed}")
-            results = read_results(out, [recipe.stem for recipe in recipes])
+        for name, config in configs.items():
+            folder = out / name / f"seed-{seed}"
+            run_recipe(config, subject, seed, folder)
+            if scales:
+                run_guided(config, subject, seed, scales, folder)
+            results = read_results(out, list(configs))
             write_leaderboard(results, out)
     return results
 
 
-def run_recipe(path: Path, subject: Subject, seed: int, units: float, folder: Path) -> None:
-    """One recipe with one seed: its result.json, unless it is there.
+def priced_configs(recipes: Sequence[Path], subject: Subject, units: float) -> dict[str, Config]:
+    """The configs of recipes by their names, each with as many steps as it may take.
 
     Args:
         units: evaluations of the network, see `forward_units`, that a training sample's place in the batch may cost in all.
-
-    Raises:
-        ValueError: when the result there is of other settings.
     """
-    config = recipe_config(path, subject)
-    config.training.max_train_steps = round(units / forward_units(config))
-    made_of = {"objective": asdict(config.model.objective), "steps": config.training.max_train_steps, "seed": seed}
+    configs: dict[str, Config] = {}
+    for path in recipes:
+        if path.stem in configs:
+            raise ValueError(f"two recipes are called {path.stem}; results go by that name, so call {path} otherwise")
+        config = configs[path.stem] = recipe_config(path, subject)
+        config.training.max_train_steps = round(units / forward_units(config))
+    return configs
+
+
+def made_of(config: Config) -> dict[str, Any]:
+    """What the results of all seeds of a recipe have in common: the objective, without what is so by default, and steps."""
+    objective = config.model.objective
+    plain = Target(objective.target)
+    keywords = {key: value for key, value in objective.params.items() if plain.argument(key) != value}
+    return {"objective": {"target": objective.target, "params": keywords}, "steps": config.training.max_train_steps}
+
+
+def check_results(folder: Path, settings: dict[str, Any]) -> None:
+    """ValueError when a seed's result in a recipe's folder is of other settings."""
+    for path in sorted(folder.glob(f"seed-*/{RECORD}")):
+        if {**read_json(path)["made_of"], **settings} != read_json(path)["made_of"]:
+            raise ValueError(f"{path.parent} holds a result of other settings; delete it or choose another folder")
+
+
+def run_recipe(config: Config, subject: Subject, seed: int, folder: Path) -> None:
+    """One recipe with one seed: its result.json, unless it is there."""
     if (folder / RECORD).is_file():
-        if read_json(folder / RECORD)["made_of"] != made_of:
-            raise ValueError(f"{folder} holds a result of other settings; delete it or choose another folder")
         return
     began = time.perf_counter()
     train(config, folder, seed, ClassTask if config.model.text_encoder_dir is None else CaptionTask)
     trained = time.perf_counter() - began
+    sampler = trained_sampler(config, seed, folder)
+    scores = {n: subject.measure(draw(sampler, subject.prompts, num_steps=n)) for n in NFE}
+    write_json(folder / RECORD, {"made_of": {**made_of(config), "seed": seed}, "seconds": trained, "nfe": scores})
+
+
+def run_guided(config: Config, subject: Subject, seed: int, scales: Sequence[float], folder: Path) -> None:
+    """guided.json of a trained recipe: {scale: {steps: scores}}, of the scales that are not there yet."""
+    path = folder / GUIDED
+    scores = read_json(path) if path.is_file() else {}
+    missing = [scale for scale in map(float, scales) if str(scale) not in scores]
+    sampler = trained_sampler(config, seed, folder) if missing else None
+    for scale in missing:
+        assert sampler is not None
+        # By two evaluations in all steps, the first too, as the network's input guides all of them.
+        by_input = traits_of(sampler.network).guidance_input
+        how = {"guidance_input": scale} if by_input else {"cfg_scale": scale, "guide_first_step": True}
+        scores[str(scale)] = {n: subject.measure(draw(sampler, subject.prompts, num_steps=n, **how)) for n in NFE}
+        write_json(path, scores)
+
+
+def trained_sampler(config: Config, seed: int, folder: Path) -> Sampler:
+    """The moving average of a run's network, ready to draw."""
     settings = SampleSettings(num_steps=1, global_seed=seed)
-    sampler = load_sampler(config, find_weights(folder), settings, torch.device("cpu"))
-    scores = {n: subject.measure(draw(sampler, n, subject.prompts)) for n in NFE}
-    write_json(folder / RECORD, {"made_of": made_of, "seconds": trained, "nfe": scores})
+    return load_sampler(config, find_weights(folder), settings, torch.device("cpu"))
 
 
-def draw(sampler: Sampler, steps: int, prompts: Sequence[Any]) -> list[np.ndarray]:
-    """uint8 images (H, W, 3), one of each prompt."""
-    settings = copy.copy(sampler.settings)
-    settings.num_steps = steps
-    sampler = sampler.at(settings)
+def draw(sampler: Sampler, prompts: Sequence[Any], **settings: Any) -> list[np.ndarray]:
+    """uint8 images (H, W, 3), one of each prompt, under other settings."""
+    sampler = sampler.at(replace(sampler.settings, **settings))
     places = range(0, len(prompts), BATCH)
     return [image for k in places for image in sampler.draw(prompts[k : k + BATCH], range(len(prompts))[k : k + BATCH])[0]]
 
 
 def read_results(out: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Recipes with the scores of all their seeds: {name: {"steps", "seconds", "seeds", "nfe": {n: {metric: [values]}}}}."""
-    results = {}
+    """Recipes with the scores of all their seeds: {name: {"steps", "seconds", "seeds", "nfe": {n: {metric: [values]}}}}.
+
+    Guided ones stand beside them under "name w=scale", the number of steps in place of evaluations.
+    """
+    results: dict[str, Any] = {}
     for name in names:
         runs = [read_json(path) for path in sorted((out / name).glob(f"seed-*/{RECORD}"))]
         if runs:
-            scores = {n: {m: [run["nfe"][str(n)][m] for run in runs] for m in METRICS} for n in NFE}
-            seconds = float(np.mean([run["seconds"] for run in runs]))
-            steps = runs[0]["made_of"]["steps"]
-            seeds = [run["made_of"]["seed"] for run in runs]
-            results[name] = {"steps": steps, "seconds": seconds, "seeds": seeds, "nfe": scores}
+            shared = {
+                "steps": runs[0]["made_of"]["steps"],
+                "seconds": float(np.mean([run["seconds"] for run in runs])),
+                "seeds": [run["made_of"]["seed"] for run in runs],
+            }
+            results[name] = {**shared, "nfe": _gather([run["nfe"] for run in runs])}
+            guided = {
+                seed: read_json(path) for seed in shared["seeds"] if (path := out / name / f"seed-{seed}" / GUIDED).is_file()
+            }
+            for scale in dict.fromkeys(scale for run in guided.values() for scale in run):
+                scores = {seed: run[scale] for seed, run in guided.items() if scale in run}
+                results[f"{name} w={scale}"] = {**shared, "seeds": list(scores), "nfe": _gather(list(scores.values()))}
     return results
+
+
+def _gather(runs: Sequence[dict[str, dict[str, float]]]) -> dict[int, dict[str, list[float]]]:
+    """{steps: {metric: [a value a run]}}."""
+    return {n: {metric: [run[str(n)][metric] for run in runs] for metric in METRICS} for n in NFE}
 
 
 def write_leaderboard(results: Mapping[str, Any], out: Path) -> None:

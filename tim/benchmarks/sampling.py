@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedModel
 
-from tim.benchmarks.measure import Results, best_device, count_flops, reset_peak_memory, step_results, timed
+from tim.benchmarks.measure import Results, count_flops, reset_peak_memory, step_results, timed, times
 from tim.config import Config
 from tim.distributed import set_tf32
 from tim.generation.conditions import CaptionConditions, Keywords, build_conditions
@@ -26,11 +26,12 @@ from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
 from tim.models.text_encoders import load_model
 from tim.schedulers.sampling import join_conditions
-from tim.training.compilation import compile_network
+from tim.training.compilation import compile_network, eager_blocks
 from tim.typed_yaml import read_tree
 
 ARCHITECTURES = read_tree(Path(__file__).with_name("architectures.yaml"))
 CALLS = 3  # of the network, whose median stands for all calls of a run
+Calls: TypeAlias = list[tuple[int, Callable[[], Any]]]
 AUTOENCODERS = {"dc-ae-f32c32": AutoencoderDC, "sd-vae": AutoencoderKL}
 
 
@@ -50,8 +51,12 @@ class TokenEncoder:
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state, None
 
 
-def random_sampler(config: Config, settings: SampleSettings, device: torch.device, tokens: int) -> tuple[Sampler, str]:
-    """The sampler of a config with small random weights, and which of its companions are random too."""
+def random_sampler(config: Config, settings: SampleSettings, device: torch.device, tokens: int) -> Sampler:
+    """The sampler of a config with small random weights; `identity` tells which of its companions are random too.
+
+    Args:
+        tokens: length of every caption.
+    """
     set_tf32(settings.tf32)
     dtype = network_dtype(config, settings.dtype, device)
     encoder_folder, vae_folder = config.model.text_encoder_dir, config.model.vae_dir
@@ -63,21 +68,20 @@ def random_sampler(config: Config, settings: SampleSettings, device: torch.devic
     with torch.no_grad():  # a fresh network predicts zero; small weights keep the arithmetic like a trained one's
         for p in network.parameters():
             p.normal_(std=0.02)
+    if config.training.compile:
+        compile_network(network)
     companions = {"text encoder": encoder_folder, "autoencoder": vae_folder}
     random_weights = ["network", *(name for name, folder in companions.items() if folder and not Path(folder).is_dir())]
+    identity = {"tokens": tokens if encoder else None, "random_weights": ", ".join(random_weights)}
     conditions = build_conditions(config, network, dtype, device) if encoder is None else CaptionConditions(encoder, network)
-    sampler = Sampler(settings, config.model.transport.build(), network, vae, conditions, device).at(settings)
-    return sampler, ", ".join(random_weights)
+    return Sampler(settings, config.model.transport.build(), network, vae, conditions, device, identity).at(settings)
 
 
-def bench_sample(
-    config: Config, settings: SampleSettings, batch_size: int, repeats: int, warmup: int, tokens: int, psnr: bool = False
-) -> Results:
+def bench_sample(config: Config, sampler: Sampler, batch_size: int, repeats: int, warmup: int, psnr: bool = False) -> Results:
     """Time text encoder, network and decoder on one batch of different prompts, or of classes.
 
     Args:
-        settings: size, steps, guidance and precisions.
-        tokens: length of every caption.
+        sampler: from `random_sampler`, under the settings to measure.
         psnr: also compare decoding in bfloat16 with float32.
 
     Returns:
@@ -85,10 +89,9 @@ def bench_sample(
         which a run has several while the next batch is drawn. `sampler_overhead` is the sampling loop over the sum of its
         network calls, minus one; `psnr_db` that of images decoded in half precision.
     """
-    device = best_device()
-    sampler, random_weights = random_sampler(config, settings, device, tokens)
+    device, settings = sampler.device, sampler.settings
     classes = traits_of(sampler.network).num_classes or 1
-    is_text, numbers = config.model.text_encoder_dir is not None, count()
+    is_text, numbers = sampler.identity["tokens"] is not None, count()
     warmup = max(warmup, int(config.training.compile))
 
     def encode() -> tuple[Keywords, Keywords | None]:
@@ -97,19 +100,20 @@ def bench_sample(
         return sampler.conditions(prompts, settings.cfg_scale > 1)
 
     cond, uncond = encode()
+    calls = network_calls(sampler, batch_size, cond, uncond)
+    with eager_blocks(config.training.compile):
+        flops = sum(number * count_flops(call) for number, call in calls)
 
     def draw() -> Tensor:
         return sampler.latents(range(batch_size), None, cond, uncond)
 
-    flops = count_flops(draw)
-    if config.training.compile:
-        compile_network(sampler.network)
     reset_peak_memory(device)
+    warmup_seconds = sum(times(draw, device, warmup)[0])
     phases = {"text": timed(encode, device, repeats, warmup)[0]}
-    phases["network"], x, overhead = time_network(sampler, draw, cond, uncond, repeats, warmup)
+    phases["network"], x, overhead = time_network(draw, calls, device, repeats)
     phases["decode"], (pixels, _) = timed(lambda: sampler.decode(x), device, repeats, warmup)
     total = sum(phases.values())
-    height, width = sampler.settings.size
+    height, width = settings.size
     return {
         "what": "sample",
         **step_results(config, device, batch_size, total, flops, sampler.nfe),
@@ -117,52 +121,47 @@ def bench_sample(
         "vae_dtype": settings.vae_dtype,
         "height": height,
         "width": width,
-        "tokens": tokens if is_text else None,
         "num_steps": settings.num_steps,
         **{f"{name}_ms": 1e3 * seconds / batch_size for name, seconds in phases.items()},
         **{f"{name}_share": seconds / total for name, seconds in phases.items()},
+        "warmup_seconds": warmup_seconds,
         "write_ms": 1e3 * write_seconds(pixels.cpu().numpy(), settings.png_level, repeats, warmup) / batch_size,
         "sampler_overhead": overhead,
-        "random_weights": random_weights,
         "psnr_db": decode_psnr(sampler.vae, x) if psnr and sampler.vae is not None else None,
+        **sampler.identity,
     }
 
 
-def time_network(
-    sampler: Sampler, draw: Callable[[], Tensor], cond: Keywords, uncond: Keywords | None, repeats: int, warmup: int
-) -> tuple[float, Tensor, float]:
+def time_network(draw: Callable[[], Tensor], calls: Calls, device: torch.device, repeats: int) -> tuple[float, Tensor, float]:
     """Seconds of a sampling run, the latents it drew, and its overhead over the network calls alone.
 
     Run and calls are timed in turn, because a busy machine changes its pace.
     """
-    for _ in range(warmup):
-        draw()
     runs, ratios = [], []
     for _ in range(repeats):
-        seconds, x = timed(draw, sampler.device, 1, 0)
+        seconds, x = timed(draw, device, 1, 0)
         runs.append(seconds)
-        ratios.append(seconds / call_seconds(sampler, x, cond, uncond))
+        ratios.append(seconds / sum(number * timed(call, device, CALLS, 0)[0] for number, call in calls))
     return median(runs), x, median(ratios) - 1
 
 
-@torch.no_grad()
-def call_seconds(sampler: Sampler, x: Tensor, cond: Keywords, uncond: Keywords | None) -> float:
-    """Seconds of the network calls of one sampling run alone, guided steps as one call of twice the batch."""
+def network_calls(sampler: Sampler, batch_size: int, cond: Keywords, uncond: Keywords | None) -> Calls:
+    """How often a sampling run makes each kind of network call: a guided step makes one of twice the batch if it can."""
     network, steps = sampler.network, sampler.plan.steps
     guided = sum(step.is_guided for step in steps)
-    state = x.to(next(network.parameters()).dtype)
+    state = torch.randn(batch_size, *sampler.latent_shape, device=sampler.device, dtype=next(network.parameters()).dtype)
 
     def call(batch: Tensor, condition: Keywords) -> Callable[[], Any]:
         t = torch.full((len(batch),), 0.5, device=batch.device)
-        return lambda: network(batch, t, t / 2, **condition)
+        return torch.no_grad()(lambda: network(batch, t, t / 2, **condition))
 
-    seconds = 0.0
+    calls = [(len(steps) - guided, call(state, cond))]
     both = None if uncond is None else join_conditions(cond, uncond)
-    if guided and both is not None:
-        seconds += guided * timed(call(torch.cat([state, state]), both), x.device, CALLS, 0)[0]
-    if guided < len(steps):
-        seconds += (len(steps) - guided) * timed(call(state, cond), x.device, CALLS, 0)[0]
-    return seconds
+    if both is not None:
+        calls.append((guided, call(torch.cat([state, state]), both)))
+    elif uncond is not None:  # captions of another length than the empty one's
+        calls += [(guided, call(state, cond)), (guided, call(state, uncond))]
+    return [(number, each) for number, each in calls if number]
 
 
 def write_seconds(pixels: np.ndarray, png_level: int, repeats: int, warmup: int) -> float:
@@ -206,5 +205,6 @@ def load_vae(folder: str, dtype: torch.dtype, device: torch.device) -> Autoencod
         return Autoencoder.from_pretrained(folder, dtype, device)
     for name, kind in AUTOENCODERS.items():
         if name in folder:
-            return Autoencoder(kind(**ARCHITECTURES[name])).to(dtype, device)
+            wanted = None if dtype is torch.float32 else dtype  # which it has, and would be warned of
+            return Autoencoder(kind(**ARCHITECTURES[name])).to(wanted, device)
     raise ValueError(f"model.vae_dir={folder!r} is no folder; speed can be measured with one, a DC-AE f32c32 or an SD-VAE id")

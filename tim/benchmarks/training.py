@@ -7,6 +7,7 @@ import copy
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -94,10 +95,14 @@ class Stopwatch(RunLogger):
     Args:
         training: of the run's config; the trainer saves after every step that `checkpointing_steps` divides.
         saves: checkpoints on the disk before the run ends; with 0 of them it ends after `pause` steps.
+        after_step: called at the end of every step.
     """
 
-    def __init__(self, checkpoints: TimedCheckpoints, training: Training, pause: int, saves: int) -> None:
+    def __init__(
+        self, checkpoints: TimedCheckpoints, training: Training, pause: int, saves: int, after_step: Callable[[], None]
+    ) -> None:
         self.checkpoints, self.training, self.pause, self.saves = checkpoints, training, pause, saves
+        self.after_step = after_step
         self.ends, self.orders = [time.perf_counter()], 1
         self.waits: list[float] = []
         training.checkpointing_steps = pause
@@ -106,6 +111,7 @@ class Stopwatch(RunLogger):
         """Note the end of a step and the seconds it waited for data."""
         self.ends.append(time.perf_counter())
         self.waits.append(waited)
+        self.after_step()
         written = len(self.checkpoints.ended)
         if written == self.saves and len(self.waits) >= self.pause:
             raise Enough
@@ -129,17 +135,33 @@ def bench_train(config: Config, batch_size: int, steps: int, warmup: int) -> Res
     Returns:
         The median step beside the floating-point operations of one that runs eagerly.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        run = random_run(config, batch_size, Path(folder))
+        with eager_blocks(config.training.compile):
+            flops = count_flops(lambda: watch(run, 1))
+        return {"what": "train", **time_steps(run, flops, steps, warmup)}
+
+
+def random_run(config: Config, batch_size: int, folder: Path) -> Run:
+    """A run of the trainer on random latents and conditions in memory, without REPA; `watch` turns its loop."""
     config = _prepare(config, batch_size)
     config.data.dataloader.num_workers = 0
     config.model.vae_dir = config.model.enc_dir = None
-    with tempfile.TemporaryDirectory() as folder:
-        run = build_run(config, Path(folder), 0, RandomTask)
-        with eager_blocks(config.training.compile):
-            flops = count_flops(lambda: _watch(run, 1, 0))
-        reset_peak_memory(run.accelerator.device)
-        watch = _watch(run, warmup + steps, 0)
-    seconds = median(end - begin for begin, end in list(pairwise(watch.ends))[warmup:])
-    return {"what": "train", **step_results(config, run.accelerator.device, run.global_batch_size, seconds, flops)}
+    return build_run(config, folder, 0, RandomTask)
+
+
+def time_steps(run: Run, flops: int, steps: int, warmup: int) -> Results:
+    """The median of `steps` steps after `warmup` others, whose time is beside it.
+
+    Args:
+        flops: floating-point operations of a step.
+    """
+    device = run.accelerator.device
+    reset_peak_memory(device)
+    ends = watch(run, warmup + steps).ends
+    seconds = median(end - begin for begin, end in list(pairwise(ends))[warmup:])
+    results = step_results(run.config, device, run.global_batch_size, seconds, flops)
+    return {**results, "warmup_seconds": ends[warmup] - ends[0]}
 
 
 def bench_overhead(config: Config, batch_size: int, steps: int, warmup: int, random_latents: int | None) -> Results:
@@ -170,9 +192,9 @@ def bench_overhead(config: Config, batch_size: int, steps: int, warmup: int, ran
             _use_random_latents(config, Path(folder) / "latents", random_latents)
         config.training.async_checkpoint = True
         run = build_run(config, Path(folder) / "async", 0, task)
-        background = _watch(run, steps, SAVES + 1)
+        background = watch(run, steps, SAVES + 1)
         config.training.async_checkpoint = False
-        direct = _watch(build_run(config, Path(folder) / "sync", 0, task), steps, 2)
+        direct = watch(build_run(config, Path(folder) / "sync", 0, task), steps, 2)
         size = sum(file.stat().st_size for file in (Path(folder) / "sync").rglob("step-*/*")) / 2**30
         guard_seconds = _time_guard(run, Path(folder))
 
@@ -212,17 +234,17 @@ def _prepare(config: Config, batch_size: int) -> Config:
     return config
 
 
-def _watch(run: Run, pause: int, saves: int) -> Stopwatch:
+def watch(run: Run, pause: int, saves: int = 0, after_step: Callable[[], None] = lambda: None) -> Stopwatch:
     """Train until `saves` checkpoints are written, `pause` steps apart; see `Stopwatch`."""
     checkpoints = TimedCheckpoints(run)
     with checkpoints.preemption:
-        watch = Stopwatch(checkpoints, run.config.training, pause, saves)
+        stopwatch = Stopwatch(checkpoints, run.config.training, pause, saves, after_step)
         start, samples_seen = checkpoints.resume()
         try:
-            run_steps(run, checkpoints, watch, start, samples_seen)
+            run_steps(run, checkpoints, stopwatch, start, samples_seen)
         except Enough:
             checkpoints.close()
-    return watch
+    return stopwatch
 
 
 def _time_guard(run: Run, folder: Path) -> float:

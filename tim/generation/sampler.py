@@ -22,7 +22,7 @@ from tim.images import to_pixels
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import Plan, follow, plan_steps
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 from tim.training.compilation import compile_network
 
 PUBLISHED = {  # weights, and the config that they belong to
@@ -213,6 +213,11 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
         theirs = PUBLISHED.get(weights.source.stem)
         slip = f"; {weights.source.name} belongs to {theirs} (the published 512x512 script names the 256 file by mistake)"
         raise ValueError(f"{error}{slip if theirs else ''}") from error
+    largest = config.model.transition_loss.get("guidance_max")
+    if settings.guidance_input is not None and largest is not None and settings.guidance_input > largest:
+        warnings.warn(
+            f"--guidance-input {settings.guidance_input} goes beyond guidance_max={largest} of training", stacklevel=2
+        )
     network = network.to(device, dtype).eval()
     if settings.compile:
         compile_network(network)

@@ -9,7 +9,7 @@ from tim.cli import add_allow_code
 from tim.schedulers import SAMPLE_TYPES
 
 if TYPE_CHECKING:
-    from tim.schedulers.transports import Transport
+    from tim.schedulers.transport import Transport
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROUNDINGS = ("round", "truncate")

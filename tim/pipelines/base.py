@@ -224,6 +224,17 @@ class TransitionPipeline(LoraMixin, DiffusionPipeline):
         self._guidance_scale, self._num_timesteps = float(scale), len(plan.steps)
         return plan, grid[0] if grid else transport.T_max
 
+    def _guided(self, cond: Keywords, count: int, scale: float | None, low: float, high: float) -> Keywords:
+        """Keywords of the network with guidance as an input, for `count` images; ValueError when it has no such input."""
+        if scale is None:
+            return cond
+        if not traits_of(self.transformer).guidance_input:
+            raise ValueError(f"`guidance_input`={scale} needs a network trained with guidance_input; pass `guidance_scale`")
+        if not scale >= 1:
+            raise ValueError(f"`guidance_input` must be >= 1 (1 is no guidance) but is {scale}")
+        guidance = torch.tensor([scale, low, high], device=self._execution_device)
+        return {**cond, "guidance": guidance.expand(count, 3)}
+
     def _check(self, output_type: str, callback_inputs: Sequence[str], number: int) -> None:
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"`num_images_per_prompt` must be a whole number >= 1 but is {number!r}")

@@ -72,6 +72,7 @@ class TiMClassPipeline(TransitionPipeline):
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         guide_first_step: bool = False,
+        guidance_input: float | None = None,
         stochasticity_ratio: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -89,6 +90,7 @@ class TiMClassPipeline(TransitionPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
+        guidance_scale = guidance_scale if guidance_input is None else 1.0
         labels = class_labels.tolist() if torch.is_tensor(class_labels) else class_labels
         numbers = self.get_label_ids([labels] if isinstance(labels, int | str) else labels)
         numbers = [number for number in numbers for _ in range(num_images_per_prompt)]
@@ -107,5 +109,6 @@ class TiMClassPipeline(TransitionPipeline):
         noise = self.prepare_latents(len(numbers), height, width, generator, latents)
         conditions = ClassConditions(traits.num_classes or 0, traits.class_dropout_prob > 0, self._execution_device)
         cond, uncond = conditions(numbers, guidance_scale > 1)
+        cond = self._guided(cond, len(noise), guidance_input, guidance_low, guidance_high)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end)
         return self._finish(x, plan.nfe, output_type, return_dict)

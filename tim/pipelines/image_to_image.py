@@ -37,6 +37,7 @@ class TiMImg2ImgPipeline(TiMPipeline):
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         guide_first_step: bool = False,
+        guidance_input: float | None = None,
         stochasticity_ratio: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -64,6 +65,7 @@ class TiMImg2ImgPipeline(TiMPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
+        guidance_scale = guidance_scale if guidance_input is None else 1.0
         pictures = self._pictures(image, height, width)
         transport = transport_of(self.scheduler)
         timesteps = self._times(strength, num_inference_steps) if timesteps is None else timesteps
@@ -79,6 +81,7 @@ class TiMImg2ImgPipeline(TiMPipeline):
         wide = state_dtype(noise.device)
         start, _ = transport.path(clean.to(wide), noise.to(wide), torch.tensor(first, dtype=wide))
         cond, uncond = self._conditions(embeds, num_images_per_prompt, guidance_scale > 1)
+        cond = self._guided(cond, len(noise), guidance_input, guidance_low, guidance_high)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end, start)
         return self._finish(x, plan.nfe, output_type, return_dict)
 

@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from tim.schedulers.sampling import Plan, plan_steps, state_dtype
-from tim.schedulers.transports import OT_FM, Transport
+from tim.schedulers.transport import Transport
+from tim.schedulers.transports import OT_FM
 from tim.targets import Target
 
 ON_GRID = 1e-6  # of T_max: a time this close to one of the grid is that one; float32 keeps more

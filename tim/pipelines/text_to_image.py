@@ -159,6 +159,7 @@ class TiMPipeline(TransitionPipeline):
         guidance_low: float = 0.0,
         guidance_high: float = 1.0,
         guide_first_step: bool = False,
+        guidance_input: float | None = None,
         stochasticity_ratio: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -183,6 +184,7 @@ class TiMPipeline(TransitionPipeline):
             guidance_scale: of classifier-free guidance; 1 is none.
             guidance_low, guidance_high, guide_first_step: guide steps that start strictly between these fractions of T_max, as
                 published, so that of the whole window the first is not; `guide_first_step` closes the window.
+            guidance_input: scale of guidance for a network that takes it as an input, in place of guidance_scale.
             stochasticity_ratio: share of noise that every step but the first and the last draws anew.
             generator: of the noise, one or a list with one for each image.
             latents: the noise itself (B, C, h, w), standard normal.
@@ -195,6 +197,7 @@ class TiMPipeline(TransitionPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
+        guidance_scale = guidance_scale if guidance_input is None else 1.0
         height, width = self._size(height, width)
         plan, first = self._plan(
             num_inference_steps, timesteps, guidance_scale, guidance_low, guidance_high, guide_first_step=guide_first_step,
@@ -204,5 +207,6 @@ class TiMPipeline(TransitionPipeline):
         embeds = self._embeds(prompt, negative_prompt, given, max_sequence_length, guidance_scale > 1)
         noise = self.prepare_latents(len(embeds[0]) * num_images_per_prompt, height, width, generator, latents)
         cond, uncond = self._conditions(embeds, num_images_per_prompt, guidance_scale > 1)
+        cond = self._guided(cond, len(noise), guidance_input, guidance_low, guidance_high)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end)
         return self._finish(x, plan.nfe, output_type, return_dict)

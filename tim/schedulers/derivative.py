@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 
 MIN_DIFFERENCE = 1e-4  # below this a central difference drowns in float32 rounding
 
@@ -194,6 +194,11 @@ def forward_mode_derivative(
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The half precision in which networks compute here, None outside of autocast."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def precision(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -1,11 +1,13 @@
 """The interval [r, t] of every sample: two draws of the time law, and the shares with r = t and r = T_min (Tab. 8, 11)."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tim.schedulers.transports import Transport, draw_times
+from tim.distributed import to_device
+from tim.schedulers.transport import Transport
 
 
 def draw_interval(
@@ -38,3 +40,21 @@ def draw_interval(
     r = torch.where(row >= n_others, torch.full_like(r, transport.T_min), r)
     r = torch.where(row < n_diffusion, t, r)
     return t, r, n_diffusion
+
+
+def draw_times(transport: Transport, normal: Tensor, device: torch.device | str) -> Tensor:
+    """Times (batch_size,) float32 by the transport's law, each a function of its own standard normal draw.
+
+    Args:
+        normal: standard normal draws (batch_size,). A subclass that overrides `sample_t(batch_size, dtype, device)` alone draws
+            for itself: one time after the other, torch's generator being seeded by the sample's normal.
+    """
+    known = inspect.signature(transport.sample_t).parameters.values()
+    if any(p.name == "normal" or p.kind is p.VAR_KEYWORD for p in known):
+        return transport.sample_t(len(normal), torch.float32, device, normal=normal)
+    times = []
+    with torch.random.fork_rng(devices=[]):
+        for bits in normal.cpu().float().view(torch.int32).tolist():
+            torch.manual_seed(bits)  # which reads no more than 32 bits
+            times.append(transport.sample_t(1, torch.float32, torch.device("cpu")).reshape(1))
+    return to_device(torch.cat(times).clamp(transport.T_min, transport.T_max), device)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 
 
 class Losses(NamedTuple):

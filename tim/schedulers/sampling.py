@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tim.schedulers import SAMPLE_TYPES
-from tim.schedulers.transports import Transport, jump
+from tim.schedulers.transport import Transport, jump
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What the network's prediction should be: the right-hand side of the transition identity (Eq. 9), in its variants."""
 
+import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from tim.schedulers.derivative import (
     at_least_float32,
+    autocast_dtype,
     carries_tangents,
     difference_derivative,
     expand_times,
@@ -17,8 +19,8 @@ from tim.schedulers.derivative import (
     predict,
     take_batch,
 )
-from tim.schedulers.transports import Transport
-from tim.schedulers.two_point import check_ratio, two_point_change
+from tim.schedulers.transport import Transport
+from tim.schedulers.two_point import DEFAULT_RATIO, check_ratio, two_point_change
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,13 +51,13 @@ class TransitionTarget:
         derivative_type: 'dde' (finite differences, forwards only; section 3.3, Tab. 1), 'jvp' (exact, carried along
             with F by the training pass at half of dde's cost) or 'two_point' (a finite step, see `two_point`).
         differential_epsilon: half-width of the dde difference, in raw time (Tab. 10).
-        derivative_dtype: dtype of the network in the derivative passes. None is float32 for 'dde', whose difference
-            would magnify the rounding of half precision a hundredfold, and that of the training pass for the others; for
-            'jvp' a dtype takes a pass of its own (measured in docs/numerics.md).
+        derivative_dtype: dtype of the network in the derivative passes. None is float32 for 'dde' and 'two_point', whose
+            differences would magnify the rounding of half precision a hundredfold, and that of the training pass for 'jvp',
+            which with a dtype takes a pass of its own (measured in docs/numerics.md).
         two_point_ratio: for 'two_point', the step's share of [r, t], or [start, end] annealed over training.
         tangent: the path that the derivative follows: of the data ('data', as published), of the network's own prediction
             at (t, t) ('marginal', of improved MeanFlow, arXiv 2512.02012: one more forward), or with model guidance of the
-            guided target ('guided'), along which alone Eq. 51 is an exact flow map.
+            guided target ('guided'). Along the data's path Eq. 51 is that of no flow.
         guidance_path: another name of tangent.
         guidance_max: train a network that takes guidance as an input (see `guidance`), for scales from 1 to this.
 
@@ -74,7 +76,7 @@ class TransitionTarget:
     differential_epsilon: float = 0.005
     _: KW_ONLY
     derivative_dtype: str | torch.dtype | None = None
-    two_point_ratio: float | list[float] = 0.1
+    two_point_ratio: float | list[float] = DEFAULT_RATIO
     tangent: str = "data"
     guidance_path: str | None = None
     guidance_max: float | None = None
@@ -87,6 +89,8 @@ class TransitionTarget:
         if not self.differential_epsilon > 0:
             raise ValueError(f"differential_epsilon must be > 0, got {self.differential_epsilon}")
         check_ratio(self.two_point_ratio)
+        if self.two_point_ratio != DEFAULT_RATIO and self.derivative_type != "two_point":
+            warnings.warn("two_point_ratio has no effect without derivative_type: two_point", stacklevel=4)
         if self.guidance_max is not None:
             if not self.guidance_max >= 1:
                 raise ValueError(f"guidance_max must be >= 1, got {self.guidance_max}")
@@ -147,17 +151,20 @@ class TransitionTarget:
 
     def _second_point(self, bare: nn.Module, drawn: Drawn, path: Pair, F_t: Tensor, ratio: float) -> Tensor:
         """`two_point_change` of the samples with t != r, 0 for the others (B, C, H, W)."""
-        x, z, _, t, r, n_diffusion, model_kwargs = drawn
+        x, z, x_t, t, r, n_diffusion, model_kwargs = drawn
         change = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         n = self._first_evaluated(n_diffusion, len(t))
         if n == len(t):
             return change
-        x, z, path_x, path_z, t, r, F_t = (u[n:] for u in (x, z, *path, t, r, F_t))
+        x, z, x_t, path_x, path_z, t, r, F_t = (u[n:] for u in (x, z, x_t, *path, t, r, F_t))
         s = torch.maximum(t - ratio * (t - r), r)
         x_s, _ = self.transport.path(path_x, path_z, expand_times(s, x))
+        c_t, c_s, c_r = map(self.transport.c_noise, (t, s, r))
+        kwargs, ambient = take_batch(model_kwargs, n, len(change)), autocast_dtype(x.device.type)
         with precision(x.device.type, self._precision):
-            times = self.transport.c_noise(s), self.transport.c_noise(r)
-            F_s = bare(x_s.to(x.dtype), *times, **take_batch(model_kwargs, n, len(change)))
+            F_s = bare(x_s.to(x.dtype), c_s, c_r, **kwargs)
+            if autocast_dtype(x.device.type) != ambient:  # both ends of the difference have to be rounded alike
+                F_t = bare(x_t.to(x.dtype), c_t, c_r, **kwargs)
         along = (path_x, path_z) if self.tangent == "guided" else (x, z)
         t, s, r = (expand_times(u, x) for u in (t, s, r))
         tail = two_point_change(self.transport, along, t, s, r, at_least_float32(F_t), at_least_float32(F_s))
@@ -173,7 +180,7 @@ class TransitionTarget:
     @property
     def _precision(self) -> torch.dtype | None:
         """`derivative_dtype` as a dtype; None is that of the training pass."""
-        if self.derivative_dtype is None and self.derivative_type == "dde":
+        if self.derivative_dtype is None and self.derivative_type != "jvp":
             return torch.float32
         return PRECISIONS[self.derivative_dtype] if isinstance(self.derivative_dtype, str) else self.derivative_dtype
 

@@ -162,9 +162,8 @@ class TransitionSchedule(TransitionTarget):
         if step is not None and step < self.tangent_warmup:
             F_star = self.diffusion_target(x, z, t, guidance)
             F_target = F_star + step / self.tangent_warmup * (F_target - F_star)
-        F_target = limit_residual(F_target, F_pred, n_diffusion, self.residual_clip, self.residual_direction)
-
         kept = finite_input & finite_samples(F_pred.detach()) & finite_samples(F_target)
+        F_target = limit_residual(F_target, F_pred, n_diffusion, self.residual_clip, self.residual_direction)
         loss = denoising_loss(F_pred, F_target, kept, use_dir_loss)
         # The adaptive weight of MeanFlow (arXiv 2505.13447): without it few samples with a large dF/dt own the gradient.
         weighted = self.time_weight(t, r, n_diffusion) / (loss.detach() + 1e-5) * loss

@@ -10,31 +10,40 @@ where F*_s is what the path through x_t predicts at s. With s = t - ratio (t - r
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tim.schedulers.transports import Transport
+from tim.schedulers.transport import Transport
 
-MIN_RATIO = 0.005  # below it the rounding of the two predictions, divided by the ratio, is as large as what they differ by
+DEFAULT_RATIO = 0.1
+MIN_RATIO = 0.005  # the rounding of the two predictions is divided by the ratio
 STEEPNESS = 10.0  # of the sigmoid from the first ratio to the last
 
 
-def check_ratio(ratio: float | list[float]) -> None:
-    """ValueError unless a ratio, or each of a list of two, is in (0, 1]."""
-    values = ratio if isinstance(ratio, list) else [ratio]
-    if (isinstance(ratio, list) and len(ratio) != 2) or not all(0 < value <= 1 for value in values):
-        raise ValueError(f"two_point_ratio={ratio} must be a number in (0, 1] or [start, end] of such, annealed over training")
+def check_ratio(ratio: float | Sequence[float]) -> None:
+    """ValueError unless a ratio, or each of two, is in (0, 1]."""
+    ends = ends_of(ratio)
+    if len(ends) != 2 or not all(isinstance(value, int | float) and 0 < value <= 1 for value in ends):
+        raise ValueError(
+            f"two_point_ratio={ratio!r} must be a number in (0, 1] or [start, end] of such, annealed over training"
+        )
 
 
-def ratio_at(ratio: float | list[float], progress: float) -> float:
+def ends_of(ratio: float | Sequence[float]) -> Sequence[float]:
+    """[start, end], which a constant has twice."""
+    return (ratio, ratio) if isinstance(ratio, int | float) else ratio
+
+
+def ratio_at(ratio: float | Sequence[float], progress: float) -> float:
     """The share of [r, t] between the two points, at least MIN_RATIO.
 
     Args:
         ratio: a constant, or [start, end] along a sigmoid.
         progress: share of training that is done, in [0, 1].
     """
-    start, end = ratio if isinstance(ratio, list) else (ratio, ratio)
+    start, end = ends_of(ratio)
     # tanh is the sigmoid of twice its argument; scaled, so that both ends are met.
     done = (1 + math.tanh(STEEPNESS / 2 * (progress - 0.5)) / math.tanh(STEEPNESS / 4)) / 2
     return max(MIN_RATIO, start + (end - start) * done)
