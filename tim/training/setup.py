@@ -116,16 +116,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     vae = build_autoencoder(config, accelerator, sharded=plugin is not None)
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)  # all processes draw the same starting weights
-    network = build_network(m.network).to(getattr(torch, t.dtype))
-    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
-        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
-    base = None
-    if m.lora is not None:
-        base = adapt(network, m)
-    elif m.ckpt:
-        start = find_weights(m.ckpt, name="model.ckpt").read()
-        for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
-            logger.info(note)
+    network, base = build_start(m, getattr(torch, t.dtype))
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
     if getattr(schedule, "guidance_max", None) is not None and not traits_of(network).guidance_input:
@@ -169,17 +160,25 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     )  # fmt: skip
 
 
-def adapt(network: nn.Module, m: Model) -> str:
-    """Load what `model.lora` adapts and put the adapters there; returns the digest of the weights.
+def build_start(m: Model, dtype: torch.dtype) -> tuple[nn.Module, str | None]:
+    """The network as training starts, and the digest of the weights that `model.lora` adapts, None without.
 
     Raises:
         ValueError, FileNotFoundError: for weights of another network, or layers that are not there.
     """
-    assert m.lora is not None, "there is something to adapt"
-    base = find_base(m)
-    load_strict(network, base.read(), base.source)
-    add_adapters(network, m.lora)
-    return base.digest()
+    network = build_network(m.network).to(dtype)
+    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
+        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
+    if m.lora is not None:
+        base = find_base(m)
+        load_strict(network, base.read(), base.source)
+        add_adapters(network, m.lora)
+        return network, base.digest()
+    if m.ckpt:
+        start = find_weights(m.ckpt, name="model.ckpt").read()
+        for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
+            logger.info(note)
+    return network, None
 
 
 def check_tangent_form(network: nn.Module, schedule: Objective, config: Config, device: torch.device) -> None:
