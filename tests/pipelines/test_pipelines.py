@@ -22,6 +22,7 @@ from tim.config import load_config
 from tim.generation.sampler import load_sampler
 from tim.generation.settings import SampleSettings
 from tim.pipelines import (
+    TiMClassImg2ImgPipeline,
     TiMClassPipeline,
     TiMClassTransformer2DModel,
     TiMImg2ImgPipeline,
@@ -90,6 +91,9 @@ def test_saved_whole_sharded_or_as_a_variant_it_draws_the_same(text_pipe, tmp_pa
     half = TiMPipeline.from_pretrained(tmp_path / "plain", torch_dtype=torch.bfloat16)
     assert {m.dtype for m in (half.transformer, half.vae, half.text_encoder)} == {torch.bfloat16}
     assert np.abs(draw(half, PROMPTS) - want).mean() < 0.02
+    TiMImg2ImgPipeline.from_pipe(half)  # shares what it is made of, and casts nothing
+    kinds = {m.dtype for m in (half.transformer.t_embedder.mlp[0].weight, half.transformer.final_layer.linear.weight)}
+    assert kinds == {torch.float32, torch.bfloat16} and half.vae.dtype == torch.bfloat16
     moved = TiMPipeline.from_pretrained(tmp_path / "plain").to(torch.bfloat16)
     assert np.isfinite(draw(moved, PROMPTS)).all()
 
@@ -138,6 +142,8 @@ def test_guidance_as_an_input_of_the_network(class_pipe):
     want = sample(OT_FM(), pipe.transformer, noise, {"y": torch.tensor([0, 2]), "guidance": guidance}, num_steps=4)
     assert torch.equal(result.images, want.x.float()) and result.nfe == 4
     assert not torch.allclose(result.images, pipe([0, 2], latents=noise, output_type="latent").images)
+    start = TiMClassImg2ImgPipeline.from_pipe(pipe)([0, 2], torch.zeros(1, 1, 8, 8), 1.0, latents=noise, guidance_input=3.0)
+    assert np.array_equal(arrays(start.images), arrays(pipe([0, 2], latents=noise, guidance_input=3.0).images))
     with pytest.raises(ValueError, match=r"`guidance_input`=3\.0 needs a network"):
         class_pipe([0], guidance_input=3.0)
     with pytest.raises(ValueError, match="must be >= 1"):
@@ -229,6 +235,23 @@ def test_pictures_to_start_from(text_pipe):
     ):
         with pytest.raises(ValueError, match=match):
             pipe(PROMPTS, **arguments)
+
+
+def test_classes_start_from_pictures_too(class_pipe):
+    pipe = TiMClassImg2ImgPipeline.from_pipe(class_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.fromarray(np.full((8, 8), 200, np.uint8))
+    whole = draw(pipe, ["nought", 2], image=picture, strength=1.0, generator=seeds(0, 1))
+    assert np.array_equal(whole, draw(class_pipe, ["nought", 2], generator=seeds(0, 1)))  # all of the picture is noised away
+    torch.nn.init.zeros_(pipe.transformer.final_layer.linear.weight)  # and the bias: a network that leaves the state alone
+    torch.nn.init.zeros_(pipe.transformer.final_layer.linear.bias)
+    noise = torch.randn(1, 1, 8, 8)
+    start = draw(pipe, 1, image=picture, latents=noise, strength=0.3, output_type="latent")
+    torch.testing.assert_close(start, 0.7 * (2 * 200 / 255 - 1) + 0.3 * noise, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`strength`.*1\.5"):
+        pipe(1, picture, strength=1.5)
+    with pytest.raises(ValueError, match="`image` must have 1 channels but has 3"):
+        pipe(1, torch.zeros(1, 3, 8, 8))
 
 
 def test_pictures_through_a_posterior(text_pipe, tmp_path):

@@ -1,5 +1,7 @@
 """The command lines that measure the quickstarts' small models. Nothing heavy is imported before the arguments are read."""
 
+import importlib.util
+
 from tim.cli import add_config_arguments, command_parser, parse_with_overrides, usable_path
 from tim.evaluation.flags import add_allow_partial, check_target
 
@@ -50,3 +52,25 @@ def t2i() -> None:
     config = load_config(args.config, args.overrides)
     real = real_images(build_t2i_dataset(config.data, pixels_per_token(config.model)))
     report(args.judge, args.samples, real, args.out, allow_partial=args.allow_partial)
+
+
+def studio(argv: list[str] | None = None) -> None:
+    """A page in the browser that draws with a model in any number of steps, and shows what more of them change.
+
+    Without --pipeline it offers what scripts/quickstart.sh and scripts/quickstart_t2i.sh have trained. It is served to this
+    machine alone unless --host says otherwise.
+    """
+    parser = command_parser(studio.__doc__)
+    parser.add_argument("--pipeline", metavar="DIR", help="folder of a pipeline or of a training run, or OWNER/NAME on the hub")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all of this machine's")
+    parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
+    parser.add_argument("--share", choices=("on", "off"), default="off", help="also by a public link through Gradio's servers")
+    args = parser.parse_args(argv)
+    if args.port is not None and not 1 <= args.port <= 65535:
+        raise ValueError(f"--port must be 1 to 65535, got {args.port}")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the studio needs gradio: pip install -e .[demo]")
+
+    from tim.demo.studio import serve
+
+    serve(args.pipeline, args.host, args.port, args.share == "on")

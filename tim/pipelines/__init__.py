@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tim.pipelines.class_to_image import TiMClassPipeline
-    from tim.pipelines.image_to_image import TiMImg2ImgPipeline
+    from tim.pipelines.from_run import pipeline_of_run
+    from tim.pipelines.image_to_image import TiMClassImg2ImgPipeline, TiMImg2ImgPipeline
     from tim.pipelines.networks import TiMClassTransformer2DModel, TiMTransformer2DModel
     from tim.pipelines.scheduler import TransitionScheduler
     from tim.pipelines.text_to_image import TiMPipeline
@@ -17,17 +18,21 @@ _HOMES = {
     "TiMPipeline": "text_to_image",
     "TiMClassPipeline": "class_to_image",
     "TiMImg2ImgPipeline": "image_to_image",
+    "TiMClassImg2ImgPipeline": "image_to_image",
     "TiMTransformer2DModel": "networks",
     "TiMClassTransformer2DModel": "networks",
     "TransitionScheduler": "scheduler",
+    "pipeline_of_run": "from_run",
 }
 __all__ = [
+    "TiMClassImg2ImgPipeline",
     "TiMClassPipeline",
     "TiMClassTransformer2DModel",
     "TiMImg2ImgPipeline",
     "TiMPipeline",
     "TiMTransformer2DModel",
     "TransitionScheduler",
+    "pipeline_of_run",
 ]
 
 

@@ -83,6 +83,11 @@ class TransitionPipeline(LoraMixin, DiffusionPipeline):
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
+        """As that of diffusers, but the components, which are shared, keep their dtypes unless `torch_dtype` names another."""
+        return super().from_pipe(pipeline, **{"torch_dtype": None, **kwargs})
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """The folder of a hub's pipeline in the local cache.
 

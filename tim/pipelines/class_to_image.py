@@ -8,7 +8,7 @@ from diffusers.models import AutoencoderDC, AutoencoderKL
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from tim.generation.conditions import ClassConditions
+from tim.generation.conditions import ClassConditions, Keywords
 from tim.models.network import traits_of
 from tim.pipelines.base import Generators, StepCallback, TiMPipelineOutput, TransitionPipeline
 from tim.pipelines.networks import TiMClassTransformer2DModel
@@ -59,6 +59,22 @@ class TiMClassPipeline(TransitionPipeline):
             ids.append(int(number))
         return ids
 
+    def _numbers(self, class_labels: int | str | Sequence[int | str] | Tensor) -> list[int]:
+        """As `get_label_ids`, of whatever a call may be given; ValueError for none at all."""
+        labels = class_labels.tolist() if torch.is_tensor(class_labels) else class_labels
+        numbers = self.get_label_ids([labels] if isinstance(labels, int | str) else labels)
+        if not numbers:
+            raise ValueError("`class_labels` is empty; name at least one class")
+        return numbers
+
+    def _class_conditions(self, labels: list[int], number: int, scale: float) -> tuple[Keywords, Keywords | None]:
+        """Network keywords of every image, and those of the null class when it is guided."""
+        traits = traits_of(self.transformer)
+        if scale > 1 and not traits.class_dropout_prob:
+            raise ValueError(f"`guidance_scale`={scale} needs the null class, which this model was trained without; pass 1")
+        conditions = ClassConditions(traits.num_classes or 0, traits.class_dropout_prob > 0, self._execution_device)
+        return conditions([label for label in labels for _ in range(number)], scale > 1)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -91,24 +107,14 @@ class TiMClassPipeline(TransitionPipeline):
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
         guidance_scale = guidance_scale if guidance_input is None else 1.0
-        labels = class_labels.tolist() if torch.is_tensor(class_labels) else class_labels
-        numbers = self.get_label_ids([labels] if isinstance(labels, int | str) else labels)
-        numbers = [number for number in numbers for _ in range(num_images_per_prompt)]
-        if not numbers:
-            raise ValueError("`class_labels` is empty; name at least one class")
+        labels = self._numbers(class_labels)
         height, width = self._size(height, width)
         plan, first = self._plan(
             num_inference_steps, timesteps, guidance_scale, guidance_low, guidance_high, guide_first_step=guide_first_step,
             stochasticity_ratio=stochasticity_ratio,
         )  # fmt: skip
-        traits = traits_of(self.transformer)
-        if guidance_scale > 1 and not traits.class_dropout_prob:
-            raise ValueError(
-                f"`guidance_scale`={guidance_scale} needs the null class, which this model was trained without; pass 1"
-            )
-        noise = self.prepare_latents(len(numbers), height, width, generator, latents)
-        conditions = ClassConditions(traits.num_classes or 0, traits.class_dropout_prob > 0, self._execution_device)
-        cond, uncond = conditions(numbers, guidance_scale > 1)
+        cond, uncond = self._class_conditions(labels, num_images_per_prompt, guidance_scale)
+        noise = self.prepare_latents(len(labels) * num_images_per_prompt, height, width, generator, latents)
         cond = self._guided(cond, len(noise), guidance_input, guidance_low, guidance_high)
         x = self._run(plan, first, noise, cond, uncond, generator, callback_on_step_end)
         return self._finish(x, plan.nfe, output_type, return_dict)
