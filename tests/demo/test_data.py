@@ -76,6 +76,8 @@ def test_nature_is_a_part_of_openmoji():
     assert 250 < len(names) < 300
     assert {"banana", "elephant", "cactus", "pizza"} <= names
     assert not {"red heart", "grinning face", "automobile"} & names
+    others = {captions[0] for _, _, captions in demo.transport()}
+    assert len(others) > 100 and {"rocket", "ambulance", "tram"} <= others and not others & names
 
 
 def test_trimming_leaves_a_margin_and_pads_extreme_ratios():
@@ -102,7 +104,7 @@ def test_a_missing_package_names_its_install_line(monkeypatch, tmp_path):
 
 
 def test_unknown_sets_and_sizes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="'cats' is not one of openmoji, nature, shapes"):
+    with pytest.raises(ValueError, match="'cats' is not one of openmoji, nature, transport, shapes"):
         demo.write_demo("cats", tmp_path)
     with pytest.raises(ValueError, match="size must be >= 8"):
         demo.write_demo("shapes", tmp_path, size=4)

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from helpers.commands import command
 from PIL import Image
+
+from tim.pipelines import TiMPipeline
 
 
 def overrides(data) -> list[str]:
@@ -76,3 +79,14 @@ def test_openmoji_goes_through_its_buckets(tmp_path):
     sizes = {p.name for p in (project / "images").iterdir()}
     assert sizes == {"24x40", "32x32", "40x24"}
     assert len((project / "samples" / "contents.txt").read_text().splitlines()) == 4
+    adapters = tmp_path / "adapters"
+    command(
+        "projects/train/trainer_t2i.py", "--config", "configs/t2i/openmoji_lora.yaml", "--project_dir", adapters,
+        *overrides(data), f"model.ckpt={project}", "training.max_train_steps=2", "training.sample_steps=null",
+    )  # fmt: skip
+    command("tools/convert_to_diffusers.py", project, tmp_path / "pipeline")
+    pipe = TiMPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.load_lora_weights(adapters)
+    call = {"num_inference_steps": 4, "guidance_scale": 2.5, "height": 24, "width": 40}
+    image = pipe("rocket", **call, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (40, 24)

@@ -16,7 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "tim.training.loop", "tim.models.c2i.tim_model", "tim.models.t2i.tim_model", "matplotlib.figure",
-        "tim.generation.engine", "tim.evaluation.adm", "tim.evaluation.extract", "timm", "torchvision", "pytest",
+        "tim.generation.engine", "tim.evaluation.adm", "tim.evaluation.extract", "timm", "torchvision", "pytest", "peft",
     ]
 )  # fmt: skip
 

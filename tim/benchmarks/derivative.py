@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from tim.benchmarks.measure import Results, conditions, peak_memory, reset_peak_memory, timed
+from tim.checkpoint.adapters import load_weights
 from tim.checkpoint.weights import Weights
 from tim.config import Config
 from tim.models.attention import CrossAttention, SelfAttention
 from tim.models.attention_tangent import attention_tangent, explicit_tangent
-from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.derivative import expand_times
 from tim.schedulers.target import Drawn
@@ -51,7 +51,7 @@ class DerivativePrecision:
             for p in network.parameters():
                 p.normal_(std=0.05)
         else:
-            load_strict(network, weights.read(), weights.source)
+            load_weights(network, weights, config.model)
         self.transport, self.device = config.model.transport.build(), device
         x, z = (torch.randn(batch_size, *traits_of(network).latent_shape(), device=device) for _ in range(2))
         self.cond, _ = conditions(network, batch_size, device)

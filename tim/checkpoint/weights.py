@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,12 +17,14 @@ from tim.checkpoint.store import MANIFEST, find_corruption, is_checkpoint, lates
 from tim.config import Config
 from tim.digests import cached_sha256
 from tim.files import read_json, replacing, sha256
+from tim.models.adapters import add_adapters
 from tim.models.loading import check_state, read_state_dict
 from tim.models.network import build_network
 
 OTHER_FORMAT = {".bin": ".safetensors", ".safetensors": ".bin"}
 DOWNLOADS = {"c2i_model_256": "c2i-256", "c2i_model_512": "c2i-512", "t2i_model": "t2i"}  # of tools/download_checkpoints.sh
 PARTS = {"ema": "ema", "raw": "model"}  # kinds of weights, and what a checkpoint calls them
+BASE = "base_sha256"  # where settings of checkpoints and metadata of files say what adapters are on
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +72,23 @@ class Weights:
         lines = [self.kind, *(f"{entry['sha256']}  {name}" for name, entry in sorted(manifest.items()))]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    def base(self) -> str | None:
+        """The digest of the weights that these, being adapters, were trained on; None where that is not written down."""
+        if self.checkpoint is not None:
+            return read_state(self.checkpoint).get("settings", {}).get(BASE)
+        if self.source.suffix != ".safetensors":
+            return None
+        with safe_open(self.source, framework="pt") as f:
+            return (f.metadata() or {}).get(BASE)
+
     def metadata(self) -> dict[str, str]:
-        """What is known of them: `weights` (the kind), `source`, and of a run's checkpoint `step` and `config_sha256`."""
+        """What is known of them: `weights` (the kind), `source`; of a run's checkpoint `step`, `config_sha256`; and `BASE`."""
+        base = self.base()
+        known = {} if base is None else {BASE: base}
         if self.checkpoint is None:
-            return {"weights": self.kind, "source": self.source.name}
+            return {"weights": self.kind, "source": self.source.name, **known}
         step = read_state(self.checkpoint)["step"]
-        known = {"weights": self.kind, "source": self.checkpoint.name, "step": str(step)}
+        known |= {"weights": self.kind, "source": self.checkpoint.name, "step": str(step)}
         config = self.checkpoint.parent.parent / "config.yaml"
         return {**known, "config_sha256": sha256(config)} if config.is_file() else known
 
@@ -128,7 +142,10 @@ def _there(path: Path, name: str) -> Path:
 def empty_network(config: Config) -> nn.Module:
     """The network of a config without memory for its weights, to compare shapes with."""
     with torch.device("meta"):
-        return build_network(config.model.network).requires_grad_(False)
+        network = build_network(config.model.network)
+        if config.model.lora is not None:
+            add_adapters(network, config.model.lora)
+        return network.requires_grad_(False)
 
 
 def export_weights(source: str, out: Path, kind: str | None = None, config: Config | None = None) -> dict[str, str]:
@@ -145,16 +162,26 @@ def export_weights(source: str, out: Path, kind: str | None = None, config: Conf
         FileNotFoundError: when there are no weights.
         ValueError: when they are damaged or do not match, or when `out` exists.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors")
-    if out.exists():
-        raise ValueError(f"{out} exists; choose another name or remove it")
+    check_new_file(out)
     weights = find_weights(source, kind, name="source")
     state = weights.read()
     if config is not None:
         state = check_state(empty_network(config), state, source)
+    return write_weights(out, state, weights.metadata())
+
+
+def check_new_file(out: Path) -> None:
+    """Raise ValueError unless `out` can become a safetensors file that is not there yet."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"{out} must end in .safetensors")
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another name or remove it")
+
+
+def write_weights(out: Path, state: dict[str, Tensor], known: dict[str, str]) -> dict[str, str]:
+    """Write weights as one safetensors file, with what is known of them; returns its metadata."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", **weights.metadata(), "tim_version": tim.__version__}
+    metadata = {"format": "pt", **known, "tim_version": tim.__version__}
     owned = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}  # no views
     with replacing(out) as partial:
         save_file(owned, partial, metadata)

@@ -1,4 +1,4 @@
-"""Small captioned image sets that installed packages carry: emoji (openmoji, nature), coloured shapes, digits."""
+"""Small captioned image sets that installed packages carry: emoji (openmoji, nature, transport), coloured shapes, digits."""
 
 import importlib
 import importlib.util
@@ -31,6 +31,7 @@ NATURE = (  # code points of food, plants and animals
     *range(0x1FAB0, 0x1FAC0),
     *range(0x1FACE, 0x1FADD),
 )
+TRANSPORT = range(0x1F680, 0x1F700)  # of vehicles and signs
 VARIATION_SELECTOR = "\ufe0f"
 GLYPH = 128  # font size in pixels
 CANVAS = 224
@@ -80,6 +81,11 @@ def digits() -> Iterator[Sample]:
 def nature() -> Iterator[Sample]:
     """The food, plants and animals of `openmoji`."""
     return openmoji(NATURE)
+
+
+def transport() -> Iterator[Sample]:
+    """The vehicles and signs of `openmoji`, which `nature` has none of."""
+    return openmoji(TRANSPORT)
 
 
 def openmoji(code_points: Collection[int] | None = None) -> Iterator[Sample]:
@@ -219,6 +225,7 @@ def _package(module: str, demo: str, name: str) -> ModuleType:
 DEMOS = {
     "openmoji": (openmoji, OPENMOJI_LICENSE),
     "nature": (nature, OPENMOJI_LICENSE),
+    "transport": (transport, OPENMOJI_LICENSE),
     "shapes": (shapes, SHAPES_LICENSE),
     "digits": (digits, DIGITS_LICENSE),
 }

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from tim import rng
-from tim.checkpoint.weights import Weights
+from tim.checkpoint.adapters import find_base, load_weights
+from tim.checkpoint.weights import BASE, Weights
 from tim.config import Config
 from tim.distributed import inference_dtype, set_tf32, to_device
 from tim.generation.conditions import Conditions, Keywords, build_conditions
 from tim.generation.settings import SampleSettings
 from tim.images import to_pixels
 from tim.models.autoencoders import Autoencoder
-from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.schedulers.sampling import Plan, follow, plan_steps
 from tim.schedulers.transport import Transport
@@ -208,7 +208,7 @@ def load_sampler(config: Config, weights: Weights, settings: SampleSettings, dev
     dtype = network_dtype(config, settings.dtype, device)
     network = build_network(config.model.network).requires_grad_(False)
     try:
-        load_strict(network, weights.read(), weights.source)
+        load_weights(network, weights, config.model)
     except ValueError as error:
         theirs = PUBLISHED.get(weights.source.stem)
         slip = f"; {weights.source.name} belongs to {theirs} (the published 512x512 script names the 256 file by mistake)"
@@ -237,6 +237,8 @@ def _identity(config: Config, dtype: torch.dtype) -> dict[str, Any]:
     found: dict[str, Any] = {"network.dtype": str(dtype)}
     for part, target in (("network", config.model.network), ("transport", config.model.transport)):
         found |= {part: target.target, **{f"{part}.{name}": value for name, value in sorted(target.keywords().items())}}
+    if config.model.lora is not None:  # weights_sha256 is that of the adapters alone
+        found |= {"lora": asdict(config.model.lora), BASE: find_base(config.model).digest()}
     return json.loads(json.dumps(found, default=str))
 
 

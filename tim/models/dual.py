@@ -10,7 +10,7 @@ Tangents belong to the last rows of a batch, whose first have r = t and need non
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -88,7 +88,14 @@ def linear(layer: nn.Linear, u: Value) -> Value:
         return layer(u)
     value = layer(u.value)
     with torch.no_grad():  # and not of a detached weight, whose half-precision copy autocast would make anew
-        return Dual(value, nnf.linear(u.tangent, layer.weight))
+        plain = isinstance(layer, nn.Linear)
+        return Dual(value, nnf.linear(u.tangent, layer.weight) if plain else without_bias(layer, u.tangent))
+
+
+def without_bias(layer: nn.Module, u: Tensor) -> Tensor:
+    """W u of a layer that computes W u + b in a way of its own, such as one with adapters, whose `weight` is not all of W."""
+    zeros = {name: torch.zeros_like(p) for name, p in layer.named_parameters() if name.rpartition(".")[2] == "bias"}
+    return torch.func.functional_call(layer, zeros, (u,))
 
 
 def patches(layer: nn.Conv2d, x: Value) -> Value:
@@ -97,7 +104,9 @@ def patches(layer: nn.Conv2d, x: Value) -> Value:
         return layer(x)
     value = layer(x.value)
     with torch.no_grad():
-        return Dual(value, nnf.conv2d(x.tangent, layer.weight, stride=layer.stride))
+        plain = isinstance(layer, nn.Conv2d)
+        tangent = nnf.conv2d(x.tangent, layer.weight, stride=layer.stride) if plain else without_bias(layer, x.tangent)
+        return Dual(value, tangent)
 
 
 def layer_norm(layer: nn.Module, u: Value) -> Value:
@@ -108,16 +117,17 @@ def layer_norm(layer: nn.Module, u: Value) -> Value:
     if not isinstance(u, Dual):
         return layer(u)
     value = layer(u.value)
-    if not isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, nn.Identity):
         return Dual(value, u.tangent)
     # Statistics in float32 or wider, as those of the value under autocast.
     x, dx = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (u.tail, u.tangent))
     x, dx = (a - a.mean(-1, keepdim=True) for a in (x, dx))
-    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + layer.eps)
+    inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + cast(float, layer.eps))
     y = x * inverse
     tangent = inverse * (dx - y * (y * dx).mean(-1, keepdim=True))
     with torch.no_grad():
-        return Dual(value, tangent if layer.weight is None else tangent * layer.weight)
+        weight = cast("Tensor | None", layer.weight)
+        return Dual(value, tangent if weight is None else tangent * weight)
 
 
 def modulate(u: Value, shift: Value, scale: Value) -> Value:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tim.digests import cached_sha256
+from tim.models.adapters import has_adapters, is_adapter_key
 from tim.typed_yaml import first_line
 
 WRAPPERS = ("ema", "model", "state_dict", "module")  # keys under which training frameworks nest a state dict
@@ -111,7 +112,9 @@ def load_strict(network: nn.Module, state: dict[str, Tensor], source: str | Path
 
 
 def left_out(network: nn.Module) -> list[str]:
-    """The keys of a projector that nothing trains: checkpoints do without them."""
+    """The keys that checkpoints do without: what adapters adapt, or else a projector that nothing trains."""
+    if has_adapters(network):
+        return [key for key, _ in network.named_parameters() if not is_adapter_key(key)]
     projector = {key: p for key, p in network.named_parameters() if key.startswith(PROJECTOR)}
     return [] if any(p.requires_grad for p in projector.values()) else list(projector)
 
@@ -119,7 +122,7 @@ def left_out(network: nn.Module) -> list[str]:
 def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
     """Compare keys and shapes of a state dict with the network's, sharded or not.
 
-    The projector may be missing as a whole where nothing trains it.
+    The projector may be missing as a whole where nothing trains it, and of a network with adapters all but these must.
 
     Returns:
         The state under the network's own keys (`match_keys`).
@@ -130,6 +133,8 @@ def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path
     # By hand, since load_state_dict reports all keys at once, which for another architecture are hundreds of lines.
     own = network.state_dict()
     state = match_keys(own, state)
+    if has_adapters(network):
+        own = {key: value for key, value in own.items() if is_adapter_key(key)}
     missing = [k for k in own if k not in state]
     if missing == [k for k in own if k.startswith(PROJECTOR)] and not any(k.startswith(PROJECTOR) for k in state):
         if missing and not left_out(network):
@@ -152,7 +157,9 @@ def check_state(network: nn.Module, state: dict[str, Tensor], source: str | Path
     }
     found = [f"{len(items)} {what}, first: {'; '.join(items[:3])}" for what, items in problems.items() if items]
     if found:
-        raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(found)}")
+        adapted = any(map(is_adapter_key, state)) and not has_adapters(network)
+        hint = "; it holds adapters, which the config.yaml of their run puts on their base" if adapted else ""
+        raise ValueError(f"{source} belongs to another network than the config's: {' | '.join(found)}{hint}")
     return state
 
 

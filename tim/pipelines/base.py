@@ -20,6 +20,7 @@ from tim.images import to_pixels
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
 from tim.pipelines.card import METRICS, quality_table, write_card
+from tim.pipelines.lora import LoraMixin
 from tim.pipelines.scheduler import close_grid, plan_of, transport_of
 from tim.schedulers.sampling import Plan, follow
 from tim.targets import allowed_code
@@ -50,7 +51,7 @@ class _Interrupted(Exception):
         self.state = state
 
 
-class TransitionPipeline(DiffusionPipeline):
+class TransitionPipeline(LoraMixin, DiffusionPipeline):
     """Base class: components transformer, scheduler and vae (None when the pixels are the latents)."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -108,8 +109,10 @@ class TransitionPipeline(DiffusionPipeline):
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is another file.
+            ValueError: when it is another file, or the transformer has adapters, for which the folder has no place.
         """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError("adapters are loaded: `unload_lora_weights`, before it `fuse_lora` to save their effect")
         folder = Path(save_directory)
         source = Path(metrics or Path(self.config.get("_name_or_path") or "") / METRICS)
         if metrics:

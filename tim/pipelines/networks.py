@@ -18,8 +18,9 @@ from diffusers.models.modeling_utils import ModelMixin  # for the loader of pipe
 from torch import Tensor
 from typing_extensions import Self
 
+from tim.checkpoint.adapters import load_weights
 from tim.checkpoint.weights import find_weights
-from tim.config import load_config
+from tim.config import Model, load_config
 from tim.models.c2i.tim_model import TiM as ClassTiM
 from tim.models.loading import load_strict
 from tim.models.t2i.tim_model import TiM as TextTiM
@@ -129,6 +130,8 @@ class _DiffusersModel(TransitionTransformer, ModelMixin, ConfigMixin, PeftAdapte
     ) -> Self:
         """Read released weights, an export, a checkpoint or a training run; nothing in them is run.
 
+        Of a run that trained adapters, these are put into the weights that they adapt.
+
         Args:
             pretrained_model_link_or_path_or_dict: what `tim.checkpoint.weights.find_weights` takes.
             config: YAML file of the run, a folder with a config.json, or the network's keywords.
@@ -139,9 +142,13 @@ class _DiffusersModel(TransitionTransformer, ModelMixin, ConfigMixin, PeftAdapte
             FileNotFoundError: when there are no weights or no config.
             ValueError: for a config of another class of network, or weights of another network.
         """
-        source = pretrained_model_link_or_path_or_dict
-        network = cls(**cls._keywords(config)).requires_grad_(False)  # a projector that nothing trains may be missing
-        load_strict(network, find_weights(source, weights, name="weights").read(), source)
+        found = find_weights(pretrained_model_link_or_path_or_dict, weights, name="weights")
+        keywords, model = cls._keywords(config)
+        network = cls(**keywords).requires_grad_(False)  # a projector that nothing trains may be missing
+        if model is None:
+            load_strict(network, found.read(), found.source)
+        else:
+            load_weights(network, found, model, merge=True)
         network.requires_grad_(True)
         if torch_dtype is not None:
             for name, child in network.named_children():
@@ -149,20 +156,21 @@ class _DiffusersModel(TransitionTransformer, ModelMixin, ConfigMixin, PeftAdapte
         return network.eval()
 
     @classmethod
-    def _keywords(cls, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-        """The network's keywords, from where `from_single_file` may find them."""
+    def _keywords(cls, config: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], Model | None]:
+        """The network's keywords, from where `from_single_file` may find them, and the YAML file's section when it is one."""
         if config is None:
             raise ValueError("config is missing: name the YAML file that the weights were trained with")
         if isinstance(config, Mapping) or Path(config).is_dir():
             found = config if isinstance(config, Mapping) else cls.load_config(config)
-            keywords = {key: value for key, value in found.items() if not key.startswith("_")}
+            keywords, model = {key: value for key, value in found.items() if not key.startswith("_")}, None
         else:
-            target = load_config(config).model.network
+            model = load_config(config).model
+            target = model.network
             if not issubclass(cls, target.resolve()):
                 raise ValueError(f"{config} is of a {target.target}, not of a {cls.__name__}")
             keywords = target.params
         check_keywords(cls, keywords, "config")
-        return keywords
+        return keywords, model
 
 
 class TiMTransformer2DModel(_DiffusersModel, TextTiM):

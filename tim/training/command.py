@@ -1,6 +1,11 @@
 """The trainers' command line."""
 
+import os
+import pkgutil
+
 from tim.cli import add_config_arguments, command_parser, parse_with_overrides, usable_path
+
+EXPORT = "tim.pipelines.convert:export_run"
 
 
 def train_c2i(argv: list[str] | None = None) -> None:
@@ -46,7 +51,16 @@ def _train(argv: list[str] | None, description: str, task: str) -> None:
         print(to_yaml(config))
         return
 
+    from tim.distributed import leave_process_group
     from tim.training import tasks
     from tim.training.loop import train
 
+    # By its name, as console scripts find commands: it takes seconds to import, and trainers need no pipelines.
+    export = pkgutil.resolve_name(EXPORT) if config.training.export_pipeline else None
+    if export:
+        export(config, args.project_dir, check_only=True)
     train(config, args.project_dir, args.seed, getattr(tasks, task), args.dry_run, args.allow_changes)
+    if export and not args.dry_run:
+        leave_process_group()  # reading sharded weights would wait for the other processes
+        if int(os.environ.get("RANK", 0)) == 0:
+            export(config, args.project_dir)

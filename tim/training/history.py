@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tim.checkpoint.weights import BASE
 from tim.config import Config, Target, to_yaml
 from tim.data.latents import classes_identity
 from tim.files import write_text
@@ -33,7 +34,8 @@ def what_must_stay(run: Run) -> dict[str, Any]:
         "labels": getattr(dataset, "num_labels", None),
         **(classes_identity(names) if names else {}),
     }
-    parts = {"network": _keywords(m.network), "transport": _keywords(m.transport), "dataset": data}
+    lora = {} if m.lora is None else {"lora": asdict(m.lora), BASE: run.base}
+    parts = {"network": _keywords(m.network), "transport": _keywords(m.transport), "dataset": data, **lora}
     found = {name: value for name, value in flatten(parts).items() if value is not None}
     return json.loads(json.dumps(found | {"optimizer": run.config.training.optimizer.target}, default=str))
 

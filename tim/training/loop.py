@@ -12,6 +12,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from tim import rng
+from tim.checkpoint.adapters import LORA_FILE, write_lora
 from tim.config import Config
 from tim.data.batch import Batch
 from tim.data.prefetch import Prefetcher
@@ -79,7 +80,20 @@ def train(
             checkpoints.close()
             for tracker in accelerator.trackers:
                 tracker.finish()
+    if run.base is not None:
+        save_adapters(run)
     accelerator.print(closing_line(run), flush=True)
+
+
+def save_adapters(run: Run) -> None:
+    """Write the adapters of a finished run for `load_lora_weights`."""
+    path = run.project_dir / LORA_FILE
+    try:
+        write_lora(run.ema.network if run.ema else run.network, path)
+    except ValueError as error:  # parts that were trained whole
+        logger.info(str(error))
+    else:
+        logger.info(f"adapters for load_lora_weights of pipelines in {path}")
 
 
 def run_steps(run: Run, checkpoints: CheckpointManager, run_log: RunLogger, start_step: int, samples_seen: int) -> None:
@@ -286,7 +300,8 @@ def summary(run: Run) -> str:
     total = round(sum(sizes) / len(sizes) * t.gradient_accumulation_steps * a.num_processes)
     batch = f"{total} = {sizes[0]}" if len(set(sizes)) == 1 else f"{total} on average = {min(sizes)} to {max(sizes)}"
     return (
-        f"network: {parameters / 1e6:.2f}M trained parameters, {t.dtype}, mixed precision {t.mixed_precision}\n"
+        f"network: {parameters / 1e6:.2f}M trained parameters, {t.dtype}, mixed precision {t.mixed_precision}"
+        f"{f', adapters on {run.config.model.ckpt}' if run.base else ''}\n"
         f"data: {run.task.summary()}\n"
         f"batch: {batch} x {t.gradient_accumulation_steps} accumulation x {a.num_processes} process(es) on {a.device.type}"
         f"{', weights sharded' if run.sharded else ''}\n"

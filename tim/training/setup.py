@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from tim.checkpoint.adapters import find_base
 from tim.checkpoint.warm_start import warm_start
 from tim.checkpoint.weights import find_weights
-from tim.config import Config
+from tim.config import Config, Model
 from tim.data.replacement import ReplacingDataset
 from tim.distributed import HALF, is_sharded, set_tf32, use_cpu
+from tim.models.adapters import add_adapters
 from tim.models.autoencoders import Autoencoder
+from tim.models.loading import load_strict
 from tim.models.network import build_network, traits_of
 from tim.models.trunk import TransitionTransformer
 from tim.schedulers.derivative import carries_tangents
@@ -46,6 +49,7 @@ class Run:
         model: the network as it is trained (wrapped for several processes); network: the bare one, the same when sharded.
         task: data and conditions. lr: learning rate after scaling.
         global_batch_size: data.dataloader.batch_size x accumulation x processes.
+        base: digest of the weights that adapters are trained on, None when the network is trained itself.
     """
 
     accelerator: Accelerator
@@ -63,6 +67,7 @@ class Run:
     lr_scheduler: LambdaLR
     lr: float
     global_batch_size: int
+    base: str | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -111,13 +116,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     vae = build_autoencoder(config, accelerator, sharded=plugin is not None)
     task = task_class(config, vae, accelerator.device)
     torch.manual_seed(seed)  # all processes draw the same starting weights
-    network = build_network(m.network).to(getattr(torch, t.dtype))
-    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
-        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
-    if m.ckpt:
-        start = find_weights(m.ckpt, name="model.ckpt").read()
-        for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
-            logger.info(note)
+    network, base = build_start(m, getattr(torch, t.dtype))
     encoder = build_encoder(config, network, accelerator.device)
     task.check(network)
     if getattr(schedule, "guidance_max", None) is not None and not traits_of(network).guidance_input:
@@ -127,10 +126,10 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
         )
     check_tangent_form(network, schedule, config, accelerator.device)
 
-    ema = EMA(network, m.ema_decay) if m.use_ema else None
     if plugin is not None and accelerator.num_processes == 1:
         warnings.warn("training.fsdp_config has no effect with one process: nothing is sharded", stacklevel=2)
         plugin = None
+    ema = EMA(network, m.ema_decay, share=plugin is None) if m.use_ema else None
     for module in (network, ema.network) if ema else (network,):
         if plugin is None:
             module.to(accelerator.device)
@@ -157,8 +156,29 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
     network = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop alone says where autocast is on
     return Run(
         accelerator, config, seed, project_dir, task, network, model, ema, schedule, vae, encoder,
-        optimizer, lr_scheduler, lr, global_batch_size,
+        optimizer, lr_scheduler, lr, global_batch_size, base,
     )  # fmt: skip
+
+
+def build_start(m: Model, dtype: torch.dtype) -> tuple[nn.Module, str | None]:
+    """The network as training starts, and the digest of the weights that `model.lora` adapts, None without.
+
+    Raises:
+        ValueError, FileNotFoundError: for weights of another network, or layers that are not there.
+    """
+    network = build_network(m.network).to(dtype)
+    if not m.enc_dir and isinstance(projector := getattr(network, "projector", None), nn.Module):
+        projector.requires_grad_(False)  # no gradient would ever reach it, and DDP would wait for one
+    if m.lora is not None:
+        base = find_base(m)
+        load_strict(network, base.read(), base.source)
+        add_adapters(network, m.lora)
+        return network, base.digest()
+    if m.ckpt:
+        start = find_weights(m.ckpt, name="model.ckpt").read()
+        for note in warm_start(network, start, m.ckpt, m.ckpt_allow_missing):
+            logger.info(note)
+    return network, None
 
 
 def check_tangent_form(network: nn.Module, schedule: Objective, config: Config, device: torch.device) -> None:

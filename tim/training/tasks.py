@@ -184,7 +184,7 @@ class CaptionTask:
 Task: TypeAlias = ClassTask | CaptionTask
 
 
-def class_names(dataset: LabelledSamples, num_classes: int) -> Sequence[str]:
+def class_names(dataset: LabelledSamples | None, num_classes: int) -> Sequence[str]:
     """What classes are called: as their folders, WordNet's numbers in words, and a thousand nameless ones as ImageNet's."""
     names: Sequence[str] | None = getattr(dataset, "class_names", None)
     if names is not None and len(names) != num_classes:
