@@ -76,7 +76,10 @@ def test_few_captions_are_encoded_once_unless_told_otherwise(tmp_path):
     calls = []
     cached.encoder.encoder.model.register_forward_pre_hook(lambda *_: calls.append(1))
     captions, kept = ["a flower", "a photo number 3", "a flower"], torch.zeros(3, dtype=torch.bool)
-    first, _ = cached.conditions({"caption": captions}, kept)
-    again, _ = cached.conditions({"caption": captions[::-1]}, kept)
-    assert len(calls) == 2 and torch.equal(first["y"], again["y"].flip(0))
-    torch.testing.assert_close(first["y"], plain.conditions({"caption": captions}, kept)[0]["y"], rtol=1e-4, atol=1e-5)
+
+    def features(task, captions):
+        return task.conditions(task.prepare({"caption": captions}, kept))[0]["y"]
+
+    first, again = features(cached, captions), features(cached, captions[::-1])
+    assert len(calls) == 2 and torch.equal(first, again.flip(0))
+    torch.testing.assert_close(first, features(plain, captions), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tim.pipelines.class_to_image import TiMClassPipeline
-    from tim.pipelines.from_run import pipeline_of_run
+    from tim.pipelines.convert import pipeline_of_run
     from tim.pipelines.image_to_image import TiMClassImg2ImgPipeline, TiMImg2ImgPipeline
     from tim.pipelines.networks import TiMClassTransformer2DModel, TiMTransformer2DModel
     from tim.pipelines.scheduler import TransitionScheduler
@@ -22,7 +22,7 @@ _HOMES = {
     "TiMTransformer2DModel": "networks",
     "TiMClassTransformer2DModel": "networks",
     "TransitionScheduler": "scheduler",
-    "pipeline_of_run": "from_run",
+    "pipeline_of_run": "convert",
 }
 __all__ = [
     "TiMClassImg2ImgPipeline",

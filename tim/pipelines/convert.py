@@ -142,20 +142,44 @@ def network_class(config: Config) -> type:
     return cls
 
 
-def build_pipeline(weights: Weights, config_path: Path) -> TransitionPipeline:
-    """The pipeline of weights and of all that their config names; raises as `to_pipeline`."""
+def pipeline_of_run(
+    folder: str | Path, torch_dtype: torch.dtype = torch.float32, weights: str | None = None
+) -> TransitionPipeline:
+    """The newest checkpoint of a run as a pipeline in memory, with the autoencoder and the text encoder of its config.yaml.
+
+    Args:
+        folder: of the run, which holds config.yaml and checkpoints/.
+        torch_dtype: of the weights, but the time embedders', which stay float32.
+        weights: 'ema' or 'raw'; None takes the moving average when there is one.
+
+    Raises:
+        FileNotFoundError: when the config, a checkpoint or what the config names is missing.
+        ValueError: for weights of another network than the config's.
+    """
+    config = Path(folder) / "config.yaml"
+    load_config(config)  # a folder that is no run is told by what it lacks first
+    return build_pipeline(find_weights(folder, weights, name="FOLDER"), config, torch_dtype)
+
+
+def build_pipeline(weights: Weights, config_path: Path, torch_dtype: torch.dtype | None = None) -> TransitionPipeline:
+    """The pipeline of weights and of all that their config names; raises as `to_pipeline`.
+
+    Args:
+        torch_dtype: of the weights, but the time embedders'; None keeps that of the file, and has the others in float32.
+    """
     config = load_config(config_path)
-    m, cls = config.model, network_class(config)
-    network = read_network(cls, weights, m)
+    m, cls, dtype = config.model, network_class(config), torch_dtype or torch.float32
+    network = read_network(cls, weights, m).cast(torch_dtype)
     scheduler = TransitionScheduler(m.transport.target.removeprefix("tim.schedulers.transports."), m.transport.params)
-    vae = None if m.vae_dir is None else Autoencoder.from_pretrained(m.vae_dir).model
+    vae = None if m.vae_dir is None else Autoencoder.from_pretrained(m.vae_dir, dtype).model
     if cls is networks.TiMClassTransformer2DModel:
         return TiMClassPipeline(network, scheduler, vae, labels_of(config, traits_of(network).num_classes or 0))
     if m.text_encoder_dir is None:
         raise ValueError(f"{config_path} sets no model.text_encoder_dir; a text-to-image pipeline needs the text encoder")
     text = TextEncoder(
-        m.text_encoder_dir, max_length=m.max_seq_length, use_last_hidden_state=m.use_last_hidden_state, padding=m.text_padding
-    )
+        m.text_encoder_dir, max_length=m.max_seq_length, use_last_hidden_state=m.use_last_hidden_state, padding=m.text_padding,
+        dtype=dtype,
+    )  # fmt: skip
     traits_of(network).check_caption_width(text.width)
     return TiMPipeline(
         network, scheduler, vae, text.model, text.tokenizer, m.max_seq_length, m.use_last_hidden_state, m.text_padding
@@ -188,6 +212,8 @@ def labels_of(config: Config, num_classes: int) -> dict[str, str] | None:
             dataset = build_c2i_dataset(config.data, num_classes=num_classes)
         except (ValueError, OSError) as error:
             logger.info(f"the classes have no names, since the data are not here: {error}")
+            return None
+        if len(getattr(dataset, "class_names", None) or ()) != num_classes:
             return None
     return {str(number): name for number, name in enumerate(class_names(dataset, num_classes))}
 

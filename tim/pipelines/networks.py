@@ -150,10 +150,13 @@ class _DiffusersModel(TransitionTransformer, ModelMixin, ConfigMixin, PeftAdapte
         else:
             load_weights(network, found, model, merge=True)
         network.requires_grad_(True)
-        if torch_dtype is not None:
-            for name, child in network.named_children():
-                child.to(torch.float32 if name in cls._keep_in_fp32_modules else torch_dtype)
-        return network.eval()
+        return network.cast(torch_dtype).eval()
+
+    def cast(self, dtype: torch.dtype | None) -> Self:
+        """The weights in another dtype, but the time embedders', which become float32; as they are for None."""
+        for name, child in self.named_children() if dtype is not None else ():
+            child.to(torch.float32 if name in self._keep_in_fp32_modules else dtype)
+        return self
 
     @classmethod
     def _keywords(cls, config: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any], Model | None]:
