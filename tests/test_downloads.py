@@ -35,7 +35,10 @@ ELSEWHERE = {
     "datasets/openmoji": "scripts/quickstart_t2i.sh",
     "datasets/openmoji_64": "scripts/quickstart_t2i.sh",
     "datasets/shapes": "scripts/quickstart_t2i.sh",
-    "datasets/all-MiniLM-L6-v2": "scripts/quickstart_t2i.sh",
+    "datasets/all-MiniLM-L6-v2": "scripts/demo_data.sh",
+    "datasets/finetune": "pictures of one's own",
+    "datasets/nature": "made by the command of the page that names it",
+    "datasets/openmoji_transport": "made by the command of the page that names it",
 }
 EVALUATION = (
     "checkpoints/pt_inception-2015-12-05-6726825d.pth",

@@ -118,7 +118,7 @@ def test_mirrors_and_posterior_noise_do_not_depend_on_the_split(tmp_path):
     vae = Autoencoder.from_pretrained(str(tmp_path))
     accelerator = SimpleNamespace(device=torch.device("cpu"))
     task = SimpleNamespace(drop_prob=0.1, prepare=lambda batch, dropped: batch)
-    run = SimpleNamespace(vae=vae, seed=3, accelerator=accelerator, task=task, dtype=torch.float32)
+    run = SimpleNamespace(vae=vae, seed=3, accelerator=accelerator, task=task, dtype=torch.float32, network=None)
 
     def encoded(world, accumulation):
         out, hashes = {}, {}

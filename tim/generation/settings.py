@@ -59,7 +59,10 @@ class SampleSettings:
     guidance_high: float = flag(1.0, GUIDANCE, "guide steps that start before this fraction of T-max")
     guide_first_step: bool = flag(False, GUIDANCE, "guide steps that start exactly at these fractions too, as the first does")
     guidance_input: float | None = flag(
-        None, GUIDANCE, "scale of guidance for a network that takes it as an input: one evaluation a step", minimum=1
+        None,
+        GUIDANCE,
+        "scale of guidance for a network that takes it as an input (default: none)",
+        minimum=1,
     )
     num_steps: int = flag(250, TRANSITIONS, "transitions from noise to image", minimum=1, maximum=MAX_STEPS, published=50)
     stochasticity_ratio: float = flag(0.0, TRANSITIONS, "share of the noise that every step draws anew", minimum=0)

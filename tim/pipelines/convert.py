@@ -20,10 +20,10 @@ from tim.models.autoencoders import Autoencoder
 from tim.models.loading import PROJECTOR, check_state
 from tim.models.network import build_network, traits_of
 from tim.models.text_encoders import TextEncoder
-from tim.pipelines import networks
 from tim.pipelines.base import TransitionPipeline
 from tim.pipelines.card import METRICS
 from tim.pipelines.class_to_image import TiMClassPipeline
+from tim.pipelines.networks import TiMClassTransformer2DModel, TiMTransformer2DModel
 from tim.pipelines.scheduler import TransitionScheduler
 from tim.pipelines.text_to_image import TiMPipeline
 from tim.training.tasks import IMAGENET_CLASSES, class_names
@@ -31,7 +31,7 @@ from tim.training.tasks import IMAGENET_CLASSES, class_names
 INDEX = "model_index.json"  # by which the folder of a pipeline is known
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FOLDER = "pipeline"  # of a run, for `training.export_pipeline: true`
-NETWORKS = (networks.TiMTransformer2DModel, networks.TiMClassTransformer2DModel)
+NETWORKS = (TiMTransformer2DModel, TiMClassTransformer2DModel)
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ def build_pipeline(weights: Weights, config_path: Path, torch_dtype: torch.dtype
     network = read_network(cls, weights, m).cast(torch_dtype)
     scheduler = TransitionScheduler(m.transport.target.removeprefix("tim.schedulers.transports."), m.transport.params)
     vae = None if m.vae_dir is None else Autoencoder.from_pretrained(m.vae_dir, dtype).model
-    if cls is networks.TiMClassTransformer2DModel:
+    if cls is TiMClassTransformer2DModel:
         return TiMClassPipeline(network, scheduler, vae, labels_of(config, traits_of(network).num_classes or 0))
     if m.text_encoder_dir is None:
         raise ValueError(f"{config_path} sets no model.text_encoder_dir; a text-to-image pipeline needs the text encoder")
