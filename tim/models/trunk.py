@@ -96,13 +96,7 @@ class TransitionTransformer(nn.Module):
             for _ in range(depth)
         )
         # Always there, with or without REPA: weights are loaded strictly, and released ones hold it.
-        self.projector = nn.Sequential(
-            nn.Linear(hidden_size, projector_dim),
-            nn.SiLU(),
-            nn.Linear(projector_dim, projector_dim),
-            nn.SiLU(),
-            nn.Linear(projector_dim, z_dim),
-        )
+        self.projector = build_projector(hidden_size, projector_dim, z_dim)
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
 
     @torch.no_grad()
@@ -158,6 +152,16 @@ class TransitionTransformer(nn.Module):
         for name in others:
             d = add(d, self.t_embedder(t if name == "t" else r))
         return d
+
+    def time_embeddings(self, t: Value, r: Value, guidance: Tensor | None) -> tuple[Value, Value]:
+        """c = T(t) + d, with the guidance that the network takes, and d (B, hidden_size), in the dtype of the blocks."""
+        d = self.interval_embedding(t, r)
+        c, g = add(self.t_embedder(t), d), self.guidance_embedding(guidance, value_of(t))
+        c = c if g is None else add(c, g)
+        narrow = self.x_embedder.proj.weight.dtype
+        if narrow != self.t_embedder.dtype:  # embedders left in float32 in a half network
+            c, d = (each(lambda a: a.to(narrow), u) for u in (c, d))
+        return c, d
 
     def guidance_embedding(self, guidance: Tensor | None, like: Tensor) -> Tensor | None:
         """Sum of the embeddings of ln w and both ends of the guided interval (B, hidden_size) (arXiv 2512.02012).
@@ -231,13 +235,7 @@ class TransitionTransformer(nn.Module):
         if jvp and forward_ad.unpack_dual(x).tangent is not None:
             attn_type = "vanilla_attn"
         u, t_both, r_both = (x, t, r) if tangents is None else map(Dual, (x, t, r), tangents)
-        d = self.interval_embedding(t_both, r_both)
-        c = add(self.t_embedder(t_both), d)
-        g = self.guidance_embedding(guidance, t)
-        c = c if g is None else add(c, g)
-        narrow = self.x_embedder.proj.weight.dtype
-        if narrow != self.t_embedder.dtype:  # embedders left in float32 in a half network
-            c, d = (each(lambda a: a.to(narrow), u) for u in (c, d))
+        c, d = self.time_embeddings(t_both, r_both, guidance)
         c, y_tokens = self.condition(c, y)
         tokens = self.x_embedder(u)
         # Made anew in each pass: a cache would have to follow size, device and dtype.
@@ -255,3 +253,14 @@ class TransitionTransformer(nn.Module):
         results = (*out,) if isinstance(out, Dual) else (out,)
         results += () if h_proj is None else (h_proj,)
         return results if len(results) > 1 else out
+
+
+def build_projector(hidden_size: int, projector_dim: int, z_dim: int) -> nn.Sequential:
+    """REPA's map from tokens to features: three linear layers with SiLU between."""
+    return nn.Sequential(
+        nn.Linear(hidden_size, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim),
+        nn.SiLU(),
+        nn.Linear(projector_dim, z_dim),
+    )

@@ -176,20 +176,17 @@ class TiMPipeline(TransitionPipeline):
         """Draw images of captions.
 
         Args:
-            prompt, negative_prompt, max_sequence_length: see `encode_prompt`.
-            num_images_per_prompt: images of each, next to each other.
-            height, width: pixels; the training size when None.
-            num_inference_steps: transitions from noise to image.
+            prompt, negative_prompt, max_sequence_length: see `encode_prompt`. num_images_per_prompt: next to each other.
+            height, width: pixels; the training size when None. num_inference_steps: transitions from noise to image.
             timesteps: decreasing raw times where the steps start, instead; the last ends at the transport's T_min.
             guidance_scale: of classifier-free guidance; 1 is none.
             guidance_low, guidance_high, guide_first_step: guide steps that start strictly between these fractions of T_max, as
                 published, so that of the whole window the first is not; `guide_first_step` closes the window.
             guidance_input: scale of guidance for a network that takes it as an input, in place of guidance_scale.
-            stochasticity_ratio: share of noise that every step but the first and the last draws anew.
-            generator: of the noise, one or a list with one for each image.
-            latents: the noise itself (B, C, h, w), standard normal.
-            prompt_embeds, prompt_attention_mask and negative ones: of `encode_prompt`, instead of captions.
-            output_type: 'pil', 'np' (B, H, W, C) or 'pt' (B, C, H, W) in [0, 1], or 'latent' (B, C, h, w).
+            stochasticity_ratio: share of noise drawn anew by every step but the first and the last.
+            generator: of the noise, one or one for each image. latents: the noise itself (B, C, h, w), standard normal.
+            prompt_embeds, prompt_attention_mask and negative ones: of `encode_prompt`.
+            output_type: 'pil', 'np' (B, H, W, C), 'pt' (B, C, H, W), both in [0, 1], or 'latent' (B, C, h, w).
             callback_on_step_end: called after each step with (pipeline, step, time where it started, {'latents': state}); a
                 dictionary that it returns may hold another state. Setting `pipeline._interrupt` there ends the run.
 

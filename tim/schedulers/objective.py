@@ -66,6 +66,7 @@ class Objective(Protocol):
             x, z: clean latents and noise (B, C, H, W).
             model_kwargs, null_kwargs: conditional and unconditional keywords of the network; ema_kwargs: conditional
                 ones of the moving average, model_kwargs when None.
+            use_dir_loss: add the mean over positions of 1 - cos along the channels.
             h_target: REPA features (B, N, z_dim).
             time_kwargs: what times are made from, so that they do not depend on how the batch is split: `normal` (B, 2),
                 `position` (B,) in the global batch, `global_batch_size`.

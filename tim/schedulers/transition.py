@@ -122,21 +122,13 @@ class TransitionSchedule(TransitionTarget):
         step: int | None = None,
         max_steps: int | None = None,
     ) -> Losses:
-        """One evaluation of the objective.
+        """The losses of one micro-batch; for the arguments see `tim.schedulers.objective.Objective.evaluate`.
 
         Args:
-            model: the network that is trained, possibly wrapped (DDP).
-            ema_model: its moving average; only read with model guidance.
             unwrapped_model: the bare student, evaluated without gradient for what the target needs of it.
-            x, z: clean latents and noise (B, C, H, W).
-            model_kwargs: conditioning of the student, e.g. {'y': labels}. `return_zs` and `jvp` are the objective's to say.
-            use_dir_loss: add the mean over positions of 1 - cos along the channels.
-            h_target: REPA features (B, N, z_dim); None trains without the projection term.
-            ema_kwargs, null_kwargs: conditional (default: model_kwargs) and unconditional arguments of the EMA model.
-            time_kwargs: handed on to `sample_t_and_r`.
-            guidance_kwargs: with guidance_max, `uniform` (B, 4) draws of the scale and its interval (drawn here without), and
-                `dropped` (B,) bool, the samples without their condition.
-            step, max_steps: of training, for what is annealed; None is the end of training.
+            ema_model: only read with model guidance.
+            model_kwargs: e.g. {'y': labels}. `return_zs` and `jvp` are the objective's to say.
+            time_kwargs: handed on to `sample_t_and_r`. guidance_kwargs: drawn here without, for guidance_max.
 
         Raises:
             ValueError: when model guidance is on and ema_model or null_kwargs is missing.
