@@ -229,14 +229,20 @@ class TransitionPipeline(LoraMixin, DiffusionPipeline):
         self._guidance_scale, self._num_timesteps = float(scale), len(plan.steps)
         return plan, grid[0] if grid else transport.T_max
 
+    def _second_scale(self, scale: float, by_input: float | None) -> float:
+        """Guidance by a second evaluation, of which there is none beside `guidance_input`; ValueError for wrong input."""
+        if by_input is None:
+            return scale
+        if not traits_of(self.transformer).guidance_input:
+            raise ValueError(f"`guidance_input`={by_input} needs a network trained with guidance_input; pass `guidance_scale`")
+        if not by_input >= 1:
+            raise ValueError(f"`guidance_input` must be >= 1 (1 is no guidance) but is {by_input}")
+        return 1.0
+
     def _guided(self, cond: Keywords, count: int, scale: float | None, low: float, high: float) -> Keywords:
-        """Keywords of the network with guidance as an input, for `count` images; ValueError when it has no such input."""
+        """Keywords of the network for `count` images, with the guidance that it takes as an input."""
         if scale is None:
             return cond
-        if not traits_of(self.transformer).guidance_input:
-            raise ValueError(f"`guidance_input`={scale} needs a network trained with guidance_input; pass `guidance_scale`")
-        if not scale >= 1:
-            raise ValueError(f"`guidance_input` must be >= 1 (1 is no guidance) but is {scale}")
         guidance = torch.tensor([scale, low, high], device=self._execution_device)
         return {**cond, "guidance": guidance.expand(count, 3)}
 

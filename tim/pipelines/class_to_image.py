@@ -106,7 +106,7 @@ class TiMClassPipeline(TransitionPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
-        guidance_scale = guidance_scale if guidance_input is None else 1.0
+        guidance_scale = self._second_scale(guidance_scale, guidance_input)
         labels = self._numbers(class_labels)
         height, width = self._size(height, width)
         plan, first = self._plan(

@@ -130,7 +130,7 @@ class TiMImg2ImgPipeline(_FromPictures, TiMPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
-        guidance_scale = guidance_scale if guidance_input is None else 1.0
+        guidance_scale = self._second_scale(guidance_scale, guidance_input)
         pictures = self._pictures(image, height, width)
         plan, first = self._plan_from(
             strength, num_inference_steps, timesteps, guidance_scale, guidance_low, guidance_high,
@@ -181,7 +181,7 @@ class TiMClassImg2ImgPipeline(_FromPictures, TiMClassPipeline):
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
-        guidance_scale = guidance_scale if guidance_input is None else 1.0
+        guidance_scale = self._second_scale(guidance_scale, guidance_input)
         labels = self._numbers(class_labels)
         pictures = self._pictures(image, height, width)
         plan, first = self._plan_from(

@@ -179,22 +179,21 @@ class TiMPipeline(TransitionPipeline):
             prompt, negative_prompt, max_sequence_length: see `encode_prompt`. num_images_per_prompt: next to each other.
             height, width: pixels; the training size when None. num_inference_steps: transitions from noise to image.
             timesteps: decreasing raw times where the steps start, instead; the last ends at the transport's T_min.
-            guidance_scale: of classifier-free guidance; 1 is none.
+            guidance_scale: of classifier-free guidance; 1 is none. guidance_input: the same of networks that take it as input.
             guidance_low, guidance_high, guide_first_step: guide steps that start strictly between these fractions of T_max, as
                 published, so that of the whole window the first is not; `guide_first_step` closes the window.
-            guidance_input: scale of guidance for a network that takes it as an input, in place of guidance_scale.
             stochasticity_ratio: share of noise drawn anew by every step but the first and the last.
             generator: of the noise, one or one for each image. latents: the noise itself (B, C, h, w), standard normal.
             prompt_embeds, prompt_attention_mask and negative ones: of `encode_prompt`.
             output_type: 'pil', 'np' (B, H, W, C), 'pt' (B, C, H, W), both in [0, 1], or 'latent' (B, C, h, w).
-            callback_on_step_end: called after each step with (pipeline, step, time where it started, {'latents': state}); a
-                dictionary that it returns may hold another state. Setting `pipeline._interrupt` there ends the run.
+            callback_on_step_end: called after each step with (pipeline, step, its first time, {'latents': state}); may return
+                such a dictionary with another state. Setting `pipeline._interrupt` there ends the run.
 
         Raises:
             ValueError: for a value out of range; the message names it and the range.
         """
         self._check(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
-        guidance_scale = guidance_scale if guidance_input is None else 1.0
+        guidance_scale = self._second_scale(guidance_scale, guidance_input)
         height, width = self._size(height, width)
         plan, first = self._plan(
             num_inference_steps, timesteps, guidance_scale, guidance_low, guidance_high, guide_first_step=guide_first_step,

@@ -159,8 +159,7 @@ class TransitionSchedule(TransitionTarget):
         loss = denoising_loss(F_pred, F_target, kept, use_dir_loss)
         # The adaptive weight of MeanFlow (arXiv 2505.13447): without it few samples with a large dF/dt own the gradient.
         weighted = self.time_weight(t, r, n_diffusion) / (loss.detach() + 1e-5) * loss
-        if self.balance:
-            weighted = balance(weighted, n_diffusion, kept)
+        weighted = balance(weighted, n_diffusion, kept) if self.balance else weighted
         weighted_loss = mean_of_kept(weighted, kept)
         proj_loss = loss.new_zeros(()) if h_proj is None or h_target is None else projection_loss(h_proj, h_target)
         losses = {"weighted_loss": weighted_loss, "denoising_loss": mean_of_kept(loss, kept), "proj_loss": proj_loss}
