@@ -1,5 +1,6 @@
 """A long run neither collects tensors nor grows."""
 
+import concurrent.futures
 import gc
 import json
 import os
@@ -13,12 +14,13 @@ import pytest
 import torch
 
 from tim.config import load_config
+from tim.data.prefetch import Prefetcher
 from tim.training import loop
 from tim.training.tasks import ClassTask
 
 ROOT = Path(__file__).parents[2]
 
-STEPS, WARM_UP, EVERY = 1000, 425, 50  # the steps looked at have a batch behind them, which is being fetched already
+STEPS, WARM_UP, EVERY = 1000, 425, 50
 
 
 def live_tensors() -> int:
@@ -53,15 +55,20 @@ def main(folder: Path) -> None:
     ]  # fmt: skip
     torch.set_num_threads(1)
     process, seen, count = psutil.Process(os.getpid()), [], [0]
-    log_step = loop.RunLogger.step
+    log_step, prefetchers = loop.RunLogger.step, []
+
+    def prefetcher(*arguments):
+        prefetchers.append(Prefetcher(*arguments))
+        return prefetchers[-1]
 
     def watched(self, *arguments):
         count[0] += 1
         if count[0] >= WARM_UP and (count[0] - WARM_UP) % EVERY == 0:
+            concurrent.futures.wait([prefetchers[-1]._next])  # whose batch is there or not yet, as the machine is busy
             seen.append((live_tensors(), process.memory_info().rss))
         return log_step(self, *arguments)
 
-    loop.RunLogger.step = watched
+    loop.RunLogger.step, loop.Prefetcher = watched, prefetcher
     loop.train(load_config(ROOT / "configs" / "c2i" / "digits.yaml", options), folder, 0, ClassTask)
     print(json.dumps({"steps": count[0], "seen": seen}))
 
