@@ -166,7 +166,7 @@ class Training:
 
     tracker: one of accelerate's, or none. tracker_kwargs: of its constructor, or such by the names of trackers.
     fsdp_config: shard over the processes (FSDP2); keywords of accelerate's FullyShardedDataParallelPlugin, `{}` for its
-    defaults. compile: torch.compile the blocks.
+    defaults. compile: torch.compile the blocks; null does so on a GPU.
     optimizer: torch's own are fused on a GPU unless params say fused or foreach.
     checkpoint_format: `full` (weights in safetensors files, gathered) or `sharded` (every process writes its part).
     async_checkpoint: write checkpoints in a thread. walltime: seconds or `HH:MM:SS` by which the run stops with a checkpoint.
@@ -194,7 +194,7 @@ class Training:
     dtype: Literal["float32", "float64"] = "float32"
     allow_tf32: bool = True
     fsdp_config: dict[str, Any] | None = None
-    compile: bool = False
+    compile: bool | None = None
     checkpoint_format: Literal["full", "sharded"] = "full"
     async_checkpoint: bool = False
     walltime: str | int | float | None = None

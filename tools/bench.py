@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> "Results":
     if args.what != "sample":
         from tim.benchmarks.training import bench_overhead, bench_train
 
-        config.training.compile = config.training.compile or args.compile
+        config.training.compile = args.compile or config.training.compile
         if args.what == "train":
             return bench_train(config, batch_size, args.steps, args.warmup)
         return bench_overhead(config, batch_size, args.steps, args.warmup, args.random_latents)

@@ -105,7 +105,7 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize(
     "triton,device,dtype,head_dim,plain,runs",
     [
-        (True, CUDA, BF16, 72, True, ["flash", "triton", "explicit"]),
+        (True, CUDA, BF16, 72, True, ["triton", "flash", "explicit"]),
         (True, CUDA, BF16, 72, False, ["triton", "explicit"]),
         (False, CUDA, BF16, 72, False, ["explicit"]),
         (True, CUDA, torch.float16, 128, True, ["triton", "explicit"]),

@@ -69,27 +69,27 @@ def all_cases(on_gpu: bool) -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """For a GPU with 80 GB, in the order in which one would ask."""
-    dde, compiled_dde, best = Variant("dde"), Variant("dde", compiled=True), Variant("jvp", form="flash", compiled=True)
+    dde, compiled_dde, compiled_jvp = Variant("dde"), Variant("dde", compiled=True), Variant("jvp", compiled=True)
     by_form = [Variant("jvp", form=form) for form in FORMS]
     others = [Variant("dde", "bfloat16"), Variant("none")]
-    later = [*(Variant("jvp", form=form, compiled=True) for form in FORMS[1:]), Variant("dde", "bfloat16", compiled=True)]
+    compiled_forms = [Variant("jvp", form=form, compiled=True) for form in FORMS]
     drawn = {"num_steps": 4, "cfg_scale": 2.5}
     half = {**drawn, "vae_dtype": "bfloat16", "channels_last_vae": True}
     at_1024, at_2048, at_4096 = ({"height": side, "width": side} for side in (1024, 2048, 4096))
     return [
         Case(MACHINE, "machine", measure_machine),
-        *training_cases(XL, [dde, *by_form, best, compiled_dde, *others]),
-        Case("waiting", f"{XL.label}, jvp", measure_waiting, {"model": XL, "variant": Variant("jvp")}),
+        *training_cases(XL, [dde, *by_form, *compiled_forms[:2], compiled_dde, *others]),
+        *waiting_cases(XL, [Variant("jvp"), compiled_jvp]),
         *(sampling_case(T2I, n, drawn | at_1024) for n in (1, 8)),
         *(sampling_case(T2I, n, half | at_1024, compiled=True) for n in (1, 8)),
         *tangent_cases([(256, 32), (1024, 8), (4096, 2)], heads=16, head_dim=72),
+        *training_cases(T2I_512, [dde, Variant("jvp"), compiled_jvp]),
+        sampling_case(XL, 128, {"num_steps": 250}, compiled=True),
         *precision_cases(B4),
-        *training_cases(B4, [dde, Variant("jvp"), Variant("jvp", compiled=True)]),
-        *training_cases(T2I_512, [dde, Variant("jvp"), Variant("jvp", compiled=True)]),
-        *training_cases(T2I_1024, [dde, Variant("jvp"), Variant("jvp", form="triton"), Variant("jvp", compiled=True)]),
-        *training_cases(XL, [*later, Variant("none", compiled=True)]),
-        sampling_case(XL, 128, {"num_steps": 250}),
+        *training_cases(B4, [dde, Variant("jvp"), compiled_jvp]),
         adm_case(2000, side=256, batch_size=64, workers=8),
+        *training_cases(T2I_1024, [dde, Variant("jvp"), compiled_jvp]),
+        *training_cases(XL, [Variant("dde", "bfloat16", compiled=True), compiled_forms[2], Variant("none", compiled=True)]),
         sampling_case(T2I, 1, drawn | at_2048),
         sampling_case(T2I, 1, half | at_4096 | {"tile_vae": 1024}),
     ]
@@ -117,6 +117,11 @@ def training_cases(model: Model, variants: Sequence[Variant], steps: int = 10, w
         Case("training", names[v], measure_training, {**keywords, "variant": v}, seconds=240 if v.compiled else 150)
         for v in variants
     ]
+
+
+def waiting_cases(model: Model, variants: Sequence[Variant]) -> list[Case]:
+    """Whether steps of a model by each variant wait for the GPU."""
+    return [Case("waiting", f"{model.label}, {v}", measure_waiting, {"model": model, "variant": v}) for v in variants]
 
 
 def sampling_case(model: Model, batch_size: int, settings: dict[str, Any], compiled: bool = False, repeats: int = 3) -> Case:
@@ -200,7 +205,7 @@ def measure_sampling(
     model: Model, batch_size: int, settings: tuple[tuple[str, Any], ...], compiled: bool, repeats: int, warmup: int
 ) -> Results:
     """Phases of sampling. Models stay loaded while only size and batch change."""
-    wanted, config = SampleSettings(**dict(settings), compile_vae=compiled), model.load()
+    wanted, config = SampleSettings(**dict(settings)), model.load()
     config.training.compile = compiled
     loaded = (model, compiled, wanted.vae_dtype, wanted.channels_last_vae, wanted.tile_vae)
     sampler: Sampler = kept(loaded, lambda: random_sampler(config, wanted, best_device(), TOKENS))

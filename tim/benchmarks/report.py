@@ -81,16 +81,19 @@ def write_plot(records: Sequence[Record], out: Path) -> None:
 
 
 def plot(records: Sequence[Record]) -> Figure:
-    """Training, sampling and attention beside each other, of what was measured."""
+    """Training, sampling and attention beside each other, those of them that were measured."""
     measured = [record for record in records if "error" not in record]
-    training, sampling, attention = ([r for r in measured if r["group"] == g] for g in ("training", "sampling", "attention"))
-    height = 1.5 + 0.3 * max(len(training), len(sampling), 8)
-    figure = Figure(figsize=(18, height), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+    panels = {"training": (_plot_training, 4), "sampling": (_plot_sampling, 4), "attention": (_plot_attention, 3)}
+    rows = {group: [r for r in measured if r["group"] == group] for group in panels}
+    shown = [group for group in panels if rows[group]]
+    widths = [panels[group][1] for group in shown]
+    height = 1.5 + 0.3 * max(8, len(rows["training"]), len(rows["sampling"]))
+    figure = Figure(figsize=(1.6 * (sum(widths) or 4), height), layout="constrained")
     figure.suptitle(next((f"{r['device']}, torch {r['torch']}" for r in measured if r["group"] == "machine"), ""))
-    _plot_training(axes[0], training)
-    _plot_sampling(axes[1], sampling)
-    _plot_attention(axes[2], attention)
+    if shown:
+        axes = figure.subplots(1, len(shown), width_ratios=widths, squeeze=False)[0]
+        for axis, group in zip(axes, shown, strict=True):
+            panels[group][0](axis, rows[group])
     return figure
 
 
@@ -114,11 +117,9 @@ def _plot_sampling(axes: Axes, rows: Sequence[Record]) -> None:
     for k, r in enumerate(rows):
         axes.text(101, k, f"{1e3 / r['images_per_second']:.0f} ms", va="center", fontsize=8)
     axes.invert_yaxis()
-    axes.set_title("Sampling, an image", loc="right")
-    axes.set(xlabel="% of the time", xlim=(0, 115))
+    axes.set(title="Sampling, an image", xlabel="% of the time", xlim=(0, 115))
     axes.tick_params(axis="y", labelsize=8)
-    if rows:
-        axes.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _plot_attention(axes: Axes, rows: Sequence[Record]) -> None:
@@ -127,7 +128,6 @@ def _plot_attention(axes: Axes, rows: Sequence[Record]) -> None:
         axes.plot(*zip(*points, strict=True), marker="o", label=form)
     axes.set(title="Attention's tangent alone", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
     tokens = sorted({r["tokens"] for r in rows})
-    if rows:
-        axes.set_xticks(tokens, map(str, tokens))
-        axes.minorticks_off()
-        axes.legend(fontsize=8)
+    axes.set_xticks(tokens, map(str, tokens))
+    axes.minorticks_off()
+    axes.legend(fontsize=8)

@@ -92,7 +92,7 @@ def bench_sample(config: Config, sampler: Sampler, batch_size: int, repeats: int
     device, settings = sampler.device, sampler.settings
     classes = traits_of(sampler.network).num_classes or 1
     is_text, numbers = sampler.identity["tokens"] is not None, count()
-    warmup = max(warmup, int(config.training.compile))
+    warmup = max(warmup, int(bool(config.training.compile)))
 
     def encode() -> tuple[Keywords, Keywords | None]:
         fresh = [next(numbers) for _ in range(batch_size)]  # prompts of the batch before would not be encoded again
@@ -101,7 +101,7 @@ def bench_sample(config: Config, sampler: Sampler, batch_size: int, repeats: int
 
     cond, uncond = encode()
     calls = network_calls(sampler, batch_size, cond, uncond)
-    with eager_blocks(config.training.compile):
+    with eager_blocks(bool(config.training.compile)):
         flops = sum(number * count_flops(call) for number, call in calls)
 
     def draw() -> Tensor:

@@ -17,12 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tim.benchmarks.measure import Results, conditions, count_flops, machine, reset_peak_memory, step_results, timed
+from tim.benchmarks.measure import (
+    Results,
+    best_device,
+    conditions,
+    count_flops,
+    machine,
+    reset_peak_memory,
+    step_results,
+    timed,
+)
 from tim.config import Config, Training
 from tim.data.latents import write_latent
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
-from tim.training.compilation import eager_blocks
+from tim.training.compilation import eager_blocks, wants_compiled
 from tim.training.guards import NonFiniteGuard
 from tim.training.logging import RunLogger
 from tim.training.loop import run_steps
@@ -137,7 +146,7 @@ def bench_train(config: Config, batch_size: int, steps: int, warmup: int) -> Res
     """
     with tempfile.TemporaryDirectory() as folder:
         run = random_run(config, batch_size, Path(folder))
-        with eager_blocks(config.training.compile):
+        with eager_blocks(run.compiled):
             flops = count_flops(lambda: watch(run, 1))
         return {"what": "train", **time_steps(run, flops, steps, warmup)}
 
@@ -230,6 +239,7 @@ def _prepare(config: Config, batch_size: int) -> Config:
     config.data.dataloader.batch_size = batch_size
     t = config.training
     t.max_train_steps = t.log_steps = ENDLESS
+    t.compile = wants_compiled(t.compile, best_device())
     t.checkpoint_list, t.checkpoints_total_limit, t.sample_steps, t.resume_from_checkpoint = [], 1, None, "latest"
     return config
 

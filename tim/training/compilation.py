@@ -1,14 +1,15 @@
 """torch.compile, block by block."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tim.models.attention_tangent import choose_form
+from tim.models.attention_tangent import HAS_TRITON, choose_form
+from tim.models.replay import Replayed, plain_calls
 
 GRAPHS = 64  # one per combination of gradient, mask, precision and kind of size; beyond the limit torch falls back to eager
 
@@ -32,23 +33,34 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
         block.forward = _eager_under_tangents(block.forward, torch.compile(block.forward, backend=backend))
 
 
-def compile_network(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile a network that draws, in place, as a whole and for any size: all steps of all batches share one graph.
+def wants_compiled(asked: bool | None, device: torch.device) -> bool:
+    """`training.compile`, which None leaves to the device: a GPU with Triton earns the compiler's time back in minutes."""
+    return device.type == "cuda" and HAS_TRITON if asked is None else asked
 
-    On a GPU it is recorded as a CUDA graph for each size, so that a call costs one launch; the next call overwrites its result.
+
+def compile_network(network: nn.Module, backend: str = "inductor") -> None:
+    """Compile a network that draws, in place, for any size.
+
+    On a CPU as a whole: all steps of all batches share one graph. On a GPU its blocks, which takes seconds, and its calls are
+    recorded, see `Replayed`: a call then costs one launch, and the next one overwrites its result.
 
     Args:
         backend: of torch.compile.
     """
-    config = torch._dynamo.config
-    config.cache_size_limit = max(config.cache_size_limit, GRAPHS)
-    on_gpu = any(p.is_cuda for p in network.parameters())
-    network.compile(dynamic=True, backend=backend, mode="reduce-overhead" if on_gpu else None)
+    if any(p.is_cuda for p in network.parameters()):
+        compile_blocks(network, backend)
+        network.forward = Replayed(network.forward)
+    else:
+        config = torch._dynamo.config
+        config.cache_size_limit = max(config.cache_size_limit, GRAPHS)
+        network.compile(dynamic=True, backend=backend)
 
 
-def eager_blocks(compiled: bool) -> AbstractContextManager:
+@contextmanager
+def eager_blocks(compiled: bool) -> Iterator[None]:
     """Run blocks eagerly inside, when they are compiled at all: for passes too rare to be worth a compilation."""
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), plain_calls():
+        yield
 
 
 def _eager_under_tangents(eager: Callable[..., Tensor], compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -30,7 +30,7 @@ def save_preview(run: Run, step: int) -> None:
     z = rng.normals(run.seed, "preview", 0, range(len(contents)), shape).to(run.accelerator.device)
     was_training = network.training
     network.eval()
-    with run.accelerator.autocast(), eager_blocks(run.config.training.compile):
+    with run.accelerator.autocast(), eager_blocks(run.compiled):
         x = sample(run.schedule.transport, network, z, cond, num_steps=PREVIEW_STEPS).x
     network.train(was_training)
     reshard(network)  # without a backward pass the root unit stays gathered

@@ -28,7 +28,7 @@ from tim.models.trunk import TransitionTransformer
 from tim.schedulers.derivative import carries_tangents
 from tim.schedulers.objective import Objective
 from tim.targets import Target, constructor_keywords
-from tim.training.compilation import compile_blocks
+from tim.training.compilation import compile_blocks, wants_compiled
 from tim.training.ema import EMA
 from tim.training.preemption import ignore_signals
 from tim.training.sharding import shard, sharding_plugin
@@ -78,6 +78,11 @@ class Run:
     def dtype(self) -> torch.dtype:
         """dtype of weights, latents and noise."""
         return getattr(torch, self.config.training.dtype)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks run compiled."""
+        return wants_compiled(self.config.training.compile, self.accelerator.device)
 
     @property
     def sharded(self) -> bool:
@@ -137,7 +142,7 @@ def build_run(config: Config, project_dir: Path, seed: int, task_class: type[Tas
             shard(module, plugin, accelerator.device)
     # Sharded networks run together: a process without samples for dF/dt has to take part in the others' gathering.
     schedule.always_run_derivative = plugin is not None
-    if t.compile:  # after the moving average was copied, which would run the blocks of the original
+    if wants_compiled(t.compile, accelerator.device):  # after the moving average was copied: a copy runs these blocks
         compile_blocks(network)
         if schedule.derivative_type == "jvp" and not carries_tangents(network):
             logger.info("training.compile: the network takes no tangents, so jvp derivatives run eagerly")
