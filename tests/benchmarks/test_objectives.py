@@ -25,7 +25,7 @@ UNITS = {
     "two_point_marginal": 4.0,
     "tim_diffusion_08": 3.4,
     "tim_epsilon_0001": 4.0,
-    "guidance_input": 6.0,
+    "guidance_input": 5.4,
 }
 
 

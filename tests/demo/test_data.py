@@ -103,6 +103,16 @@ def test_a_missing_package_names_its_install_line(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_sets_go_together_when_they_share_nothing(tmp_path):
+    count, attribution = demo.write_demo(["nature", "transport"], tmp_path / "both", size=16)
+    captions = [names[0] for names in read_captions(tmp_path / "both").values()]
+    assert len(captions) == count == len(set(captions)) and {"banana", "rocket"} <= set(captions)
+    assert attribution.count("OpenMoji") == demo.OPENMOJI_LICENSE.count("OpenMoji")
+    with pytest.raises(ValueError, match="nature and openmoji have images in common"):
+        demo.write_demo(["nature", "openmoji"], tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
 def test_unknown_sets_and_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'cats' is not one of openmoji, nature, transport, shapes"):
         demo.write_demo("cats", tmp_path)

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -41,8 +41,8 @@ WINDOW = 40  # pixels of easy-VQA's 64 that are kept around the shape, which is 
 Sample = tuple[str, Image.Image, list[str]]
 
 
-def write_demo(name: str, out: str | Path, size: int | None = None) -> tuple[int, str]:
-    """Write one of `DEMOS` as OUT/images/*.png, OUT/captions.jsonl and OUT/LICENSE.txt.
+def write_demo(names: str | Sequence[str], out: str | Path, size: int | None = None) -> tuple[int, str]:
+    """Write one of `DEMOS`, or several, as OUT/images/*.png, OUT/captions.jsonl and OUT/LICENSE.txt.
 
     Every line of the captions is {"image_file": relative to OUT/images, "captions": [...]}.
 
@@ -53,14 +53,18 @@ def write_demo(name: str, out: str | Path, size: int | None = None) -> tuple[int
         Number of images, and the attribution that must go with them.
 
     Raises:
-        ValueError: for an unknown name, a size below 8, or a package that is not installed.
+        ValueError: for an unknown name, sets that share images, a size below 8, or a package that is not installed.
     """
-    if name not in DEMOS:
-        raise ValueError(f"demo data {name!r} is not one of {', '.join(DEMOS)}")
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if name not in DEMOS:
+            raise ValueError(f"demo data {name!r} is not one of {', '.join(DEMOS)}")
     if size is not None and size < 8:
         raise ValueError(f"size must be >= 8 pixels, got {size}")
-    source, attribution = DEMOS[name]
-    samples = list(source())  # a missing package leaves no folder behind
+    samples = [sample for name in names for sample in DEMOS[name][0]()]  # a missing package leaves no folder behind
+    if len({file for file, *_ in samples}) < len(samples):
+        raise ValueError(f"{' and '.join(names)} have images in common; name one of them")
+    attribution = "\n".join(dict.fromkeys(DEMOS[name][1] for name in names))
     images = Path(out) / "images"
     images.mkdir(parents=True, exist_ok=True)
     for file, image, _ in samples:

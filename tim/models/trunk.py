@@ -14,6 +14,7 @@ from tim.models.embeddings import PatchEmbed, TimestepEmbedder
 from tim.models.rope import ROPE_GRIDS, grid_positions, rope_table
 from tim.typed_yaml import NotNegative, PositiveFloat, PositiveInt
 
+GUIDANCE_PACE = 10
 NEW_CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
 
@@ -180,7 +181,8 @@ class TransitionTransformer(nn.Module):
             return None
         zeros = torch.zeros_like(like)
         inputs = (zeros, zeros, zeros + 1) if guidance is None else (guidance[:, 0].log(), guidance[:, 1], guidance[:, 2])
-        scale, low, high = (embed(u) for embed, u in zip(self.guidance_embedders, inputs, strict=True))
+        # Turned faster than times are: the features of neighbouring scales would hardly differ, and nothing is differentiated.
+        scale, low, high = (embed(GUIDANCE_PACE * u) for embed, u in zip(self.guidance_embedders, inputs, strict=True))
         return scale + low + high
 
     def condition(self, c: Value, y: Tensor) -> tuple[Value, Tensor | None]:

@@ -10,20 +10,22 @@ whose fixed point is F(., null) + w (F(., c) - F(., null)). Outside of its inter
 import torch
 from torch import Tensor
 
+UNGUIDED_SHARE = 0.25  # of the samples that have w = 1: the end of a range is learned from one side alone
 FULL_SHARE = 0.5  # of the samples whose interval is all times; the others' ends are uniform in both halves
 
 
 def draw_guidance(uniform: Tensor, largest: float) -> Tensor:
-    """Guidance (B, 3): the scale w, log-uniform in [1, largest], and the ends of its interval as fractions of T_max.
+    """Guidance (B, 3): the scale w, 1 or log-uniform in [1, largest], and the ends of its interval as fractions of T_max.
 
     Args:
         uniform: draws in [0, 1) (B, 4).
     """
     scale, full, low, high = uniform.unbind(1)
+    exponent = ((scale - UNGUIDED_SHARE) / (1 - UNGUIDED_SHARE)).clamp(min=0)
     everywhere = full < FULL_SHARE
     low = torch.where(everywhere, torch.zeros_like(low), low / 2)
     high = torch.where(everywhere, torch.ones_like(high), 1 - high / 2)
-    return torch.stack([largest**scale, low, high], dim=1)
+    return torch.stack([largest**exponent, low, high], dim=1)
 
 
 def guidance_share(guidance: Tensor, dropped: Tensor | None, t: Tensor, T_max: float) -> Tensor:
