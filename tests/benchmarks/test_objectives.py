@@ -20,12 +20,12 @@ UNITS = {
     "tim": 4.0,
     "tim_jvp": 3.5,
     "tim_marginal": 4.0,
-    "tim_marginal_08": 3.4,
+    "tim_plus": 3.8,
     "two_point": 3.5,
     "two_point_marginal": 4.0,
     "tim_diffusion_08": 3.4,
     "tim_epsilon_0001": 4.0,
-    "guidance_input": 5.4,
+    "guidance_input": 5.8,
 }
 
 
