@@ -55,7 +55,9 @@ def test_published_text_to_image_values():
 def test_plus_is_the_published_model_with_the_recipe_that_was_compared(name):
     plus, published = (load_config(ROOT / f"configs/{name}{end}.yaml") for end in ("_plus", ""))
     recipe = load_config(ROOT / "configs/c2i/objectives/tim_plus.yaml")
-    tuned = {key: value for key, value in plus.model.transition_loss.items() if published.model.transition_loss.get(key) != value}
+    tuned = {
+        key: value for key, value in plus.model.transition_loss.items() if published.model.transition_loss.get(key) != value
+    }
     assert tuned and tuned.items() <= recipe.model.transition_loss.items()
     plus.model.transition_loss = published.model.transition_loss
     assert plus == published
