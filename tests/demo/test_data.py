@@ -104,9 +104,11 @@ def test_a_missing_package_names_its_install_line(monkeypatch, tmp_path):
 
 
 def test_sets_go_together_when_they_share_nothing(tmp_path):
-    count, attribution = demo.write_demo(["nature", "transport"], tmp_path / "both", size=16)
+    count, attribution = demo.write_demo(["nature", "transport", "transport"], tmp_path / "both", size=16)
     captions = [names[0] for names in read_captions(tmp_path / "both").values()]
     assert len(captions) == count == len(set(captions)) and {"banana", "rocket"} <= set(captions)
+    lines = (tmp_path / "both" / "captions.jsonl").read_text(encoding="utf-8")
+    assert lines.count('"rocket"') == 2 and lines.count('"banana"') == 1
     assert attribution.count("OpenMoji") == demo.OPENMOJI_LICENSE.count("OpenMoji")
     with pytest.raises(ValueError, match="nature and openmoji have images in common"):
         demo.write_demo(["nature", "openmoji"], tmp_path / "twice")

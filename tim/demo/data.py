@@ -44,7 +44,8 @@ Sample = tuple[str, Image.Image, list[str]]
 def write_demo(names: str | Sequence[str], out: str | Path, size: int | None = None) -> tuple[int, str]:
     """Write one of `DEMOS`, or several, as OUT/images/*.png, OUT/captions.jsonl and OUT/LICENSE.txt.
 
-    Every line of the captions is {"image_file": relative to OUT/images, "captions": [...]}.
+    Every line of the captions is {"image_file": relative to OUT/images, "captions": [...]}. A set that is named N times has N
+    lines for each of its images, which are met as often in training.
 
     Args:
         size: longer side of the images in pixels; as drawn when None (emoji up to 180, shapes 40).
@@ -61,18 +62,19 @@ def write_demo(names: str | Sequence[str], out: str | Path, size: int | None = N
             raise ValueError(f"demo data {name!r} is not one of {', '.join(DEMOS)}")
     if size is not None and size < 8:
         raise ValueError(f"size must be >= 8 pixels, got {size}")
-    samples = [sample for name in names for sample in DEMOS[name][0]()]  # a missing package leaves no folder behind
-    if len({file for file, *_ in samples}) < len(samples):
-        raise ValueError(f"{' and '.join(names)} have images in common; name one of them")
+    sets = {name: list(DEMOS[name][0]()) for name in names}  # a missing package leaves no folder behind
+    if len({file for samples in sets.values() for file, *_ in samples}) < sum(map(len, sets.values())):
+        raise ValueError(f"{' and '.join(sets)} have images in common; name one of them")
+    samples = [sample for name in names for sample in sets[name]]
     attribution = "\n".join(dict.fromkeys(DEMOS[name][1] for name in names))
     images = Path(out) / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for file, image, _ in samples:
+    for file, image, _ in (sample for group in sets.values() for sample in group):
         (image if size is None else scale_to(image, size)).save(images / file)
     records = [{"image_file": file, "captions": captions} for file, _, captions in samples]
     write_json_lines(Path(out) / "captions.jsonl", records)
     write_text(Path(out) / "LICENSE.txt", attribution + "\n")
-    return len(records), attribution
+    return sum(map(len, sets.values())), attribution
 
 
 def digits() -> Iterator[Sample]:

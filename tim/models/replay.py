@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Replayed:
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
+        update_wrapper(self, function)  # whose signature others look at
         self.function = function
         self._recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
         self._memory: Any = None  # shared: one recording is replayed at a time
