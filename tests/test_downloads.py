@@ -38,6 +38,7 @@ ELSEWHERE = {
     "datasets/all-MiniLM-L6-v2": "scripts/demo_data.sh",
     "datasets/finetune": "pictures of one's own",
     "datasets/nature": "made by the command of the page that names it",
+    "datasets/openmoji_transport": "made by the command of the page that names it",
     "datasets/openmoji_more": "made by the command of the page that names it",
 }
 EVALUATION = (
