@@ -20,7 +20,7 @@ UNITS = {
     "tim": 4.0,
     "tim_jvp": 3.5,
     "tim_marginal": 4.0,
-    "tim_plus": 3.8,
+    "tim_to_data": 3.8,
     "two_point": 3.5,
     "two_point_marginal": 4.0,
     "tim_diffusion_08": 3.4,
