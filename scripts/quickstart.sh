@@ -16,7 +16,7 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 source scripts/environment.sh
 
-CONFIG=configs/c2i/digits_plus.yaml
+CONFIG=configs/c2i/digits.yaml
 OUT="$(given_folder "${OUT_DIR:-}" "workdir/quickstart")"
 STORED=configs/c2i/digits_flow_matching.json
 STEPS="1 2 4 8 32"

@@ -51,7 +51,7 @@ def test_published_text_to_image_values():
     assert config.model.enc_dir == "checkpoints/radio/radio-v2.5-b_half.pth.tar"
 
 
-@pytest.mark.parametrize("name", ["c2i/digits", "c2i/tim_b_p4", "t2i/tim_xl_p1_t2i"])
+@pytest.mark.parametrize("name", ["c2i/tim_b_p4", "t2i/tim_xl_p1_t2i"])
 def test_plus_is_the_published_model_with_the_recipe_that_was_compared(name):
     plus, published = (load_config(ROOT / f"configs/{name}{end}.yaml") for end in ("_plus", ""))
     recipe = load_config(ROOT / "configs/c2i/objectives/tim_marginal.yaml")

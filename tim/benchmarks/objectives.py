@@ -325,7 +325,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         for k, (name, result) in enumerate(results.items()):
             values = np.array([result["nfe"][n][metric] for n in NFE])
             places = np.array(NFE) * 1.03 ** (k - len(results) / 2)  # side by side, so that bars can be told apart
-            axis.errorbar(places, values.mean(1), values.std(1), marker="o", ms=4, capsize=2, lw=1.2, label=name)
+            line = "-" if k < 10 else "--"  # colours repeat
+            axis.errorbar(places, values.mean(1), values.std(1), ls=line, marker="o", ms=4, capsize=2, lw=1.2, label=name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(NFE, [str(n) for n in NFE])
         axis.set(
