@@ -14,7 +14,7 @@ from tim.models.embeddings import PatchEmbed, TimestepEmbedder
 from tim.models.rope import ROPE_GRIDS, grid_positions, rope_table
 from tim.typed_yaml import NotNegative, PositiveFloat, PositiveInt
 
-GUIDANCE_PACE = 10
+GUIDANCE_PACE = 10  # times that of t, in the embedding of guidance
 NEW_CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
 
