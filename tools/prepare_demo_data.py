@@ -14,7 +14,7 @@ def main() -> None:
         metavar="NAME",
         choices=("openmoji", "nature", "transport", "shapes", "digits", "text-encoder"),
         help="openmoji; of its emoji nature (food, plants and animals) and transport (vehicles and signs); shapes; digits; "
-        "text-encoder",
+        "text-encoder. A set that is named N times is met N times as often in training",
     )
     parser.add_argument("--out", type=usable_path, required=True, help="folder for images/, captions.jsonl and LICENSE.txt")
     parser.add_argument("--size", type=int, help="longer side in pixels (default: emoji up to 180, shapes 40)")

@@ -12,7 +12,7 @@ from helpers import measurements as m
 from helpers.commands import command
 from helpers.paths import ROOT
 
-from tim.benchmarks import cases, suite, variants
+from tim.benchmarks import cases, report, suite, variants
 from tim.benchmarks.isolation import Case
 from tim.benchmarks.report import TABLES
 from tim.benchmarks.suite import run_suite
@@ -88,6 +88,15 @@ def test_the_suite_on_a_cpu_measures_each_case_or_says_why_not(measured):
     assert flow < jvp < dde and (jvp - flow) / (dde - flow) < 0.55
     errors = {r["name"]: r["relative_error"] for r in records if r["group"] == "precision" and "error" not in r}
     assert errors["digits jvp float32"] < 1e-3 < errors["digits jvp bfloat16 explicit"] < 0.05 < errors["digits dde bfloat16"]
+
+
+def test_what_was_not_measured_has_no_panel(measured):
+    records = json.loads((measured[0] / "results.json").read_text())
+    titles = [axes.get_title() for axes in report.plot(records).axes]
+    assert len(titles) == 3 and titles[1:] == ["Sampling, an image", "Attention's tangent alone"]
+    of_training = [r for r in records if r["group"] in ("machine", "training")]
+    assert [axes.get_title() for axes in report.plot(of_training).axes] == titles[:1]
+    assert not report.plot([{"group": "training", "name": "a", "error": "no time was left"}]).axes
 
 
 def test_cases_of_a_gpu_reach_another_process():

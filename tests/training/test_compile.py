@@ -14,6 +14,7 @@ from tim.files import read_json_lines
 from tim.models.t2i.tim_model import TiM
 from tim.schedulers.transition import TransitionSchedule
 from tim.schedulers.transports import OT_FM
+from tim.training import compilation
 from tim.training.compilation import compile_blocks
 from tim.training.loop import train
 from tim.training.tasks import ClassTask
@@ -139,6 +140,14 @@ def test_the_trainer_compiles_what_it_trains(tmp_path, monkeypatch):
     assert losses[1] == pytest.approx(losses[0], rel=1e-9) and len(losses[0]) == 4
     assert pictures[1] == pictures[0]
     assert compiled[0] == 0 and 2 <= compiled[1] <= 4
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_blocks_are_compiled_by_default_on_gpus_with_triton(monkeypatch, triton):
+    monkeypatch.setattr(compilation, "HAS_TRITON", triton)
+    devices = [torch.device(name) for name in ("cuda", "cpu", "mps")]
+    assert [compilation.wants_compiled(None, device) for device in devices] == [triton, False, False]
+    assert all(compilation.wants_compiled(asked, device) is asked for asked in (True, False) for device in devices)
 
 
 @pytest.mark.slow

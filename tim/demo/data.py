@@ -63,18 +63,18 @@ def write_demo(names: str | Sequence[str], out: str | Path, size: int | None = N
     if size is not None and size < 8:
         raise ValueError(f"size must be >= 8 pixels, got {size}")
     sets = {name: list(DEMOS[name][0]()) for name in names}  # a missing package leaves no folder behind
-    if len({file for samples in sets.values() for file, *_ in samples}) < sum(map(len, sets.values())):
+    drawn = [sample for samples in sets.values() for sample in samples]
+    if len({file for file, *_ in drawn}) < len(drawn):
         raise ValueError(f"{' and '.join(sets)} have images in common; name one of them")
-    samples = [sample for name in names for sample in sets[name]]
-    attribution = "\n".join(dict.fromkeys(DEMOS[name][1] for name in names))
+    attribution = "\n".join(dict.fromkeys(DEMOS[name][1] for name in sets))
     images = Path(out) / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for file, image, _ in (sample for group in sets.values() for sample in group):
+    for file, image, _ in drawn:
         (image if size is None else scale_to(image, size)).save(images / file)
-    records = [{"image_file": file, "captions": captions} for file, _, captions in samples]
+    records = [{"image_file": file, "captions": captions} for name in names for file, _, captions in sets[name]]
     write_json_lines(Path(out) / "captions.jsonl", records)
     write_text(Path(out) / "LICENSE.txt", attribution + "\n")
-    return sum(map(len, sets.values())), attribution
+    return len(drawn), attribution
 
 
 def digits() -> Iterator[Sample]:
