@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ GROUP_TIMEOUT = timedelta(hours=2)  # the longest that one rank may have to writ
 def use_cpu() -> bool:
     """Whether accelerate must be told to use the CPU (gloo between processes): several processes and no CUDA device."""
     return not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def best_device() -> torch.device:
+    """The device accelerate would choose."""
+    return PartialState(cpu=use_cpu()).device
 
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # names of mixed precision

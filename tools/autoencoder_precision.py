@@ -16,9 +16,10 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from tim.benchmarks.measure import best_device, timed
+    from tim.benchmarks.measure import timed
     from tim.benchmarks.sampling import load_vae, psnr
     from tim.data.c2i import load_square
+    from tim.distributed import best_device
     from tim.listing import list_files
     from tim.models.autoencoders import Autoencoder
 

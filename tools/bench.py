@@ -112,8 +112,8 @@ def measure(args: argparse.Namespace) -> "Results":
             return bench_train(config, batch_size, args.steps, args.warmup)
         return bench_overhead(config, batch_size, args.steps, args.warmup, args.random_latents)
 
-    from tim.benchmarks.measure import best_device
     from tim.benchmarks.sampling import bench_sample, random_sampler
+    from tim.distributed import best_device
     from tim.generation.settings import SampleSettings
 
     config.training.compile = args.compile and not t2i

@@ -14,9 +14,9 @@ def main() -> None:
     check_least(args, batch_size=1)
 
     from tim.benchmarks.derivative import DerivativePrecision
-    from tim.benchmarks.measure import best_device
     from tim.checkpoint.weights import find_weights
     from tim.config import load_config
+    from tim.distributed import best_device
 
     config = load_config(args.config, args.overrides)
     precision = DerivativePrecision(config, best_device(), args.batch_size, find_weights(args.ckpt) if args.ckpt else None)

@@ -158,12 +158,17 @@ def test_guidance_is_drawn_from_1_to_its_largest_over_intervals_around_the_middl
     assert low.max() <= 0.5 <= high.min() and draw_guidance(torch.zeros(1, 4), 4.0).tolist() == [[1.0, 0.0, 1.0]]
 
 
-def test_the_share_of_guidance_counts_inside_its_interval_and_with_a_condition():
-    guidance = torch.tensor([[4.0, 0.2, 0.8]] * 4)
+def test_the_share_of_guidance_counts_inside_its_interval():
+    guidance = torch.tensor([[4.0, 0.2, 0.8]] * 3 + [[1.0, 0.0, 1.0]])
     t = torch.tensor([0.1, 0.5, 0.8, 0.5]) * 80
-    share = guidance_share(guidance, torch.tensor([False, False, False, True]), t, 80.0)
-    assert share.tolist() == [0.0, 0.75, 0.75, 0.0]
-    assert guidance_share(guidance, None, t, 80.0).tolist() == [0.0, 0.75, 0.75, 0.75]
+    assert guidance_share(guidance, t, 80.0).tolist() == [0.0, 0.75, 0.75, 0.0]
+
+
+def test_a_sample_without_a_condition_is_not_guided():
+    """It is told what the unconditional prediction is told, which guidance is measured from."""
+    uniform = torch.full((2, 4), 0.9)
+    guided, dropped = draw_guidance(uniform, 4.0, torch.tensor([False, True])).tolist()
+    assert dropped == [1.0, 0.0, 1.0] and guided == draw_guidance(uniform, 4.0)[0].tolist() != dropped
 
 
 def test_a_network_with_the_input_starts_as_the_one_without():

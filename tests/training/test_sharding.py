@@ -44,7 +44,7 @@ CASES = {
         "model.transition_loss.derivative_type=two_point", "model.transition_loss.two_point_ratio=[1.0, 0.1]",
         "data.dataloader.batch_size=1", "training.gradient_accumulation_steps=1",
     ],
-    "guidance_input": ["model.transition_loss.guidance_max=4.0", "model.network.params.guidance_input=true"],
+    "guidance_input": [*LOPSIDED, "model.transition_loss.guidance_max=4.0", "model.network.params.guidance_input=true"],
     "t2i": [],
 }  # fmt: skip
 SPLITS = {  # processes, samples per process and micro-batch, accumulation: one global batch of 32

@@ -16,13 +16,13 @@ from tim.benchmarks.derivative import DerivativePrecision, bench_tangent
 from tim.benchmarks.evaluation import bench_adm
 from tim.benchmarks.flops import network_flops
 from tim.benchmarks.isolation import Case
-from tim.benchmarks.measure import Results, best_device, copy_bandwidth, machine, matmul_rate, synchronize
+from tim.benchmarks.measure import Results, copy_bandwidth, machine, matmul_rate, synchronize
 from tim.benchmarks.sampling import bench_sample, random_sampler
 from tim.benchmarks.suite import MACHINE
 from tim.benchmarks.training import random_run, time_steps, watch
 from tim.benchmarks.variants import Variant, end_variants
 from tim.config import Config, load_config
-from tim.distributed import set_tf32
+from tim.distributed import best_device, set_tf32
 from tim.generation.sampler import Sampler
 from tim.generation.settings import SampleSettings
 from tim.models.network import build_network

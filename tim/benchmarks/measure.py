@@ -8,12 +8,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tim.config import Config
-from tim.distributed import HALF, use_cpu
+from tim.distributed import HALF
 from tim.models.network import traits_of
 
 Results = dict[str, float | int | str | None]  # by name; times in seconds unless named _ms, memory in GiB
@@ -24,11 +23,6 @@ def table(results: Results) -> str:
     rows = [(k, v) for k, v in results.items() if v is not None]
     width = max(len(k) for k, _ in rows)
     return "\n".join(f"{k:>{width}}  {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in rows)
-
-
-def best_device() -> torch.device:
-    """The device accelerate would choose."""
-    return PartialState(cpu=use_cpu()).device
 
 
 def machine(device: torch.device) -> Results:

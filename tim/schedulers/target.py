@@ -40,6 +40,13 @@ class Drawn(NamedTuple):
     model_kwargs: dict[str, Any]
 
 
+class GuidanceByInput(NamedTuple):
+    """Of guidance as an input: the share (B,) of F(w, c) - F(null) in the target, and F(x_t, t, t, null) (B, C, H, W)."""
+
+    share: Tensor
+    F_uncond: Tensor
+
+
 @dataclass(eq=False)
 class TransitionTarget:
     """The student's prediction and what it should be.
@@ -199,21 +206,34 @@ class TransitionTarget:
         return at_least_float32(F_cond), at_least_float32(F_uncond)
 
     @torch.no_grad()
-    def guided_by_input(self, bare: nn.Module, drawn: Drawn, uncond: dict[str, Any] | None, share: Tensor) -> Drawn:
-        """The samples on the path whose F* is the guided one, through the same states.
+    def own_prediction(self, bare: nn.Module, drawn: Drawn) -> Tensor | None:
+        """F(x_t, t, t) of the student (m, C, H, W), of the last samples, those with t != r; None when nothing needs it.
+
+        It is what `marginal` follows and what guidance as an input changes; with t = r the training pass itself predicts it.
+        """
+        x, _, x_t, t, _, n_diffusion, model_kwargs = drawn
+        n = self._first_evaluated(n_diffusion, len(t))
+        if n == len(t) or (self.tangent != "marginal" and self.guidance_max is None):
+            return None
+        times = self.transport.c_noise(t[n:])
+        return at_least_float32(bare(x_t[n:].to(x.dtype), times, times, **take_batch(model_kwargs, n, len(t))))
+
+    @torch.no_grad()
+    def guided_by_input(self, drawn: Drawn, change: GuidanceByInput, F_cond: Tensor, first: int, last: int) -> Drawn:
+        """The samples, of which those from `first` until before `last` go on the path whose F* is the guided one.
+
+        It leads through the same states.
 
         Args:
-            uncond: keywords of the unconditional prediction.
-            share: of F(w, c) - F(null) in the target (B,), see `tim.schedulers.guidance`.
+            F_cond: F(x_t, t, t, w, c) of these samples (last - first, C, H, W).
         """
-        x, _, x_t, t, *_, cond = drawn
-        if uncond is None:
-            raise ValueError("guidance_max needs null_kwargs, the arguments of the unconditional prediction")
-        times = self.transport.c_noise(t)
-        F_cond, F_uncond = (bare(x_t.to(x.dtype), times, times, **kwargs) for kwargs in (cond, uncond))
-        F_star = self.transport.diffusion_target(x, drawn.z, expand_times(t, x))
-        F_guided = F_star + expand_times(share, x) * (at_least_float32(F_cond) - at_least_float32(F_uncond))
-        x, z = self.path_along(x_t, F_guided, t, x.dtype)
+        if first == last:
+            return drawn
+        x, z, x_t, t = (u[first:last] for u in drawn[:4])
+        difference = at_least_float32(F_cond) - change.F_uncond[first:last]
+        F_star = self.transport.diffusion_target(x, z, expand_times(t, x))
+        pair = self.path_along(x_t, F_star + expand_times(change.share[first:last], x) * difference, t, x.dtype)
+        x, z = (torch.cat([whole[:first], part, whole[last:]]) for whole, part in zip((drawn.x, drawn.z), pair, strict=True))
         return drawn._replace(x=x, z=z)
 
     def diffusion_target(self, x: Tensor, z: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
@@ -223,17 +243,19 @@ class TransitionTarget:
         return self.transport.guided_target(F_star, at, *guidance) if self.transport.enhance_target else F_star
 
     @torch.no_grad()
-    def tangent_path(self, bare: nn.Module, drawn: Drawn, guidance: Guidance) -> Pair:
-        """Clean latents and noise whose path through x_t the derivative follows, by `tangent`."""
-        x, z, x_t, t, _, n_diffusion, model_kwargs = drawn
-        n = self._first_evaluated(n_diffusion, len(t))
-        if self.tangent == "data" or (self.tangent == "marginal" and n == len(t)):
-            return x, z
+    def tangent_path(self, drawn: Drawn, F_own: Tensor | None, guidance: Guidance) -> Pair:
+        """Clean latents and noise whose path through x_t the derivative follows, by `tangent`.
+
+        Args:
+            F_own: see `own_prediction`.
+        """
+        x, z, x_t, t, *_ = drawn
         if self.tangent == "guided":
             return self.path_along(x_t, self.diffusion_target(x, z, t, guidance), t, x.dtype)
-        times = self.transport.c_noise(t[n:])
-        F_own = bare(x_t[n:].to(x.dtype), times, times, **take_batch(model_kwargs, n, len(t)))
-        tail = self.path_along(x_t[n:], at_least_float32(F_own), t[n:], x.dtype)
+        if self.tangent == "data" or F_own is None:
+            return x, z
+        n = len(t) - len(F_own)
+        tail = self.path_along(x_t[n:], F_own, t[n:], x.dtype)
         return torch.cat([x[:n], tail[0]]), torch.cat([z[:n], tail[1]])
 
     def path_along(self, x_t: Tensor, F: Tensor, t: Tensor, dtype: torch.dtype) -> Pair:

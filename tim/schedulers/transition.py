@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tim.schedulers import sampling
-from tim.schedulers.derivative import conditioning, expand_times
+from tim.schedulers.derivative import at_least_float32, conditioning, expand_times
 from tim.schedulers.guidance import draw_guidance, guidance_share
 from tim.schedulers.interval import draw_interval
 from tim.schedulers.losses import (
@@ -21,7 +21,7 @@ from tim.schedulers.losses import (
     projection_loss,
 )
 from tim.schedulers.objective import Losses
-from tim.schedulers.target import Drawn, TransitionTarget, check_choice
+from tim.schedulers.target import Drawn, GuidanceByInput, TransitionTarget, check_choice
 from tim.schedulers.transports import OT_FM
 from tim.schedulers.two_point import ratio_at
 
@@ -144,11 +144,18 @@ class TransitionSchedule(TransitionTarget):
         # Before the student's pass, which may carry the derivative along another path than the data's.
         guidance = self.guidance(ema_model, x_t.to(x.dtype), t, ema_kwargs, null_kwargs)
         drawn = Drawn(x, z, x_t, t, r, n_diffusion, model_kwargs)
+        by_input = None
         if self.guidance_max is not None:
-            drawn = self._with_guidance(unwrapped_model, drawn, null_kwargs, **(guidance_kwargs or {}))
-            x, z = drawn.x, drawn.z
-        path = self.tangent_path(unwrapped_model, drawn, guidance)
+            drawn, by_input = self._with_guidance(unwrapped_model, drawn, null_kwargs, **(guidance_kwargs or {}))
+        F_own = self.own_prediction(unwrapped_model, drawn)
+        if by_input is not None and F_own is not None:
+            F_cond = F_own[len(F_own) - (batch_size - n_diffusion) :]
+            drawn = self.guided_by_input(drawn, by_input, F_cond, n_diffusion, batch_size)
+        path = self.tangent_path(drawn, F_own, guidance)
         F_pred, dF_dt, h_proj = self.student(model, unwrapped_model, drawn, path, return_zs=h_target is not None)
+        if by_input is not None:  # with t = r, the student's own pass is the guided prediction
+            drawn = self.guided_by_input(drawn, by_input, F_pred.detach()[:n_diffusion], 0, n_diffusion)
+            x, z = drawn.x, drawn.z
         ratio = ratio_at(self.two_point_ratio, (step or 0) / max_steps if max_steps else 1.0)
         F_target = self.target(unwrapped_model, drawn, v_t, path, guidance, dF_dt, F_pred.detach(), ratio)
         if step is not None and step < self.tangent_warmup:
@@ -165,6 +172,7 @@ class TransitionSchedule(TransitionTarget):
         losses = {"weighted_loss": weighted_loss, "denoising_loss": mean_of_kept(loss, kept), "proj_loss": proj_loss}
         return Losses(weighted_loss, proj_loss, {name: loss.detach() for name, loss in losses.items()}, kept)
 
+    @torch.no_grad()
     def _with_guidance(
         self,
         bare: nn.Module,
@@ -172,14 +180,18 @@ class TransitionSchedule(TransitionTarget):
         uncond: dict[str, Any] | None,
         uniform: Tensor | None = None,
         dropped: Tensor | None = None,
-    ) -> Drawn:
-        """The samples with a guidance each, on the path of the target that it guides."""
+    ) -> tuple[Drawn, GuidanceByInput]:
+        """The samples with a guidance each, and what it makes of their targets."""
         assert self.guidance_max is not None
+        if uncond is None:
+            raise ValueError("guidance_max needs null_kwargs, the arguments of the unconditional prediction")
         uniform = torch.rand(len(drawn.t), 4) if uniform is None else uniform
-        guidance = draw_guidance(uniform.to(drawn.t.device), self.guidance_max)
+        guidance = draw_guidance(uniform.to(drawn.t.device), self.guidance_max, dropped)
+        share = guidance_share(guidance, drawn.t, self.transport.T_max)
+        times = self.transport.c_noise(drawn.t)
+        F_uncond = at_least_float32(bare(drawn.x_t.to(drawn.x.dtype), times, times, **uncond))
         drawn = drawn._replace(model_kwargs={**drawn.model_kwargs, "guidance": guidance})
-        share = guidance_share(guidance, dropped, drawn.t, self.transport.T_max)
-        return self.guided_by_input(bare, drawn, uncond, share)
+        return drawn, GuidanceByInput(share, F_uncond)
 
     def time_weight(self, t: Tensor, r: Tensor, n_diffusion: int) -> Tensor:
         """The time weight (B,) of each sample (Eq. 12); 1 for the first n_diffusion, whose r is t.
