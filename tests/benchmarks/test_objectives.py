@@ -52,7 +52,9 @@ def test_a_board_is_filled_once_and_continued(subject, tmp_path, monkeypatch):
     results = compare(subject, recipes[:1], [0], tmp_path, budget=6)
     assert results["tim"]["steps"] == 6 and results["tim"]["nfe"][1]["accuracy"][0] >= 0
     results = compare(subject, recipes, [0], tmp_path, budget=6, scales=[2.0])
-    assert list(results) == ["tim", "tim w=2.0", "guidance_input", "guidance_input w=2.0"]
+    both = ["guidance_input w=2.0", "guidance_input w=2.0 by two evaluations"]
+    assert list(results) == ["tim", "tim w=2.0", "guidance_input", *both]
+    assert results[both[0]]["nfe"] != results[both[1]]["nfe"]
     assert results["guidance_input"]["steps"] == 5, "4.4 evaluations a sample instead of 4"
     board = (tmp_path / "leaderboard.md").read_text()
     assert board.count("| guidance_input w=2.0 |") == 4 and (tmp_path / "leaderboard.png").is_file()

@@ -11,9 +11,9 @@ RECIPES = "configs/c2i/objectives"
 def compare_objectives() -> None:
     """Train, draw and judge every recipe at the same number of network evaluations; run it again to continue.
 
-    A recipe is a config over a shared base that sets `model.transition_loss` alone, and may set the law of times and a network's
-    input of guidance. A training sample costs 3 for its forward and backward pass, 1 for every forward pass without gradient,
-    and 1 for a tangent that is carried along.
+    A recipe is a config over a shared base that sets `model.transition_loss` alone, the law of times, and whether the network
+    takes guidance as an input. A training sample costs 3 for its forward and backward pass, 1 for every forward pass without
+    gradient, and 1 for a tangent that is carried along.
     """
     parser = command_parser(compare_objectives.__doc__)
     parser.add_argument("subject", choices=("digits", "shapes"), help="data set and judge")

@@ -47,6 +47,7 @@ METRICS = ("frechet_distance", "accuracy", "recall", "diversity")
 FOR_COUNT = 100  # samples of the batch in which evaluations are counted
 BATCH = 250  # images drawn at once
 RECORD, GUIDED = "result.json", "guided.json"
+TWICE = "by two evaluations"
 
 
 @dataclass
@@ -249,17 +250,23 @@ def run_recipe(config: Config, subject: Subject, seed: int, folder: Path) -> Non
 
 
 def run_guided(config: Config, subject: Subject, seed: int, scales: Sequence[float], folder: Path) -> None:
-    """guided.json of a trained recipe: {scale: {steps: scores}}, of the scales that are not there yet."""
+    """guided.json of a trained recipe: {scale: {steps: scores}}, of the scales that are not there yet.
+
+    A network that takes guidance as an input is measured both ways, by a second evaluation under "scale TWICE".
+    """
     path = folder / GUIDED
     scores = read_json(path) if path.is_file() else {}
-    missing = [scale for scale in map(float, scales) if str(scale) not in scores]
+    by_input = config.model.network.params.get("guidance_input", False)
+    ways: dict[str, dict[str, Any]] = {}
+    for scale in map(float, scales):
+        # In all steps, the first too, as the network's input guides all of them.
+        twice = {"cfg_scale": scale, "guide_first_step": True}
+        ways |= {str(scale): {"guidance_input": scale}, f"{scale} {TWICE}": twice} if by_input else {str(scale): twice}
+    missing = [name for name in ways if name not in scores]
     sampler = trained_sampler(config, seed, folder) if missing else None
-    for scale in missing:
+    for name in missing:
         assert sampler is not None
-        # By two evaluations in all steps, the first too, as the network's input guides all of them.
-        by_input = traits_of(sampler.network).guidance_input
-        how = {"guidance_input": scale} if by_input else {"cfg_scale": scale, "guide_first_step": True}
-        scores[str(scale)] = {n: subject.measure(draw(sampler, subject.prompts, num_steps=n, **how)) for n in NFE}
+        scores[name] = {n: subject.measure(draw(sampler, subject.prompts, num_steps=n, **ways[name])) for n in NFE}
         write_json(path, scores)
 
 
