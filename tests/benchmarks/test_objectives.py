@@ -51,10 +51,15 @@ def test_a_board_is_filled_once_and_continued(subject, tmp_path, monkeypatch):
     recipes = [RECIPES / f"{name}.yaml" for name in ("tim", "guidance_input")]
     results = compare(subject, recipes[:1], [0], tmp_path, budget=6)
     assert results["tim"]["steps"] == 6 and results["tim"]["nfe"][1]["accuracy"][0] >= 0
+    drawn, draw = [], objectives.draw
+    monkeypatch.setattr(objectives, "draw", lambda *args, **settings: drawn.append(settings) or draw(*args, **settings))
     results = compare(subject, recipes, [0], tmp_path, budget=6, scales=[2.0])
     both = ["guidance_input w=2.0", "guidance_input w=2.0 by two evaluations"]
     assert list(results) == ["tim", "tim w=2.0", "guidance_input", *both]
-    assert results[both[0]]["nfe"] != results[both[1]]["nfe"]
+    by_two, by_input = {"cfg_scale": 2.0, "guide_first_step": True}, {"guidance_input": 2.0}
+    plain = [{}] * len(NFE)
+    asked = [{key: value for key, value in settings.items() if key != "num_steps"} for settings in drawn]
+    assert asked == [by_two] * len(NFE) + plain + [by_input] * len(NFE) + [by_two] * len(NFE)
     assert results["guidance_input"]["steps"] == 5, "4.4 evaluations a sample instead of 4"
     board = (tmp_path / "leaderboard.md").read_text()
     assert board.count("| guidance_input w=2.0 |") == 4 and (tmp_path / "leaderboard.png").is_file()
