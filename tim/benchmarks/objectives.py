@@ -261,7 +261,9 @@ def run_guided(config: Config, subject: Subject, seed: int, scales: Sequence[flo
     for scale in map(float, scales):
         # In all steps, the first too, as the network's input guides all of them.
         twice = {"cfg_scale": scale, "guide_first_step": True}
-        ways |= {str(scale): {"guidance_input": scale}, f"{scale} {TWICE}": twice} if by_input else {str(scale): twice}
+        ways[str(scale)] = {"guidance_input": scale} if by_input else twice
+        if by_input and scale > 1:
+            ways[f"{scale} {TWICE}"] = twice
     missing = [name for name in ways if name not in scores]
     sampler = trained_sampler(config, seed, folder) if missing else None
     for name in missing:
